@@ -1,0 +1,113 @@
+"""Block masks: a boolean grid over a weight, True where a block is kept.
+
+A weight W[N, K] cut into blocks of (R, C) has a grid of ceil(N/R) x ceil(K/C) blocks; blocks at the lower and right edge may be
+cut short. Every granularity is a block size: an element is (1, 1), a row (1, K), a column (N, 1), the rows of one attention head
+(head_dim, K).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import SparsePruneError
+
+
+def check_blocksize(blocksize: Sequence[int], shape: Sequence[int] | None = None) -> tuple[int, int]:
+    """Return blocksize as (R, C).
+
+    Raises SparsePruneError when it is not two positive integers, or, where the shape (N, K) of a weight is given, when a block is
+    larger than the weight in both directions, so that there would be nothing to choose between.
+    """
+    try:
+        block_rows, block_cols = blocksize
+        valid = int(block_rows) == block_rows >= 1 and int(block_cols) == block_cols >= 1
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise SparsePruneError("blocksize", "two positive integers (R, C)", blocksize, "pass for example blocksize=(32, 32)")
+    block_rows, block_cols = int(block_rows), int(block_cols)
+    if shape is not None and block_rows >= shape[0] and block_cols >= shape[1] and (block_rows, block_cols) != tuple(shape):
+        raise SparsePruneError(
+            "blocksize", f"a block that fits a weight of shape {tuple(shape)}", (block_rows, block_cols), "choose smaller blocks"
+        )
+    return block_rows, block_cols
+
+
+def check_density(density: float) -> float:
+    """Return density as a float; raises SparsePruneError unless 0 < density <= 1."""
+    try:
+        value = float(density)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not 0.0 < value <= 1.0:
+        raise SparsePruneError("density", "a kept fraction in (0, 1]", density, "pass for example 0.2 to keep a fifth of the blocks")
+    return value
+
+
+def grid_shape(shape: Sequence[int], blocksize: Sequence[int]) -> tuple[int, int]:
+    """Blocks per direction, (ceil(N/R), ceil(K/C)), of a weight of shape (N, K)."""
+    (n, k), (r, c) = shape, blocksize
+    return -(-n // r), -(-k // c)
+
+
+def pad_to_blocks(matrix: Tensor, blocksize: Sequence[int]) -> Tensor:
+    """matrix[N, K] zero-padded on the right and at the bottom to whole blocks, as [N/R, R, K/C, C]."""
+    rows, cols = grid_shape(matrix.shape, blocksize)
+    r, c = blocksize
+    padded = torch.nn.functional.pad(matrix, (0, cols * c - matrix.shape[1], 0, rows * r - matrix.shape[0]))
+    return padded.reshape(rows, r, cols, c)
+
+
+def block_sum(matrix: Tensor, blocksize: Sequence[int]) -> Tensor:
+    """Sum of matrix[N, K] over each block, [ceil(N/R), ceil(K/C)]; a cut block sums what it has."""
+    return pad_to_blocks(matrix, blocksize).sum((1, 3))
+
+
+def check_mask(block_mask: Tensor, shape: Sequence[int], blocksize: Sequence[int]) -> Tensor:
+    """Return block_mask; raises SparsePruneError unless it is a bool tensor of grid_shape(shape, blocksize)."""
+    expected = grid_shape(shape, blocksize)
+    if not isinstance(block_mask, Tensor) or block_mask.dtype != torch.bool or tuple(block_mask.shape) != expected:
+        got = f"{block_mask.dtype} {tuple(block_mask.shape)}" if isinstance(block_mask, Tensor) else type(block_mask).__name__
+        raise SparsePruneError(
+            "block_mask",
+            f"a bool tensor of shape {expected} for a weight of shape {tuple(shape)} in {blocksize[0]}x{blocksize[1]} blocks",
+            got,
+            "make it with sparse_prune.block_mask(weight, blocksize, density)",
+        )
+    return block_mask
+
+
+def expand_mask(block_mask: Tensor, blocksize: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Element mask bool[N, K] of a block mask bool[ceil(N/R), ceil(K/C)]."""
+    check_mask(block_mask, shape, blocksize)
+    (n, k), (r, c) = shape, blocksize
+    return block_mask.repeat_interleave(r, 0)[:n].repeat_interleave(c, 1)[:, :k]
+
+
+def element_density(block_mask: Tensor, blocksize: Sequence[int], shape: Sequence[int]) -> float:
+    """Kept elements over all elements of a weight of shape (N, K); differs from the density of blocks where edge blocks are cut."""
+    (n, k), (r, c) = shape, blocksize
+    rows, cols = grid_shape(shape, blocksize)
+    heights = torch.full((rows,), r, dtype=torch.float64, device=block_mask.device)
+    widths = torch.full((cols,), c, dtype=torch.float64, device=block_mask.device)
+    heights[-1], widths[-1] = n - (rows - 1) * r, k - (cols - 1) * c
+    return float(heights @ block_mask.double() @ widths) / (n * k)
+
+
+def top_mask(saliency: Tensor, density: float) -> Tensor:
+    """Keep the max(1, round(density * numel)) entries of highest saliency; ties go to the lower index, so the result is deterministic.
+
+    Raises SparsePruneError on NaN saliency: a mask chosen by NaN is arbitrary.
+    """
+    density = check_density(density)
+    if torch.isnan(saliency).any():
+        raise SparsePruneError("saliency", "numbers", "NaN", "check the weights and gradients for NaN before pruning")
+    keep = max(1, round(density * saliency.numel()))
+    order = torch.sort(saliency.flatten(), descending=True, stable=True).indices
+    mask = torch.zeros(saliency.numel(), dtype=torch.bool, device=saliency.device)
+    mask[order[:keep]] = True
+    return mask.view(saliency.shape)
