@@ -44,7 +44,7 @@ def check_density(density: float) -> float:
     except (TypeError, ValueError):
         value = math.nan
     if not 0.0 < value <= 1.0:
-        raise SparsePruneError("density", "a kept fraction in (0, 1]", density, "pass for example 0.2 to keep a fifth of the blocks")
+        raise SparsePruneError("density", "a kept fraction in (0, 1]", density, "pass for example 0.2 to keep a fifth")
     return value
 
 
@@ -89,7 +89,7 @@ def expand_mask(block_mask: Tensor, blocksize: Sequence[int], shape: Sequence[in
 
 
 def element_density(block_mask: Tensor, blocksize: Sequence[int], shape: Sequence[int]) -> float:
-    """Kept elements over all elements of a weight of shape (N, K); differs from the density of blocks where edge blocks are cut."""
+    """Kept elements over all elements of a weight of shape (N, K); not the density of blocks where edge blocks are cut."""
     (n, k), (r, c) = shape, blocksize
     rows, cols = grid_shape(shape, blocksize)
     heights = torch.full((rows,), r, dtype=torch.float64, device=block_mask.device)
@@ -99,7 +99,7 @@ def element_density(block_mask: Tensor, blocksize: Sequence[int], shape: Sequenc
 
 
 def top_mask(saliency: Tensor, density: float) -> Tensor:
-    """Keep the max(1, round(density * numel)) entries of highest saliency; ties go to the lower index, so the result is deterministic.
+    """Keep the max(1, round(density * numel)) entries of highest saliency; ties go to the lower index.
 
     Raises SparsePruneError on NaN saliency: a mask chosen by NaN is arbitrary.
     """
