@@ -112,11 +112,18 @@ class BsrWeight:
 def check_finite(values: Tensor, argument: str) -> None:
     """Raise SparsePruneError if values hold NaN or infinity."""
     if not torch.isfinite(values).all():
-        raise SparsePruneError(argument, "finite numbers", "NaN or infinity", "look for a diverged training run before packing")
+        raise SparsePruneError(
+            argument, "finite numbers", "NaN or infinity", "look for a diverged training run before packing"
+        )
 
 
 def validate_bsr(
-    shape: Sequence[int], blocksize: Sequence[int], crow_indices: Tensor, col_indices: Tensor, values: Tensor, name: str = ""
+    shape: Sequence[int],
+    blocksize: Sequence[int],
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    name: str = "",
 ) -> None:
     """Raise SparsePruneError unless the arrays are a canonical BSR weight of that shape and blocksize; name says which layer."""
     prefix = f"{name}." if name else ""
@@ -125,7 +132,12 @@ def validate_bsr(
         if not ok:
             raise SparsePruneError(prefix + argument, expected, got, _REPACK)
 
-    require(len(shape) == 2 and all(isinstance(v, int) and v > 0 for v in shape), "shape", "two positive integers (N, K)", shape)
+    require(
+        len(shape) == 2 and all(isinstance(v, int) and v > 0 for v in shape),
+        "shape",
+        "two positive integers (N, K)",
+        shape,
+    )
     r, c = check_blocksize(blocksize)
     rows, cols = grid_shape(shape, (r, c))
     nnzb = values.shape[0] if values.ndim == 3 else -1
@@ -144,4 +156,9 @@ def validate_bsr(
     require(int(col.min()) >= 0, "col_indices", "entries from 0", int(col.min()))
     require(int(col.max()) < cols, "col_indices", f"entries below {cols}, the number of block-columns", int(col.max()))
     ascending = (col.diff() > 0) | (block_rows(crow, nnzb).diff() > 0)
-    require(bool(ascending.all()), "col_indices", "ascending, unique columns in each block-row", "unsorted or repeated columns")
+    require(
+        bool(ascending.all()),
+        "col_indices",
+        "ascending, unique columns in each block-row",
+        "unsorted or repeated columns",
+    )

@@ -19,7 +19,7 @@ class BlockSparseConfig:
 
     blocksize     (R, C)
     density       kept fraction of each layer's blocks; used where no masks are given
-    criterion     "magnitude" or "random": what can be computed from a weight alone. For the others prune with a Pruner and pass its masks
+    criterion     "magnitude" or "random", which need the weight alone; for the others prune with a Pruner and pass its masks
     max_density   layers that keep more than this stay dense, because a dense matmul is then as fast
     """
 
@@ -77,7 +77,9 @@ class SparsifyResult:
             shape, block = f"{row.shape[0]}x{row.shape[1]}", f"{row.blocksize[0]}x{row.blocksize[1]}"
             what = f"{row.dense_bytes} -> {row.bytes}" if not row.reason else f"dense: {row.reason}"
             lines.append(f"{row.name:<{width}}  {shape:>13}  {block:>8}  {row.density:7.3f}  {what}")
-        lines.append(f"{len(self.converted)} of {len(self.layers)} linear layers are sparse, density {self.density:.3f}")
+        lines.append(
+            f"{len(self.converted)} of {len(self.layers)} linear layers are sparse, density {self.density:.3f}"
+        )
         return "\n".join(lines)
 
 
@@ -99,11 +101,16 @@ def sparsify_(
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if not linears:
         raise SparsePruneError(
-            "model", "a module with nn.Linear inside", type(model).__name__, "pass the model itself, not one nn.Linear of it"
+            "model",
+            "a module with nn.Linear inside",
+            type(model).__name__,
+            "pass the model itself, not one nn.Linear of it",
         )
     unknown = sorted(set(masks or ()) - set(linears))
     if unknown:
-        raise SparsePruneError("masks", "names of nn.Linear modules of the model", unknown[0], "use Pruner.masks of the same model")
+        raise SparsePruneError(
+            "masks", "names of nn.Linear modules of the model", unknown[0], "use Pruner.masks of the same model"
+        )
     shared = _shared_weights(model)
     rows = []
     for name, linear in linears.items():
@@ -112,7 +119,11 @@ def sparsify_(
         if not reason and masks is not None and name not in masks:
             reason = "no mask given for it"
         if not reason:
-            mask = masks[name] if masks is not None else block_mask(linear.weight, config.blocksize, config.density, config.criterion)
+            mask = (
+                masks[name]
+                if masks is not None
+                else block_mask(linear.weight, config.blocksize, config.density, config.criterion)
+            )
         density = 1.0 if mask is None else element_density(mask, config.blocksize, shape)
         if not reason and density > config.max_density:
             reason = f"density {density:.3f} is above max_density {config.max_density}"

@@ -49,7 +49,9 @@ class SparseLinear(nn.Module):
         Raises SparsePruneError where mask and blocksize do not fit the weight.
         """
         if not isinstance(linear, nn.Linear):
-            raise SparsePruneError("linear", "an nn.Linear", type(linear).__name__, "use sparsify_(model, ...) for a whole model")
+            raise SparsePruneError(
+                "linear", "an nn.Linear", type(linear).__name__, "use sparsify_(model, ...) for a whole model"
+            )
         packed = BsrWeight.from_dense(linear.weight, mask, check_blocksize(blocksize))
         layer = cls.from_bsr(packed, None if linear.bias is None else linear.bias.detach().clone())
         layer.values.requires_grad_(linear.weight.requires_grad)
@@ -134,9 +136,13 @@ class SparseLinear(nn.Module):
             self._prepacked, self._prepacked_key = prepack(self.values.detach()), key
         return self._prepacked
 
-    def _explain(self, x: Tensor, values: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> None:
+    def _explain(
+        self, x: Tensor, values: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+    ) -> None:
         shape = (self.out_features, self.in_features)
-        bsr_linear(x, BsrWeight(shape, self.blocksize, self.crow_indices, self.col_indices, values), bias, activation, residual)
+        bsr_linear(
+            x, BsrWeight(shape, self.blocksize, self.crow_indices, self.col_indices, values), bias, activation, residual
+        )
 
     def extra_repr(self) -> str:
         """What print(layer) shows between the brackets."""

@@ -28,11 +28,21 @@ def check_blocksize(blocksize: Sequence[int], shape: Sequence[int] | None = None
     except (TypeError, ValueError):
         valid = False
     if not valid:
-        raise SparsePruneError("blocksize", "two positive integers (R, C)", blocksize, "pass for example blocksize=(32, 32)")
-    block_rows, block_cols = int(block_rows), int(block_cols)
-    if shape is not None and block_rows >= shape[0] and block_cols >= shape[1] and (block_rows, block_cols) != tuple(shape):
         raise SparsePruneError(
-            "blocksize", f"a block that fits a weight of shape {tuple(shape)}", (block_rows, block_cols), "choose smaller blocks"
+            "blocksize", "two positive integers (R, C)", blocksize, "pass for example blocksize=(32, 32)"
+        )
+    block_rows, block_cols = int(block_rows), int(block_cols)
+    if (
+        shape is not None
+        and block_rows >= shape[0]
+        and block_cols >= shape[1]
+        and (block_rows, block_cols) != tuple(shape)
+    ):
+        raise SparsePruneError(
+            "blocksize",
+            f"a block that fits a weight of shape {tuple(shape)}",
+            (block_rows, block_cols),
+            "choose smaller blocks",
         )
     return block_rows, block_cols
 
@@ -71,7 +81,11 @@ def check_mask(block_mask: Tensor, shape: Sequence[int], blocksize: Sequence[int
     """Return block_mask; raises SparsePruneError unless it is a bool tensor of grid_shape(shape, blocksize)."""
     expected = grid_shape(shape, blocksize)
     if not isinstance(block_mask, Tensor) or block_mask.dtype != torch.bool or tuple(block_mask.shape) != expected:
-        got = f"{block_mask.dtype} {tuple(block_mask.shape)}" if isinstance(block_mask, Tensor) else type(block_mask).__name__
+        got = (
+            f"{block_mask.dtype} {tuple(block_mask.shape)}"
+            if isinstance(block_mask, Tensor)
+            else type(block_mask).__name__
+        )
         raise SparsePruneError(
             "block_mask",
             f"a bool tensor of shape {expected} for a weight of shape {tuple(shape)} in {blocksize[0]}x{blocksize[1]} blocks",

@@ -32,7 +32,9 @@ for _name, _schema in (("bsr_linear", _LINEAR), ("bsr_linear_dx", _DX), ("bsr_sd
 
 
 def _reference_linear(x, crow_indices, col_indices, values, prepacked, out_features, bias, activation, residual):
-    return reference.bsr_linear(x, crow_indices, col_indices, values, out_features, bias, activation, residual).contiguous()
+    return reference.bsr_linear(
+        x, crow_indices, col_indices, values, out_features, bias, activation, residual
+    ).contiguous()
 
 
 _library.impl("bsr_linear", _reference_linear, "CompositeExplicitAutograd")
@@ -92,7 +94,9 @@ def backend_for(device: torch.device | str, dtype: torch.dtype, backend: str = "
     if reason is None:
         return f"cpu:{backends.cpu_isa(dtype)}"
     if backend == "cpu":
-        raise SparsePruneError("backend", "a backend that can run here", "'cpu'", f"{reason}; backend='auto' uses plain PyTorch")
+        raise SparsePruneError(
+            "backend", "a backend that can run here", "'cpu'", f"{reason}; backend='auto' uses plain PyTorch"
+        )
     return "reference"
 
 
@@ -124,8 +128,12 @@ def bsr_linear(
     for name, tensor, shape in (("x", x, None), ("bias", bias, (n,)), ("residual", residual, out_shape)):
         if tensor is None:
             continue
-        _require(tensor.dtype == packed.values.dtype, name, f"dtype {packed.values.dtype} like the weight", tensor.dtype)
-        _require(tensor.device == packed.values.device, name, f"device {packed.values.device} like the weight", tensor.device)
+        _require(
+            tensor.dtype == packed.values.dtype, name, f"dtype {packed.values.dtype} like the weight", tensor.dtype
+        )
+        _require(
+            tensor.device == packed.values.device, name, f"device {packed.values.device} like the weight", tensor.device
+        )
         _require(shape is None or tuple(tensor.shape) == shape, name, f"shape {shape}", tuple(tensor.shape))
     chosen = backend_for(x.device, x.dtype, backend)
     rows = flatten_rows(x)  # [M, K]

@@ -51,7 +51,9 @@ def bsr_linear_dx(dy: Tensor, crow_indices: Tensor, col_indices: Tensor, values:
     return dy @ dense_from_bsr(crow_indices, col_indices, values, (dy.shape[1], in_features))
 
 
-def bsr_sdd(dy: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, block_rows_: int, block_cols: int) -> Tensor:
+def bsr_sdd(
+    dy: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, block_rows_: int, block_cols: int
+) -> Tensor:
     """dvalues[nnzb, R, C]: the blocks of dW[N, K] = dy[M, N]^T @ x[M, K] that the pattern stores."""
     grid = pad_to_blocks(dy.T @ x, (block_rows_, block_cols)).transpose(1, 2)  # [N/R, K/C, R, C]
     return grid[block_rows(crow_indices, col_indices.numel()), col_indices.long()]

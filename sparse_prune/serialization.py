@@ -1,7 +1,7 @@
 """Packed checkpoints: safetensors files of a model whose linear layers are SparseLinear, and writing that leaves no half file.
 
-Version 1 of the layout: the model's state dict as it is (a SparseLinear `name` gives `name.values` [nnzb, R, C], `name.crow_indices`,
-`name.col_indices` and perhaps `name.bias`) and three entries of metadata: `format` = "sparse-prune", `version` = "1", and
+Version 1 of the layout: the model's state dict as it is (a SparseLinear `name` gives `name.values` [nnzb, R, C],
+`name.crow_indices`, `name.col_indices` and perhaps `name.bias`) and three entries of metadata: `format` = "sparse-prune", `version` = "1", and
 `layers`, JSON of name -> {"shape": [N, K], "blocksize": [R, C], "nnzb": n}. `aliases`, JSON of name -> name, is there where
 modules share a tensor.
 """
@@ -123,7 +123,9 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> Path:
         save_file(tensors, temporary, metadata)
     config = getattr(model, "config", None)
     if hasattr(config, "to_diff_dict"):
-        write_json(path / "config.json", config.to_diff_dict() | {"quantization_config": {"quant_method": "sparse_prune"}})
+        write_json(
+            path / "config.json", config.to_diff_dict() | {"quantization_config": {"quant_method": "sparse_prune"}}
+        )
     return path / WEIGHTS_NAME
 
 
@@ -150,7 +152,9 @@ def load_packed(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     file = weights_file(path)
     tensors, metadata = read_tensors(file)
     if metadata.get("format") != FORMAT:
-        raise SparsePruneError(str(file), "a packed checkpoint", "other safetensors", "make one with save_packed or `sparse-prune pack`")
+        raise SparsePruneError(
+            str(file), "a packed checkpoint", "other safetensors", "make one with save_packed or `sparse-prune pack`"
+        )
     if metadata.get("version") != VERSION:
         raise SparsePruneError(str(file), f"layout version {VERSION}", metadata.get("version"), "update sparse-prune")
     described, aliases = _parse_layers(file, metadata)
@@ -181,14 +185,20 @@ def save_masks(masks: Mapping[str, Tensor], blocksize: tuple[int, int], path: st
     """Write block masks (module name -> bool [ceil(N/R), ceil(K/C)]) as a safetensors file of uint8."""
     with atomic_path(path) as temporary:
         tensors = {name: mask.to(torch.uint8).contiguous() for name, mask in masks.items()}
-        save_file(tensors, temporary, {"format": f"{FORMAT}-masks", "version": VERSION, "blocksize": json.dumps(list(blocksize))})
+        save_file(
+            tensors,
+            temporary,
+            {"format": f"{FORMAT}-masks", "version": VERSION, "blocksize": json.dumps(list(blocksize))},
+        )
 
 
 def load_masks(path: str | os.PathLike) -> tuple[dict[str, Tensor], tuple[int, int]]:
     """The masks and the block size that save_masks wrote; raises SparsePruneError where the file is not such a file."""
     tensors, metadata = read_tensors(Path(path))
     if metadata.get("format") != f"{FORMAT}-masks":
-        raise SparsePruneError(str(path), "a file of block masks", "other safetensors", "make it with `sparse-prune prune`")
+        raise SparsePruneError(
+            str(path), "a file of block masks", "other safetensors", "make it with `sparse-prune prune`"
+        )
     try:
         r, c = json.loads(metadata["blocksize"])
         blocksize = int(r), int(c)
@@ -227,7 +237,9 @@ def _parse_layers(file: Path, metadata: dict[str, str]) -> tuple[dict[str, tuple
             raise ValueError("aliases must name tensors")
         return layers, aliases
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SparsePruneError(str(file), "a description of the layers in the metadata", f"{error!r}", _DAMAGED) from None
+        raise SparsePruneError(
+            str(file), "a description of the layers in the metadata", f"{error!r}", _DAMAGED
+        ) from None
 
 
 def _make_layer(model, file, name, shape, arrays, bias) -> SparseLinear:
@@ -239,13 +251,19 @@ def _make_layer(model, file, name, shape, arrays, bias) -> SparseLinear:
     fits = isinstance(module, (nn.Linear, SparseLinear)) and (module.out_features, module.in_features) == (n, k)
     if not fits:
         got = f"{type(module).__name__} {module.extra_repr()}" if module is not None else "no such module"
-        raise SparsePruneError(f"{file}: {name}", f"a linear layer of {k} -> {n} in the model", got, "build the model that was packed")
+        raise SparsePruneError(
+            f"{file}: {name}", f"a linear layer of {k} -> {n} in the model", got, "build the model that was packed"
+        )
     crow_indices, col_indices, values = arrays
     check_finite(values, f"{file}: {name}.values")
     if (bias is None) != (module.bias is None) or (bias is not None and tuple(bias.shape) != (n,)):
         got = "none" if bias is None else tuple(bias.shape)
-        raise SparsePruneError(f"{file}: {name}.bias", "none" if module.bias is None else f"shape ({n},)", got, _DAMAGED)
-    layer = SparseLinear(k, n, crow_indices, col_indices, torch.empty_like(values), None if bias is None else torch.empty_like(bias))
+        raise SparsePruneError(
+            f"{file}: {name}.bias", "none" if module.bias is None else f"shape ({n},)", got, _DAMAGED
+        )
+    layer = SparseLinear(
+        k, n, crow_indices, col_indices, torch.empty_like(values), None if bias is None else torch.empty_like(bias)
+    )
     like = next(module.parameters())
     return layer.to(like.device, like.dtype)
 
@@ -262,7 +280,10 @@ def _check_fit(model: nn.Module, file: Path, layers: Mapping[str, SparseLinear],
     for name in sorted(set(expected) | set(got)):
         if expected.get(name) != got.get(name):
             raise SparsePruneError(
-                f"{file}: {name}", expected.get(name, "no such tensor"), got.get(name, "none"), "build the model that was packed"
+                f"{file}: {name}",
+                expected.get(name, "no such tensor"),
+                got.get(name, "none"),
+                "build the model that was packed",
             )
 
 

@@ -80,7 +80,10 @@ def _first_row_swapped(packed):
 
 
 BROKEN = {
-    "crow does not start at 0": (lambda p: {"crow_indices": p.crow_indices + 1}, "crow_indices: expected a first entry of 0"),
+    "crow does not start at 0": (
+        lambda p: {"crow_indices": p.crow_indices + 1},
+        "crow_indices: expected a first entry of 0",
+    ),
     "crow does not end at nnzb": (
         lambda p: {"crow_indices": torch.cat([p.crow_indices[:-1], p.crow_indices[-1:] + 1])},
         "crow_indices: expected a last entry of",
@@ -93,7 +96,10 @@ BROKEN = {
     "crow int64": (lambda p: {"crow_indices": p.crow_indices.long()}, "crow_indices: expected int32"),
     "col negative": (lambda p: {"col_indices": p.col_indices - 1}, "col_indices: expected entries from 0"),
     "col out of range": (lambda p: {"col_indices": p.col_indices + 1}, "col_indices: expected entries below 3"),
-    "col unsorted": (lambda p: {"col_indices": _first_row_swapped(p)}, "col_indices: expected ascending, unique columns"),
+    "col unsorted": (
+        lambda p: {"col_indices": _first_row_swapped(p)},
+        "col_indices: expected ascending, unique columns",
+    ),
     "col repeated": (lambda p: {"col_indices": torch.zeros_like(p.col_indices)}, "col_indices: expected ascending"),
     "values of another block": (lambda p: {"values": p.values[:, :8]}, r"values: expected shape \[nnzb, 16, 32\]"),
     "values int8": (lambda p: {"values": p.values.to(torch.int8)}, "values: expected float32"),

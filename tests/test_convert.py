@@ -47,7 +47,9 @@ def test_masks_decide_where_given():
 
 def test_output_is_that_of_the_masked_model():
     model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32))
-    masks = {name: torch.rand(3, 2) < 0.5 if name == "0" else torch.tensor([[True, False, True]]) for name in ("0", "2")}
+    masks = {
+        name: torch.rand(3, 2) < 0.5 if name == "0" else torch.tensor([[True, False, True]]) for name in ("0", "2")
+    }
     with torch.no_grad():
         for name, mask in masks.items():
             weight = model.get_submodule(name).weight

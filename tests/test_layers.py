@@ -75,7 +75,9 @@ def test_state_dict_deepcopy_and_file_without_pickle():
     _, layer, _ = make()
     x = torch.randn(4, 64)
     state = load(save(layer.state_dict()))
-    other = sp.SparseLinear(64, 96, *(torch.zeros_like(state[name]) for name in ("crow_indices", "col_indices", "values", "bias")))
+    other = sp.SparseLinear(
+        64, 96, *(torch.zeros_like(state[name]) for name in ("crow_indices", "col_indices", "values", "bias"))
+    )
     other.load_state_dict(state)
     for twin in (other, copy.deepcopy(layer)):
         assert torch.equal(twin(x), layer(x))

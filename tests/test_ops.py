@@ -139,7 +139,10 @@ BAD_CALLS = {
     "x on another device": (dict(x=torch.zeros(4, 64, device="meta")), r"x: expected device cpu"),
     "bias shape": (dict(bias=torch.zeros(63)), r"bias: expected shape \(96,\)"),
     "residual shape": (dict(residual=torch.zeros(4, 95)), r"residual: expected shape \(4, 96\)"),
-    "activation": (dict(activation="swish"), r"activation: expected one of none, relu, gelu, gelu_tanh, silu, got 'swish'"),
+    "activation": (
+        dict(activation="swish"),
+        r"activation: expected one of none, relu, gelu, gelu_tanh, silu, got 'swish'",
+    ),
     "backend": (dict(backend="tpu"), r"backend: expected one of auto, cpu, reference, got 'tpu'"),
 }
 

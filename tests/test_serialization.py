@@ -83,9 +83,15 @@ BROKEN_TENSORS = {
     "values too few": (_set("0.values", lambda t: t[:-1].clone()), "0.crow_indices|0.col_indices"),
     "values of another block": (_set("0.values", lambda t: t[:, :8].clone()), "0.values: expected shape"),
     "NaN": (_set("0.values", lambda t: t * float("nan")), "0.values: expected finite numbers"),
-    "layer tensor missing": (lambda t: {k: v for k, v in t.items() if k != "0.values"}, "0.values: expected a tensor, got none"),
+    "layer tensor missing": (
+        lambda t: {k: v for k, v in t.items() if k != "0.values"},
+        "0.values: expected a tensor, got none",
+    ),
     "bias missing": (lambda t: {k: v for k, v in t.items() if k != "0.bias"}, "0.bias: expected shape"),
-    "other tensor missing": (lambda t: {k: v for k, v in t.items() if k != "3.weight"}, r"3.weight: expected \(45,\), got none"),
+    "other tensor missing": (
+        lambda t: {k: v for k, v in t.items() if k != "3.weight"},
+        r"3.weight: expected \(45,\), got none",
+    ),
     "other tensor of another shape": (_set("4.weight", lambda t: t[:2].clone()), r"4.weight: expected \(3, 45\)"),
     "stranger": (lambda t: t | {"9.weight": torch.zeros(2)}, "9.weight: expected no such tensor"),
 }
@@ -109,8 +115,14 @@ BROKEN_METADATA = {
     "no layers": ({"layers": "[1"}, "expected a description of the layers"),
     "layers of another form": ({"layers": '{"0": {"shape": [1]}}'}, "expected a description of the layers"),
     "wrong nnzb": ({"layers": '{"0": {"shape": [96, 64], "blocksize": [16, 32], "nnzb": 1}}'}, "expected 1 blocks"),
-    "negative shape": ({"layers": '{"0": {"shape": [-96, 64], "blocksize": [16, 32], "nnzb": 1}}'}, "description of the layers"),
-    "layer not in the model": ({"layers": '{"7": {"shape": [96, 64], "blocksize": [16, 32], "nnzb": 1}}'}, "7.crow_indices"),
+    "negative shape": (
+        {"layers": '{"0": {"shape": [-96, 64], "blocksize": [16, 32], "nnzb": 1}}'},
+        "description of the layers",
+    ),
+    "layer not in the model": (
+        {"layers": '{"7": {"shape": [96, 64], "blocksize": [16, 32], "nnzb": 1}}'},
+        "7.crow_indices",
+    ),
     "alias of nothing": ({"aliases": '{"a": "b"}'}, "expected the tensor b that it shares"),
 }
 
