@@ -54,7 +54,7 @@ def plain_mask(saliency: list[list[float]], blocksize: tuple[int, int], density:
     for i in range(n):
         for j in range(k):
             sums[i // blocksize[0]][j // blocksize[1]] += saliency[i][j]
-    order = sorted(((-sums[r][c], r, c) for r in range(rows) for c in range(cols)))
+    order = sorted((-sums[r][c], r, c) for r in range(rows) for c in range(cols))
     mask = torch.zeros(rows, cols, dtype=torch.bool)
     for _, r, c in order[: max(1, round(density * rows * cols))]:
         mask[r, c] = True
@@ -93,10 +93,13 @@ def test_random_is_seeded_and_even():
 
 
 @pytest.mark.parametrize(
-    ("criterion", "missing"), [("gradient", "grad"), ("taylor", "grad"), ("movement", "grad"), ("fisher", "grad"), ("wanda", "activation_norm")]
+    ("criterion", "missing"),
+    [("gradient", "grad"), ("taylor", "grad"), ("movement", "grad"), ("fisher", "grad"), ("wanda", "activation_norm")],
 )
 def test_missing_tensors_are_named(criterion, missing):
-    with pytest.raises(SparsePruneError, match=f"^{missing}: expected a tensor, which criterion '{criterion}' needs, got None; "):
+    with pytest.raises(
+        SparsePruneError, match=f"^{missing}: expected a tensor, which criterion '{criterion}' needs, got None; "
+    ):
         block_mask(torch.ones(4, 4), (2, 2), 0.5, criterion)
 
 
@@ -150,7 +153,10 @@ def test_articles_rule_by_hand():
 def test_blocks_of_the_articles_rule_compare_means_also_at_the_edge():
     weight = torch.ones(3, 3)
     weight[2, 2] = 0.5
-    assert threshold_mask(weight, None, 0.6, relative_to="weight", blocksize=(2, 2)).tolist() == [[True, True], [True, False]]
+    assert threshold_mask(weight, None, 0.6, relative_to="weight", blocksize=(2, 2)).tolist() == [
+        [True, True],
+        [True, False],
+    ]
 
 
 @pytest.mark.parametrize("alpha", [-1.0, math.nan])
@@ -177,8 +183,15 @@ def test_bisection_hits_the_density(on, relative_to, blocksize, density):
     found = find_alpha(t["weight"], t["grad"], density, on, relative_to, blocksize)
     mask = threshold_mask(t["weight"], t["grad"], found.alpha, on, relative_to, blocksize)
     assert mask.double().mean().item() == pytest.approx(found.density)
-    assert mask.sum().item() in {max(1, math.floor(density * mask.numel() + 0.5)), max(1, round(density * mask.numel()))}
-    assert found.reachable[0] <= density + 1e-9 and found.reachable[1] >= density - 1e-9 or found.density * mask.numel() == 1
+    assert mask.sum().item() in {
+        max(1, math.floor(density * mask.numel() + 0.5)),
+        max(1, round(density * mask.numel())),
+    }
+    assert (
+        found.reachable[0] <= density + 1e-9
+        and found.reachable[1] >= density - 1e-9
+        or found.density * mask.numel() == 1
+    )
 
 
 def test_bisection_tells_what_ties_allow():
@@ -188,7 +201,9 @@ def test_bisection_tells_what_ties_allow():
     assert threshold_mask(weight, None, found.alpha, relative_to="weight").sum() == 3
     exact = find_alpha(weight, None, 0.75, relative_to="weight")
     assert (exact.density, exact.reachable) == (0.75, (0.75, 0.75))
-    assert find_alpha(torch.ones(4, 4), None, 0.3, relative_to="weight") == AlphaSearch(pytest.approx(1.0), 1.0, (0.0, 1.0))
+    assert find_alpha(torch.ones(4, 4), None, 0.3, relative_to="weight") == AlphaSearch(
+        pytest.approx(1.0), 1.0, (0.0, 1.0)
+    )
 
 
 @given(st.lists(st.integers(-4, 4), min_size=2, max_size=24), st.floats(0.01, 1.0))
@@ -200,7 +215,9 @@ def test_bisection_finds_the_nearest_reachable_density(values, density):
     reachable = {sum(abs(v) >= level for v in values) / len(values) for level in {abs(v) for v in values} | {0}}
     nearest = min(abs(d - density) for d in reachable)
     assert found.density in reachable and abs(found.density - density) <= nearest + 1e-12
-    assert threshold_mask(weight, None, found.alpha, relative_to="weight").double().mean().item() == pytest.approx(found.density)
+    assert threshold_mask(weight, None, found.alpha, relative_to="weight").double().mean().item() == pytest.approx(
+        found.density
+    )
 
 
 @given(

@@ -54,7 +54,12 @@ def test_teacher_gets_no_gradient():
     student, teacher = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
     hidden = [torch.randn(2, 3, 4, requires_grad=True) for _ in range(2)]
     (distillation_loss(student, teacher) + hidden_loss(hidden[:1], hidden[1:])).backward()
-    assert teacher.grad is None and hidden[1].grad is None and student.grad.abs().sum() > 0 and hidden[0].grad.abs().sum() > 0
+    assert (
+        teacher.grad is None
+        and hidden[1].grad is None
+        and student.grad.abs().sum() > 0
+        and hidden[0].grad.abs().sum() > 0
+    )
 
 
 def test_hidden_against_torch():
@@ -63,7 +68,9 @@ def test_hidden_against_torch():
     torch.testing.assert_close(hidden_loss(student, teacher), expected)
     mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
     kept = mask.bool()
-    expected = sum(F.mse_loss(s[kept], t[kept]) / t[kept].square().mean() for s, t in zip(student, teacher, strict=True)) / 3
+    expected = (
+        sum(F.mse_loss(s[kept], t[kept]) / t[kept].square().mean() for s, t in zip(student, teacher, strict=True)) / 3
+    )
     torch.testing.assert_close(hidden_loss(student, teacher, mask), expected)
 
 
@@ -87,7 +94,10 @@ def test_bfloat16_is_computed_in_float32():
         (lambda: distillation_loss(torch.ones(2, 3), torch.ones(2, 4)), "^teacher_logits: expected shape"),
         (lambda: distillation_loss(torch.ones(2, 3), torch.ones(2, 3), 0.0), "^temperature"),
         (lambda: distillation_loss(torch.ones(2, 3), torch.ones(2, 3), mask=torch.ones(3)), "^mask: expected shape"),
-        (lambda: distillation_loss(torch.ones(2, 3), torch.ones(2, 3), labels=torch.ones(3)), "^labels: expected shape"),
+        (
+            lambda: distillation_loss(torch.ones(2, 3), torch.ones(2, 3), labels=torch.ones(3)),
+            "^labels: expected shape",
+        ),
         (lambda: hidden_loss([torch.ones(1, 2, 3)], []), "^teacher_hiddens: expected as many layers"),
         (lambda: hidden_loss([], []), "^teacher_hiddens"),
         (lambda: hidden_loss([torch.ones(1, 2, 3)], [torch.ones(1, 2, 4)]), "^teacher_hiddens: expected shape"),

@@ -37,7 +37,14 @@ def test_one_step_is_enough():
     assert Schedule("oneshot", 0.5, 1).density_at(1) == 0.5
 
 
-@given(st.sampled_from(KINDS), st.floats(0.01, 1.0), st.integers(1, 60), st.integers(0, 20), st.integers(0, 20), st.integers(1, 8))
+@given(
+    st.sampled_from(KINDS),
+    st.floats(0.01, 1.0),
+    st.integers(1, 60),
+    st.integers(0, 20),
+    st.integers(0, 20),
+    st.integers(1, 8),
+)
 def test_never_rises_and_stays_between(kind, density, span, warmup, cooldown, rounds):
     schedule = Schedule(kind, density, span + warmup + cooldown, warmup, cooldown, rounds)
     values = [schedule.density_at(step) for step in range(schedule.total_steps + 1)]
