@@ -95,7 +95,7 @@ class PruneConfig:
             )
         if self.alpha is not None and self.regrow:
             raise SparsePruneError("regrow", "False with alpha", True, "a threshold prunes without competition")
-        self.timetable  # noqa: B018  a Schedule checks itself
+        _ = self.timetable  # a Schedule checks itself
 
     @property
     def timetable(self) -> Schedule:
@@ -156,9 +156,11 @@ class Pruner:
     heads      for granularity "head", the HeadGroups; default: find_heads(model)
 
     A pruned weight is exactly 0 after step(), and with attach() also straight after optimizer.step(): neither momentum nor weight
-    decay revives it. Saliency accumulates over steps as a running mean (config.smoothing). A pruned block stays pruned, unless
-    config.regrow. Its weights are 0, and so is every saliency that has the weight as a factor: it could only compete with values
-    remembered from before.
+    decay revives it. Saliency accumulates over steps as a running mean (config.smoothing).
+
+    A pruned block stays pruned, unless config.regrow: its weights are 0, and so is every saliency that has the weight as a factor,
+    so it could only compete with values remembered from before, which takes a copy of the weights. On a 3-layer text classifier
+    at density 0.2 in 32x32 blocks regrowing moved accuracy by less than another seed does.
 
     Under scope "global" the blocks of highest saliency per element stay, whatever layer they are in. Criteria that estimate a
     change of the loss (taylor, movement, fisher) compare as they are; the others are divided by their layer's mean when pruning
@@ -193,6 +195,7 @@ class Pruner:
         self._square_sum: dict[str, Tensor] = {}
         self._rows: dict[str, int] = {}
         self._handles: list = []
+        self._optimizer_handle = None
         if self.config.criterion == "random":
             generator = torch.Generator().manual_seed(self.config.seed)
             self._saliency = self._unit_saliency(lambda name, weight: {"generator": generator})
@@ -202,13 +205,12 @@ class Pruner:
                 self._rows[name] = 0
                 self._handles.append(module.register_forward_pre_hook(self._norm_hook(name)))
 
-    # -- what a caller uses ---------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def step(self) -> None:
         """Count one optimizer step: take up the gradients, choose new masks when due, and put pruned weights back to 0.
 
-        Call it after optimizer.step() and before zero_grad(). Saliency uses the weights after the optimizer's step.
+        Call it after optimizer.step() and before zero_grad(); where a GradScaler skips an optimizer step, skip this too. Saliency
+        uses the weights after the optimizer's step. Raises SparsePruneError for missing gradients, NaN and infinity.
         """
         self.steps += 1
         if not self.done:
@@ -323,6 +325,8 @@ class Pruner:
                 own[key] = value.to(self._modules[key].weight.device, copy=True)
         self._refresh_dropped()
         self.apply_()
+        if self.done:
+            self.remove_hooks(optimizer=False)
 
     def reduce_saliency(self, saliency: dict[str, Tensor]) -> dict[str, Tensor]:
         """Mean over the ranks of torch.distributed, where that is initialised; the one place to override for another layout."""
@@ -342,10 +346,6 @@ class Pruner:
         if optimizer and self._optimizer_handle is not None:
             self._optimizer_handle.remove()
             self._optimizer_handle = None
-
-    _optimizer_handle = None
-
-    # -- saliency -------------------------------------------------------------------------------------------------------------
 
     def _accumulate(self, due: bool) -> None:
         """Fold this step's saliency into the running one; criteria without gradients are only computed when due."""
@@ -419,8 +419,6 @@ class Pruner:
             )
         return (self._square_sum[name] / self._rows[name]).sqrt()
 
-    # -- masks ----------------------------------------------------------------------------------------------------------------
-
     def _select(self, saliency: dict[str, Tensor], density: float) -> dict[str, Tensor]:
         """What to keep at this density, by config.scope."""
         if not self.config.regrow:
@@ -483,8 +481,6 @@ class Pruner:
             for name, mask in self.masks.items()
             if not mask.all()
         }
-
-    # -- units ----------------------------------------------------------------------------------------------------------------
 
     def _make_units(self, heads: Sequence[HeadGroup] | None) -> dict[str, _Unit]:
         granularity = self.config.granularity

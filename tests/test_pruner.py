@@ -48,9 +48,6 @@ def assert_exact(pruner: Pruner) -> None:
         assert (weight[pruned_entries(pruner, name)] == 0).all() and torch.isfinite(weight).all()
 
 
-# -- what is kept -----------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("granularity", ["element", "block", "row", "column"])
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
 def test_one_step_is_block_mask(criterion, granularity):
@@ -184,9 +181,6 @@ def test_a_layer_without_gradient_this_step_counts_as_zero():
     assert pruner.masks["2"].sum() == round(0.05 * 220) < pruner.masks["0"].sum()
 
 
-# -- exact zeros ------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("attached", [True, False])
 @pytest.mark.parametrize("regrow", [True, False])
 @pytest.mark.parametrize("name", ["sgd", "nesterov", "adamw", "adamw_fused"])
@@ -246,9 +240,6 @@ def test_regrown_blocks_return_with_their_weights():
         kept = expand_mask(pruner.masks["0"], (2, 2), start.shape)
         assert torch.equal(model[0].weight, start * kept)
     assert returned > 0
-
-
-# -- resuming ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -330,9 +321,6 @@ def test_equal_runs_are_equal():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-# -- the article's threshold ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("relative_to", ["grad", "weight"])
 @pytest.mark.parametrize("criterion", ["threshold", "gradient"])
 def test_alpha_is_the_articles_rule(criterion, relative_to):
@@ -369,9 +357,6 @@ def test_alpha_found_for_a_density_gives_that_density():
     pruner = Pruner(model, config, filter_fn=lambda name, module: name == "0")
     pruner.step()
     assert pruner.density() == pytest.approx(0.3, abs=1e-3) and list(pruner.masks) == ["0"]
-
-
-# -- heads ------------------------------------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -487,9 +472,6 @@ def test_masks_on_another_grid():
         assert torch.equal(mask, torch.nn.functional.max_pool2d((weight != 0).float()[None], (2, 4))[0] > 0)
 
 
-# -- ranks ------------------------------------------------------------------------------------------------------------------------
-
-
 def _rank(rank: int, file: str, results) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
@@ -539,9 +521,6 @@ def test_ranks_agree(tmp_path):
     train_step(alone, 100)
     pruner.step()
     assert {name: mask.tolist() for name, mask in pruner.masks.items()} != results[0]
-
-
-# -- refusals ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
