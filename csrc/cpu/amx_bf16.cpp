@@ -6,9 +6,9 @@
 #include <immintrin.h>
 #include <cstring>
 #ifdef SPARSE_PRUNE_EMULATE_AMX
-SPARSE_PRUNE_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+SPARSE_PRUNE_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prfchw")
 #else
-SPARSE_PRUNE_TARGET("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+SPARSE_PRUNE_TARGET("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prfchw")
 #endif
 
 namespace sparse_prune {

@@ -4,7 +4,7 @@
 
 #if SPARSE_PRUNE_X86
 #include <immintrin.h>
-SPARSE_PRUNE_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+SPARSE_PRUNE_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prfchw")
 
 namespace sparse_prune {
 namespace {

@@ -6,8 +6,6 @@
 //     acc[m][v] += x[m, k] * w[k, v]
 // V provides: Elem, F (vector), W (lanes), zero, set1, load, store, add, fma, activate, load_bf16/f16, store_bf16/f16, bf16_pairs.
 
-constexpr int kMaxTileOutputs = 64;  // widest strip, 4 vectors of 16 floats
-
 // Weights in the accumulator's own type, one input per step.
 template <class V>
 struct Plain {
@@ -87,16 +85,36 @@ void finish(const typename Fmt::Vec::Elem* z, int64_t ldz, const typename Fmt::V
   }
 }
 
-// One tile of a block-row: x points at its first row, w at the first output of the strip, bias (never null) at
-// NV * W values.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+inline void prefetch_to_write(void* p) { __builtin_prefetch(p, 1, 3); }
+
+// One step: NV vectors of weights by MR broadcast inputs, for each of the parts that a weight vector holds.
+template <class Fmt, int MR, int NV, class F>
+inline void tile_step(const typename Fmt::X* x, int64_t ldx, const typename Fmt::Wt* w, F (&acc)[MR][NV]) {
+  // Weights stream from L2, L3 or memory; the hardware's prefetcher stops at each 4 KiB page, this one does not.
+  constexpr int64_t ahead = 3072 / sizeof(typename Fmt::Wt), line = 64 / sizeof(typename Fmt::Wt);
+  for (int64_t j = 0; j < NV * Fmt::Vec::W * Fmt::step; j += line) prefetch(w + ahead + j);
+  F b[NV][Fmt::parts];
+  for (int v = 0; v < NV; ++v) Fmt::weights(w + v * Fmt::Vec::W * Fmt::step, b[v]);
+  for (int p = 0; p < Fmt::parts; ++p)
+    for (int m = 0; m < MR; ++m) {
+      const F xv = Fmt::broadcast(x + m * ldx, p);
+      for (int v = 0; v < NV; ++v) acc[m][v] = Fmt::multiply_add(xv, b[v][p], acc[m][v]);
+    }
+}
+
+// One tile of a block-row: x points at its first row, w at the first output of the strip; bias is null or holds NV * W values.
 template <class Fmt, int MR, int NV>
 void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, const typename Fmt::Wt* w, int64_t begin, int64_t end,
-                 const typename Fmt::Vec::Elem* bias, const typename Fmt::Y* residual, typename Fmt::Y* y, const Strip& s) {
+                 const typename Fmt::Y* bias, const typename Fmt::Y* residual, typename Fmt::Y* y, const Strip& s) {
   using V = typename Fmt::Vec;
   using F = typename V::F;
   // An FMA takes 4 cycles and one or two start per cycle: few accumulators need several independent sums.
   constexpr int KU = MR * NV >= 8 ? 1 : (MR * NV >= 4 ? 2 : 4);
-  constexpr int step = Fmt::step, parts = Fmt::parts;
+  constexpr int step = Fmt::step;
+  constexpr int64_t x_line = 64 / sizeof(typename Fmt::X);
+  for (int m = 0; m < MR; ++m)
+    for (int64_t n = 0; n < s.cols; n += 64 / sizeof(typename Fmt::Y)) prefetch_to_write(y + m * s.ldy + n);
   F acc[KU][MR][NV];  // [KU][MR][NV * W]
   for (int u = 0; u < KU; ++u)
     for (int m = 0; m < MR; ++m)
@@ -108,33 +126,18 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
     const int64_t inputs = a.K - k0 < a.C ? a.K - k0 : a.C;
     const typename Fmt::X* xb = x + k0;                             // [MR, inputs]
     const typename Fmt::Wt* wb = w + (a.block ? a.block[e] : e) * block_size;  // [inputs / step][R][step]
+    if (e + 1 < end) {  // the next block's x is anywhere in the row, which no hardware prefetcher can know
+      const typename Fmt::X* next = x + a.col[e + 1] * a.C;
+      for (int64_t j = 0; j < a.C; j += x_line)
+        for (int m = 0; m < MR; ++m) prefetch(next + m * ldx + j);
+    }
     int64_t k = 0;
-    if (KU > 1) {
-      for (; k + KU * step <= inputs; k += KU * step) {
-        for (int u = 0; u < KU; ++u) {
-          F b[NV][parts];
-          for (int v = 0; v < NV; ++v) Fmt::weights(wb + v * V::W * step, b[v]);
-          for (int p = 0; p < parts; ++p)
-            for (int m = 0; m < MR; ++m) {
-              const F xv = Fmt::broadcast(xb + m * ldx + k + u * step, p);
-              for (int v = 0; v < NV; ++v) acc[u][m][v] = Fmt::multiply_add(xv, b[v][p], acc[u][m][v]);
-            }
-          wb += ldw;
-        }
-      }
-    }
-    for (; k + step <= inputs; k += step) {
-      F b[NV][parts];
-      for (int v = 0; v < NV; ++v) Fmt::weights(wb + v * V::W * step, b[v]);
-      for (int p = 0; p < parts; ++p)
-        for (int m = 0; m < MR; ++m) {
-          const F xv = Fmt::broadcast(xb + m * ldx + k, p);
-          for (int v = 0; v < NV; ++v) acc[0][m][v] = Fmt::multiply_add(xv, b[v][p], acc[0][m][v]);
-        }
-      wb += ldw;
-    }
+    for (; k + KU * step <= inputs; k += KU * step)
+      for (int u = 0; u < KU; ++u, wb += ldw) tile_step<Fmt, MR, NV>(xb + k + u * step, ldx, wb, acc[u]);
+    if (KU > 1)
+      for (; k + step <= inputs; k += step, wb += ldw) tile_step<Fmt, MR, NV>(xb + k, ldx, wb, acc[0]);
     if (step > 1 && k < inputs) {  // an odd input: its pair's other half is not x of this block
-      F b[NV][parts];
+      F b[NV][Fmt::parts];
       for (int v = 0; v < NV; ++v) Fmt::weights(wb + v * V::W * step, b[v]);
       for (int m = 0; m < MR; ++m) {
         const F xv = Fmt::broadcast_last(xb + m * ldx + k);
@@ -146,10 +149,11 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
     for (int m = 0; m < MR; ++m)
       for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], acc[u][m][v]);
   // The bias comes last: a sum that starts from it would round every product to the bias's magnitude.
-  for (int v = 0; v < NV; ++v) {
-    const F b = V::load(bias + v * V::W);
-    for (int m = 0; m < MR; ++m) acc[0][m][v] = V::add(acc[0][m][v], b);
-  }
+  if (bias)
+    for (int v = 0; v < NV; ++v) {
+      const F b = Fmt::load_y(bias + v * V::W);
+      for (int m = 0; m < MR; ++m) acc[0][m][v] = V::add(acc[0][m][v], b);
+    }
   if (s.activation == Activation::none && s.cols == NV * V::W) {
     for (int m = 0; m < MR; ++m)
       for (int v = 0; v < NV; ++v) {
@@ -167,7 +171,7 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
 
 template <class Fmt>
 using TileFn = void (*)(const LinearArgs&, const typename Fmt::X*, int64_t, const typename Fmt::Wt*, int64_t, int64_t,
-                        const typename Fmt::Vec::Elem*, const typename Fmt::Y*, typename Fmt::Y*, const Strip&);
+                        const typename Fmt::Y*, const typename Fmt::Y*, typename Fmt::Y*, const Strip&);
 
 // tile_of<Fmt, NV>::row[MR - 1]; the largest MR leaves registers for NV weight vectors (times parts) and one broadcast.
 template <class Fmt, int NV, int MR>
@@ -200,43 +204,60 @@ struct Tiles {
   }
 };
 
+// One past the last block-row from i on whose weights stay in L2 (256 KiB of it) while all rows of x pass over them.
+inline int64_t group_end(const LinearArgs& a, int64_t i, int64_t i1, int64_t weight_bytes) {
+  const int64_t blocks = (256 << 10) / (a.R * a.C * weight_bytes);
+  int64_t g = i + 1;
+  while (g < i1 && a.crow[g + 1] - a.crow[i] <= blocks) ++g;
+  return g;
+}
+
 // Rows [m0, m1) of block-rows [i0, i1). x is a.x, or its rows widened to float, as X with ldx elements per row, starting at row m0.
+// A group of block-rows is finished for one panel of rows before the next panel: its x then stays in L1, and y is written along rows.
 template <class Fmt>
 void linear_range(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, int64_t m0, int64_t m1, int64_t i0, int64_t i1) {
   using V = typename Fmt::Vec;
   using Y = typename Fmt::Y;
   static const Tiles<Fmt> tiles;
-  const Y* bias_all = static_cast<const Y*>(a.bias);
-  for (int64_t i = i0; i < i1; ++i) {
-    const int64_t begin = a.crow[i], end = a.crow[i + 1];
-    const int64_t outputs = a.N - i * a.R < a.R ? a.N - i * a.R : a.R;
-    for (int64_t r = 0; r < outputs;) {
-      const int64_t left = outputs - r;
-      const bool wide = Tiles<Fmt>::widest == 4 && left >= 4 * V::W;
-      const int vectors = wide ? 4 : (left > V::W ? 2 : 1);
-      const TileFn<Fmt>* table = wide ? tiles.four : (vectors == 2 ? tiles.two : tiles.one);
-      const int64_t most = wide ? max_rows<Fmt, Tiles<Fmt>::widest>() : (vectors == 2 ? max_rows<Fmt, 2>() : max_rows<Fmt, 1>());
-      Strip s;
-      s.cols = left < vectors * V::W ? left : vectors * V::W;
-      s.ldy = a.N;
-      s.activation = a.activation;
-      const int64_t n = i * a.R + r;
-      alignas(64) typename V::Elem bias[kMaxTileOutputs] = {};  // [cols]
-      if (bias_all) {
-        Y edge[kMaxTileOutputs] = {};
-        for (int64_t j = 0; j < s.cols; ++j) edge[j] = bias_all[n + j];
-        for (int v = 0; v < vectors; ++v) V::store(bias + v * V::W, Fmt::load_y(edge + v * V::W));
+  constexpr int widest = Tiles<Fmt>::widest, rows_widest = max_rows<Fmt, widest>(), rows_two = max_rows<Fmt, 2>();
+  const bool has_wide = widest == 4 && a.R >= 4 * V::W;
+  // Panels are whole tiles high, of the strips that R is made of, and nearly equal: 16 rows are 8 + 8, not 14 + 2.
+  const int64_t panel = has_wide || widest == 2 ? 2 * rows_widest : rows_two;
+  const int64_t rows = m1 - m0, panels = (rows + panel - 1) / panel;
+  Strip s;
+  s.ldy = a.N;
+  s.activation = a.activation;
+  for (int64_t g0 = i0, g1; g0 < i1; g0 = g1) {
+    g1 = group_end(a, g0, i1, sizeof(typename Fmt::Wt));
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t from = rows * p / panels, high = rows * (p + 1) / panels - from;
+      for (int64_t i = g0; i < g1; ++i) {
+        const int64_t outputs = a.N - i * a.R < a.R ? a.N - i * a.R : a.R;
+        for (int64_t r = 0; r < outputs;) {
+          const int64_t left = outputs - r, n = i * a.R + r;
+          const bool wide = has_wide && left >= 4 * V::W;
+          const int vectors = wide ? 4 : (left > V::W ? 2 : 1);
+          const TileFn<Fmt>* table = wide ? tiles.four : (vectors == 2 ? tiles.two : tiles.one);
+          const int64_t most = wide ? rows_widest : (vectors == 2 ? rows_two : max_rows<Fmt, 1>());
+          s.cols = left < vectors * V::W ? left : vectors * V::W;
+          const Y* bias = a.bias ? static_cast<const Y*>(a.bias) + n : nullptr;  // [vectors * W]
+          Y edge[2 * V::W] = {};
+          if (bias && s.cols < vectors * V::W) {
+            for (int64_t j = 0; j < s.cols; ++j) edge[j] = bias[j];
+            bias = edge;
+          }
+          const typename Fmt::Wt* w = static_cast<const typename Fmt::Wt*>(a.w) + r * Fmt::step;
+          const int64_t count = (high + most - 1) / most;
+          for (int64_t t = 0; t < count; ++t) {
+            const int64_t m = from + high * t / count;
+            s.rows = from + high * (t + 1) / count - m;
+            const int64_t at = (m0 + m) * a.N + n;
+            table[s.rows - 1](a, x + m * ldx, ldx, w, a.crow[i], a.crow[i + 1], bias,
+                              a.residual ? static_cast<const Y*>(a.residual) + at : nullptr, static_cast<Y*>(a.y) + at, s);
+          }
+          r += s.cols;
+        }
       }
-      const typename Fmt::Wt* w = static_cast<const typename Fmt::Wt*>(a.w) + r * Fmt::step;
-      const int64_t rows = m1 - m0, count = (rows + most - 1) / most;
-      for (int64_t t = 0; t < count; ++t) {  // tiles of nearly equal height: 16 rows are 8 + 8, not 14 + 2
-        const int64_t from = rows * t / count, to = rows * (t + 1) / count;
-        s.rows = to - from;
-        const int64_t at = (m0 + from) * a.N + n;
-        table[s.rows - 1](a, x + from * ldx, ldx, w, begin, end, bias, a.residual ? static_cast<const Y*>(a.residual) + at : nullptr,
-                          static_cast<Y*>(a.y) + at, s);
-      }
-      r += s.cols;
     }
   }
 }
