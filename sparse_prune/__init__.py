@@ -1,1 +1,37 @@
-"""Block-sparse pruning for self-attention models, with the kernels that make it fast."""
+"""Block-sparse pruning for self-attention models, with the kernels that make it fast.
+
+mask   = sp.block_mask(weight, blocksize=(32, 32), density=0.2)
+packed = sp.BsrWeight.from_dense(weight, mask, blocksize=(32, 32))
+y      = sp.bsr_linear(x, packed, bias, activation="gelu")
+layer  = sp.SparseLinear.from_dense(linear, mask, blocksize=(32, 32))
+result = sp.sparsify_(model, sp.BlockSparseConfig(blocksize=(32, 32), density=0.2))
+"""
+
+from __future__ import annotations
+
+from .bsr import BsrWeight
+from .convert import BlockSparseConfig, SparsifyResult, sparsify_
+from .criteria import block_mask
+from .errors import SparsePruneError
+from .layers import SparseLinear, fused_linear
+from .ops import backend_for, bsr_linear
+from .pruner import PruneConfig, Pruner
+from .serialization import load_packed, save_packed
+
+__version__ = "0.1.0"
+__all__ = [
+    "BlockSparseConfig",
+    "BsrWeight",
+    "PruneConfig",
+    "Pruner",
+    "SparseLinear",
+    "SparsePruneError",
+    "SparsifyResult",
+    "backend_for",
+    "block_mask",
+    "bsr_linear",
+    "fused_linear",
+    "load_packed",
+    "save_packed",
+    "sparsify_",
+]

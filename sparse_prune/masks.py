@@ -28,11 +28,21 @@ def check_blocksize(blocksize: Sequence[int], shape: Sequence[int] | None = None
     except (TypeError, ValueError):
         valid = False
     if not valid:
-        raise SparsePruneError("blocksize", "two positive integers (R, C)", blocksize, "pass for example blocksize=(32, 32)")
-    block_rows, block_cols = int(block_rows), int(block_cols)
-    if shape is not None and block_rows >= shape[0] and block_cols >= shape[1] and (block_rows, block_cols) != tuple(shape):
         raise SparsePruneError(
-            "blocksize", f"a block that fits a weight of shape {tuple(shape)}", (block_rows, block_cols), "choose smaller blocks"
+            "blocksize", "two positive integers (R, C)", blocksize, "pass for example blocksize=(32, 32)"
+        )
+    block_rows, block_cols = int(block_rows), int(block_cols)
+    if (
+        shape is not None
+        and block_rows >= shape[0]
+        and block_cols >= shape[1]
+        and (block_rows, block_cols) != tuple(shape)
+    ):
+        raise SparsePruneError(
+            "blocksize",
+            f"a block that fits a weight of shape {tuple(shape)}",
+            (block_rows, block_cols),
+            "choose smaller blocks",
         )
     return block_rows, block_cols
 
@@ -44,7 +54,7 @@ def check_density(density: float) -> float:
     except (TypeError, ValueError):
         value = math.nan
     if not 0.0 < value <= 1.0:
-        raise SparsePruneError("density", "a kept fraction in (0, 1]", density, "pass for example 0.2 to keep a fifth of the blocks")
+        raise SparsePruneError("density", "a kept fraction in (0, 1]", density, "pass for example 0.2 to keep a fifth")
     return value
 
 
@@ -71,7 +81,11 @@ def check_mask(block_mask: Tensor, shape: Sequence[int], blocksize: Sequence[int
     """Return block_mask; raises SparsePruneError unless it is a bool tensor of grid_shape(shape, blocksize)."""
     expected = grid_shape(shape, blocksize)
     if not isinstance(block_mask, Tensor) or block_mask.dtype != torch.bool or tuple(block_mask.shape) != expected:
-        got = f"{block_mask.dtype} {tuple(block_mask.shape)}" if isinstance(block_mask, Tensor) else type(block_mask).__name__
+        got = (
+            f"{block_mask.dtype} {tuple(block_mask.shape)}"
+            if isinstance(block_mask, Tensor)
+            else type(block_mask).__name__
+        )
         raise SparsePruneError(
             "block_mask",
             f"a bool tensor of shape {expected} for a weight of shape {tuple(shape)} in {blocksize[0]}x{blocksize[1]} blocks",
@@ -89,7 +103,7 @@ def expand_mask(block_mask: Tensor, blocksize: Sequence[int], shape: Sequence[in
 
 
 def element_density(block_mask: Tensor, blocksize: Sequence[int], shape: Sequence[int]) -> float:
-    """Kept elements over all elements of a weight of shape (N, K); differs from the density of blocks where edge blocks are cut."""
+    """Kept elements over all elements of a weight of shape (N, K); not the density of blocks where edge blocks are cut."""
     (n, k), (r, c) = shape, blocksize
     rows, cols = grid_shape(shape, blocksize)
     heights = torch.full((rows,), r, dtype=torch.float64, device=block_mask.device)
@@ -99,7 +113,7 @@ def element_density(block_mask: Tensor, blocksize: Sequence[int], shape: Sequenc
 
 
 def top_mask(saliency: Tensor, density: float) -> Tensor:
-    """Keep the max(1, round(density * numel)) entries of highest saliency; ties go to the lower index, so the result is deterministic.
+    """Keep the max(1, round(density * numel)) entries of highest saliency; ties go to the lower index.
 
     Raises SparsePruneError on NaN saliency: a mask chosen by NaN is arbitrary.
     """

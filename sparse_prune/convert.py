@@ -1,0 +1,173 @@
+"""sparsify_: every nn.Linear of a model that can gain from it becomes a SparseLinear; the rest stay, each with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .criteria import block_mask
+from .errors import SparsePruneError
+from .layers import SparseLinear
+from .masks import block_sum, check_blocksize, check_density, element_density
+
+
+@dataclass(frozen=True)
+class BlockSparseConfig:
+    """How sparsify_ prunes and packs.
+
+    blocksize     (R, C)
+    density       kept fraction of each layer's blocks; used where no masks are given
+    criterion     "magnitude" or "random", which need the weight alone; for the others prune with a Pruner and pass its masks
+    max_density   layers that keep more than this stay dense, because a dense matmul is then as fast
+    """
+
+    blocksize: tuple[int, int] = (32, 32)
+    density: float = 0.2
+    criterion: str = "magnitude"
+    max_density: float = 0.9
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocksize", check_blocksize(self.blocksize))
+        check_density(self.density)
+        check_density(self.max_density)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What happened to one nn.Linear: `reason` is empty where it became sparse. density counts elements; bytes count the weight."""
+
+    name: str
+    shape: tuple[int, int]
+    blocksize: tuple[int, int]
+    density: float
+    dense_bytes: int
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class SparsifyResult:
+    """One row per nn.Linear, in module order; print it for the table."""
+
+    layers: list[LayerReport]
+
+    @property
+    def converted(self) -> list[str]:
+        """Names of the layers that are sparse now."""
+        return [row.name for row in self.layers if not row.reason]
+
+    @property
+    def kept_dense(self) -> dict[str, str]:
+        """Name -> reason of the layers that stayed dense."""
+        return {row.name: row.reason for row in self.layers if row.reason}
+
+    @property
+    def density(self) -> float:
+        """Kept elements over all elements of the converted layers; 1.0 if there are none."""
+        rows = [row for row in self.layers if not row.reason]
+        total = sum(row.shape[0] * row.shape[1] for row in rows)
+        return sum(row.density * row.shape[0] * row.shape[1] for row in rows) / total if total else 1.0
+
+    def __str__(self) -> str:
+        width = max((len(row.name) for row in self.layers), default=4)
+        lines = [f"{'layer':<{width}}  {'shape':>13}  {'block':>8}  density  bytes"]
+        for row in self.layers:
+            shape, block = f"{row.shape[0]}x{row.shape[1]}", f"{row.blocksize[0]}x{row.blocksize[1]}"
+            what = f"{row.dense_bytes} -> {row.bytes}" if not row.reason else f"dense: {row.reason}"
+            lines.append(f"{row.name:<{width}}  {shape:>13}  {block:>8}  {row.density:7.3f}  {what}")
+        lines.append(
+            f"{len(self.converted)} of {len(self.layers)} linear layers are sparse, density {self.density:.3f}"
+        )
+        return "\n".join(lines)
+
+
+def sparsify_(
+    model: nn.Module,
+    config: BlockSparseConfig | None = None,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+) -> SparsifyResult:
+    """Replace the nn.Linear modules of model by SparseLinear, in place.
+
+    filter_fn   filter_fn(name, module) -> bool says which layers may change; default: all
+    masks       module name -> bool [ceil(N/R), ceil(K/C)], such as Pruner.masks; layers without one stay dense. Without masks each
+                layer is pruned by config.criterion to config.density.
+
+    Raises SparsePruneError if model has no nn.Linear, or masks name a module that is not one.
+    """
+    config = config or BlockSparseConfig()
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if not linears:
+        raise SparsePruneError(
+            "model",
+            "a module with nn.Linear inside",
+            type(model).__name__,
+            "pass the model itself, not one nn.Linear of it",
+        )
+    unknown = sorted(set(masks or ()) - set(linears))
+    if unknown:
+        raise SparsePruneError(
+            "masks", "names of nn.Linear modules of the model", unknown[0], "use Pruner.masks of the same model"
+        )
+    shared = _shared_weights(model)
+    rows = []
+    for name, linear in linears.items():
+        shape = tuple(linear.weight.shape)
+        reason, mask = _why_dense(model, name, linear, shared, filter_fn), None
+        if not reason and masks is not None and name not in masks:
+            reason = "no mask given for it"
+        if not reason:
+            mask = (
+                masks[name]
+                if masks is not None
+                else block_mask(linear.weight, config.blocksize, config.density, config.criterion)
+            )
+        density = 1.0 if mask is None else element_density(mask, config.blocksize, shape)
+        if not reason and density > config.max_density:
+            reason = f"density {density:.3f} is above max_density {config.max_density}"
+        dense_bytes = linear.weight.numel() * linear.weight.element_size()
+        packed_bytes = dense_bytes
+        if not reason:
+            layer = SparseLinear.from_dense(linear, mask, config.blocksize)
+            set_module(model, name, layer)
+            packed_bytes = layer.packed.nbytes
+        rows.append(LayerReport(name, shape, config.blocksize, density, dense_bytes, packed_bytes, reason))
+    return SparsifyResult(rows)
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """model.<name> = module for a dotted name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def nonzero_masks(model: nn.Module, blocksize: tuple[int, int]) -> dict[str, Tensor]:
+    """Block masks of the zeros that each nn.Linear's weight already has: False where a whole block is zero.
+
+    Layers without such a block are left out.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    masks = {name: block_sum((module.weight.detach() != 0).float(), blocksize) > 0 for name, module in linears.items()}
+    return {name: mask for name, mask in masks.items() if not mask.all()}
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    """ids of the parameters that more than one module holds."""
+    seen, shared = set(), set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            (shared if id(parameter) in seen else seen).add(id(parameter))
+    return shared
+
+
+def _why_dense(model, name, linear, shared, filter_fn) -> str:
+    if filter_fn is not None and not filter_fn(name, linear):
+        return "left out by filter_fn"
+    if id(linear.weight) in shared:
+        return "its weight is shared with another module"
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads the weight itself"
+    return ""

@@ -1,0 +1,163 @@
+"""SparseLinear, the drop-in for nn.Linear, and the call that model code uses to fuse what follows a linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .bsr import BsrWeight
+from .errors import SparsePruneError
+from .masks import check_blocksize
+from .ops import Activation, bsr_linear, flatten_rows, prepack, values_key
+from .reference import ACTIVATIONS
+
+
+class SparseLinear(nn.Module):
+    """y[..., N] = act(x[..., K] @ W[N, K]^T + b[N]) + residual with W in block sparse row form.
+
+    Called, trained, moved and saved like nn.Linear. Only the kept blocks exist: `values` [nnzb, R, C] is the parameter (gradients
+    and optimizer state have its size) and the int32 buffers `crow_indices`, `col_indices` say where they belong.
+
+    The kernels read values in an order of their own, which is derived on the first call without gradients and made again when
+    values change. A write through `values.data` is invisible to PyTorch's version counter: call `refresh_()` after one.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        crow_indices: Tensor,
+        col_indices: Tensor,
+        values: Tensor,
+        bias: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("crow_indices", crow_indices)
+        self.register_buffer("col_indices", col_indices)
+        self.values = nn.Parameter(values)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self._prepacked: Tensor | None = None
+        self._prepacked_key: object = None
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear, mask: Tensor, blocksize: Sequence[int] = (32, 32)) -> SparseLinear:
+        """The kept blocks of linear.weight (mask: bool [ceil(N/R), ceil(K/C)]) and its bias, copied; mode and grad flags follow.
+
+        Raises SparsePruneError where mask and blocksize do not fit the weight.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise SparsePruneError(
+                "linear", "an nn.Linear", type(linear).__name__, "use sparsify_(model, ...) for a whole model"
+            )
+        packed = BsrWeight.from_dense(linear.weight, mask, check_blocksize(blocksize))
+        layer = cls.from_bsr(packed, None if linear.bias is None else linear.bias.detach().clone())
+        layer.values.requires_grad_(linear.weight.requires_grad)
+        return layer.train(linear.training)
+
+    @classmethod
+    def from_bsr(cls, packed: BsrWeight, bias: Tensor | None = None) -> SparseLinear:
+        """A layer that shares the tensors of packed."""
+        n, k = packed.shape
+        return cls(k, n, packed.crow_indices, packed.col_indices, packed.values, bias)
+
+    @property
+    def blocksize(self) -> tuple[int, int]:
+        """(R, C): output features and input features of a block."""
+        return self.values.shape[1], self.values.shape[2]
+
+    @property
+    def packed(self) -> BsrWeight:
+        """The weight as a BsrWeight that shares this layer's tensors."""
+        shape = (self.out_features, self.in_features)
+        return BsrWeight(shape, self.blocksize, self.crow_indices, self.col_indices, self.values)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight made dense, [N, K]: for code that reads it. Computed on each access; writing to it changes nothing."""
+        return self.packed.to_dense()
+
+    @property
+    def density(self) -> float:
+        """Kept elements over N * K."""
+        return self.packed.density
+
+    def to_dense(self) -> nn.Linear:
+        """The nn.Linear with the same weight and bias, zeros where blocks were pruned."""
+        like = {"device": self.values.device, "dtype": self.values.dtype}
+        dense = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, bias=self.bias is not None, **like)
+        with torch.no_grad():
+            dense.weight.copy_(self.weight)
+            if self.bias is not None:
+                dense.bias.copy_(self.bias)
+        return dense.train(self.training)
+
+    def refresh_(self) -> SparseLinear:
+        """Forget what was derived from values."""
+        self._prepacked = self._prepacked_key = None
+        return self
+
+    def forward(self, x: Tensor, activation: Activation = "none", residual: Tensor | None = None) -> Tensor:
+        """x [..., K] -> act(x @ W^T + b) + residual, [..., N]."""
+        values, bias = self.values, self.bias
+        if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, values, bias = x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+            residual = None if residual is None else residual.to(dtype)
+        if x.shape[-1:] != (self.in_features,) or x.dtype != values.dtype or x.device != values.device:
+            self._explain(x, values, bias, activation, residual)
+        if torch.is_grad_enabled() and values.requires_grad or values is not self.values:
+            prepacked = None
+        else:
+            prepacked = self._current_prepacked()
+        out_shape = (*x.shape[:-1], self.out_features)
+        if residual is not None:
+            residual = residual.reshape(-1, self.out_features).contiguous()
+        y = torch.ops.sparse_prune.bsr_linear(
+            flatten_rows(x),
+            self.crow_indices,
+            self.col_indices,
+            values,
+            prepacked,
+            self.out_features,
+            bias,
+            activation,
+            residual,
+        )
+        return y.view(out_shape)
+
+    def _current_prepacked(self) -> Tensor | None:
+        if torch.compiler.is_compiling():
+            return self._prepacked
+        key = values_key(self.values)
+        if key != self._prepacked_key:
+            self._prepacked, self._prepacked_key = prepack(self.values.detach()), key
+        return self._prepacked
+
+    def _explain(
+        self, x: Tensor, values: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+    ) -> None:
+        shape = (self.out_features, self.in_features)
+        bsr_linear(
+            x, BsrWeight(shape, self.blocksize, self.crow_indices, self.col_indices, values), bias, activation, residual
+        )
+
+    def extra_repr(self) -> str:
+        """What print(layer) shows between the brackets."""
+        r, c = self.blocksize
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, blocksize={r}x{c}, "
+            f"density={self.density:.3f}, bias={self.bias is not None}"
+        )
+
+
+def fused_linear(
+    module: nn.Module, x: Tensor, activation: Activation = "none", residual: Tensor | None = None
+) -> Tensor:
+    """act(module(x)) + residual, in one kernel where module is a SparseLinear and step by step where it is an nn.Linear."""
+    if isinstance(module, SparseLinear):
+        return module(x, activation, residual)
+    y = ACTIVATIONS[activation](module(x))
+    return y if residual is None else y + residual

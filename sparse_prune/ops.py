@@ -1,0 +1,172 @@
+"""The operators `sparse_prune::bsr_linear`, `bsr_linear_dx` and `bsr_sdd`, and the function people call.
+
+The schema, shape rule and gradient live here once. Devices get their kernels by dispatch key: the C++ extension registers CPU,
+and plain PyTorch (reference.py) serves every device and dtype that has no kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import backends, reference
+from .bsr import BsrWeight
+from .errors import SparsePruneError
+
+Activation = Literal["none", "relu", "gelu", "gelu_tanh", "silu"]
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
+BACKENDS = ("auto", "cpu", "reference")
+
+_LINEAR = (
+    "(Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor? prepacked, int out_features, Tensor? bias, "
+    "str activation, Tensor? residual) -> Tensor"
+)
+_DX = "(Tensor dy, Tensor crow_indices, Tensor col_indices, Tensor values, int in_features) -> Tensor"
+_SDD = "(Tensor dy, Tensor x, Tensor crow_indices, Tensor col_indices, int block_rows, int block_cols) -> Tensor"
+
+_library = torch.library.Library("sparse_prune", "FRAGMENT")
+for _name, _schema in (("bsr_linear", _LINEAR), ("bsr_linear_dx", _DX), ("bsr_sdd", _SDD)):
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _reference_linear(x, crow_indices, col_indices, values, prepacked, out_features, bias, activation, residual):
+    return reference.bsr_linear(
+        x, crow_indices, col_indices, values, out_features, bias, activation, residual
+    ).contiguous()
+
+
+_library.impl("bsr_linear", _reference_linear, "CompositeExplicitAutograd")
+_library.impl("bsr_linear_dx", reference.bsr_linear_dx, "CompositeExplicitAutograd")
+_library.impl("bsr_sdd", reference.bsr_sdd, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sparse_prune::bsr_linear", lib=_library)
+def _(x, crow_indices, col_indices, values, prepacked, out_features, bias, activation, residual):
+    return x.new_empty(x.shape[0], out_features)
+
+
+@torch.library.register_fake("sparse_prune::bsr_linear_dx", lib=_library)
+def _(dy, crow_indices, col_indices, values, in_features):
+    return dy.new_empty(dy.shape[0], in_features)
+
+
+@torch.library.register_fake("sparse_prune::bsr_sdd", lib=_library)
+def _(dy, x, crow_indices, col_indices, block_rows, block_cols):
+    return dy.new_empty(col_indices.shape[0], block_rows, block_cols)
+
+
+def _save_for_backward(ctx, inputs, output):
+    x, crow_indices, col_indices, values, prepacked, _, bias, activation, _ = inputs
+    ctx.save_for_backward(x, crow_indices, col_indices, values, prepacked, bias)
+    ctx.activation = activation
+
+
+def _backward(ctx, dy):
+    """dx = dz @ W, dvalues = blocks of dz^T @ x, db = sum of dz over M, dresidual = dy, with dz = dy * act'(z)."""
+    x, crow, col, values, prepacked, bias = ctx.saved_tensors
+    dz = dy.contiguous()  # [M, N]
+    if ctx.activation != "none":
+        # z is computed again: keeping it would cost [M, N] for every layer of a model in training.
+        z = torch.ops.sparse_prune.bsr_linear(x, crow, col, values, prepacked, dy.shape[1], bias, "none", None)
+        dz = reference.activation_grad(dz, z, ctx.activation)
+    needs_x, _, _, needs_values, _, _, needs_bias, _, needs_residual = ctx.needs_input_grad
+    dx = torch.ops.sparse_prune.bsr_linear_dx(dz, crow, col, values, x.shape[1]) if needs_x else None
+    dvalues = torch.ops.sparse_prune.bsr_sdd(dz, x, crow, col, *values.shape[1:]) if needs_values else None
+    dbias = dz.sum(0) if needs_bias else None
+    return dx, None, None, dvalues, None, None, dbias, None, dy if needs_residual else None
+
+
+torch.library.register_autograd("sparse_prune::bsr_linear", _backward, setup_context=_save_for_backward, lib=_library)
+
+
+def backend_for(device: torch.device | str, dtype: torch.dtype, backend: str = "auto") -> str:
+    """The backend that bsr_linear runs for that device and dtype: "cpu" (with its instruction set, "cpu:avx512") or "reference".
+
+    Raises SparsePruneError with the reason when a backend is named that cannot run.
+    """
+    if backend not in BACKENDS:
+        raise SparsePruneError("backend", f"one of {', '.join(BACKENDS)}", repr(backend), "leave it at 'auto'")
+    if backend == "reference":
+        return "reference"
+    reason = backends.cpu_unavailable(torch.device(device), dtype)
+    if reason is None:
+        return f"cpu:{backends.cpu_isa(dtype)}"
+    if backend == "cpu":
+        raise SparsePruneError(
+            "backend", "a backend that can run here", "'cpu'", f"{reason}; backend='auto' uses plain PyTorch"
+        )
+    return "reference"
+
+
+def prepack(values: Tensor) -> Tensor | None:
+    """values[nnzb, R, C] in the order the CPU kernels read, or None where plain PyTorch will run."""
+    if backends.cpu_unavailable(values.device, values.dtype) is not None:
+        return None
+    return torch.ops.sparse_prune.cpu_prepack(values)
+
+
+def bsr_linear(
+    x: Tensor,
+    packed: BsrWeight,
+    bias: Tensor | None = None,
+    activation: Activation = "none",
+    residual: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """y[..., N] = act(x[..., K] @ W[N, K]^T + bias[N]) + residual[..., N], accumulated in float32.
+
+    x, packed.values, bias and residual share one dtype (float32, bfloat16, float16; float64 by plain PyTorch) and device.
+    Differentiable in x, packed.values, bias and residual. `backend_for(x.device, x.dtype, backend)` tells which backend runs.
+    Raises SparsePruneError for shapes, dtypes or devices that do not agree, and for a backend that cannot run here.
+    """
+    n, k = packed.shape
+    _require(x.ndim >= 1 and x.shape[-1] == k, "x", f"a last dimension of {k} (in_features)", tuple(x.shape))
+    _require(activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+    out_shape = (*x.shape[:-1], n)
+    for name, tensor, shape in (("x", x, None), ("bias", bias, (n,)), ("residual", residual, out_shape)):
+        if tensor is None:
+            continue
+        _require(
+            tensor.dtype == packed.values.dtype, name, f"dtype {packed.values.dtype} like the weight", tensor.dtype
+        )
+        _require(
+            tensor.device == packed.values.device, name, f"device {packed.values.device} like the weight", tensor.device
+        )
+        _require(shape is None or tuple(tensor.shape) == shape, name, f"shape {shape}", tuple(tensor.shape))
+    chosen = backend_for(x.device, x.dtype, backend)
+    rows = flatten_rows(x)  # [M, K]
+    flat_residual = None if residual is None else residual.reshape(-1, n).contiguous()  # [M, N]
+    bsr = (packed.crow_indices, packed.col_indices, packed.values)
+    if chosen == "reference":
+        y = reference.bsr_linear(rows, *bsr, n, bias, activation, flat_residual)
+    else:
+        training = torch.is_grad_enabled() and packed.values.requires_grad
+        packed_values = None if training else _cached_prepack(packed)
+        y = torch.ops.sparse_prune.bsr_linear(rows, *bsr, packed_values, n, bias, activation, flat_residual)
+    return y.reshape(out_shape)
+
+
+def flatten_rows(x: Tensor) -> Tensor:
+    """x[..., K] as [M, K] with unit inner stride, a view wherever that is possible."""
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def values_key(values: Tensor) -> object:
+    """Changes whenever values were written in place or replaced, so that what is derived from them is made again."""
+    version = 0 if values.is_inference() else values._version
+    return version, values.data_ptr(), values.dtype, values.device
+
+
+def _cached_prepack(packed: BsrWeight) -> Tensor | None:
+    key = values_key(packed.values)
+    if packed._prepacked is None or packed._prepacked[0] != key:
+        packed._prepacked = (key, prepack(packed.values.detach()))
+    return packed._prepacked[1]
+
+
+def _require(ok: bool, argument: str, expected: str, got: object) -> None:
+    if not ok:
+        raise SparsePruneError(argument, expected, got, "see help(sparse_prune.bsr_linear)")

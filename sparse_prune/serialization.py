@@ -1,0 +1,293 @@
+"""Packed checkpoints: safetensors files of a model whose linear layers are SparseLinear, and writing that leaves no half file.
+
+Version 1 of the layout: the model's state dict as it is (a SparseLinear `name` gives `name.values` [nnzb, R, C],
+`name.crow_indices`, `name.col_indices` and perhaps `name.bias`) and three entries of metadata: `format` = "sparse-prune", `version` = "1", and
+`layers`, JSON of name -> {"shape": [N, K], "blocksize": [R, C], "nnzb": n}. `aliases`, JSON of name -> name, is there where
+modules share a tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .bsr import check_finite, validate_bsr
+from .convert import set_module
+from .errors import SparsePruneError
+from .layers import SparseLinear
+
+FORMAT, VERSION = "sparse-prune", "1"
+WEIGHTS_NAME = "model.safetensors"
+MASKS_NAME = "masks.safetensors"
+_DAMAGED = "the file is damaged or was not made by sparse-prune: pack the model again"
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary sibling of a file to write to; it takes the file's name when the block ends, and goes away if it fails."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary sibling directory that replaces the directory path when the block ends, and goes away if it fails."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        if path.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            os.replace(path, retired / path.name)
+            os.replace(temporary, path)
+            shutil.rmtree(retired)
+        else:
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: str | os.PathLike, data: Any) -> None:
+    """Write data as indented UTF-8 JSON, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Parsed JSON of a file; raises SparsePruneError that names the file where it is missing or malformed."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SparsePruneError(str(path), "a file", "nothing there", "check the path") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SparsePruneError(str(path), "JSON in UTF-8", str(error), "write it again") from None
+
+
+def save_packed(model: nn.Module, path: str | os.PathLike) -> Path:
+    """Write model (with its SparseLinear layers packed) as a safetensors file, and return the file's path.
+
+    path is a file name ending in .safetensors, or a directory, which gets `model.safetensors` and, for a Hugging Face model, a
+    `config.json` that says the checkpoint is packed. Raises SparsePruneError if the model has no SparseLinear.
+    """
+    path = Path(path)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    if not layers:
+        raise SparsePruneError("model", "at least one SparseLinear", "none", "call sparsify_(model, ...) first")
+    tensors, aliases, owner = {}, {}, {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+        if key in owner:
+            aliases[name] = owner[key]
+        else:
+            owner[key] = name
+            tensors[name] = tensor.detach().contiguous()
+    described = {
+        name: {
+            "shape": [layer.out_features, layer.in_features],
+            "blocksize": list(layer.blocksize),
+            "nnzb": layer.values.shape[0],
+        }
+        for name, layer in layers.items()
+    }
+    metadata = {"format": FORMAT, "version": VERSION, "layers": json.dumps(described)}
+    if aliases:
+        metadata["aliases"] = json.dumps(aliases)
+    if path.suffix == ".safetensors":
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata)
+        return path
+    path.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path / WEIGHTS_NAME) as temporary:
+        save_file(tensors, temporary, metadata)
+    config = getattr(model, "config", None)
+    if hasattr(config, "to_diff_dict"):
+        write_json(
+            path / "config.json", config.to_diff_dict() | {"quantization_config": {"quant_method": "sparse_prune"}}
+        )
+    return path / WEIGHTS_NAME
+
+
+def is_packed(path: str | os.PathLike) -> bool:
+    """Whether path (a file, or a directory with model.safetensors) is a packed checkpoint by its metadata."""
+    file = weights_file(path)
+    if not file.is_file():
+        return False
+    try:
+        with safetensors.safe_open(file, "pt") as handle:
+            return (handle.metadata() or {}).get("format") == FORMAT
+    except safetensors.SafetensorError:
+        return False
+
+
+def load_packed(model: nn.Module, path: str | os.PathLike) -> nn.Module:
+    """Load a packed checkpoint into model, in place, and return it.
+
+    model is the architecture with its linear layers dense or sparse; those that the file lists become SparseLinear of the file's
+    pattern. The file is untrusted: indices, shapes and dtypes are checked before any layer changes.
+
+    Raises SparsePruneError where the file is missing, damaged, of a newer version, or does not fit the model.
+    """
+    file = weights_file(path)
+    tensors, metadata = read_tensors(file)
+    if metadata.get("format") != FORMAT:
+        raise SparsePruneError(
+            str(file), "a packed checkpoint", "other safetensors", "make one with save_packed or `sparse-prune pack`"
+        )
+    if metadata.get("version") != VERSION:
+        raise SparsePruneError(str(file), f"layout version {VERSION}", metadata.get("version"), "update sparse-prune")
+    described, aliases = _parse_layers(file, metadata)
+    layers = {}
+    for name, (shape, blocksize, nnzb) in described.items():
+        arrays = []
+        for part in ("crow_indices", "col_indices", "values"):
+            if f"{name}.{part}" not in tensors:
+                raise SparsePruneError(f"{file}: {name}.{part}", "a tensor", "none", _DAMAGED)
+            arrays.append(tensors[f"{name}.{part}"])
+        validate_bsr(shape, blocksize, *arrays, name=f"{file}: {name}")
+        if arrays[2].shape[0] != nnzb:
+            raise SparsePruneError(f"{file}: {name}.values", f"{nnzb} blocks", arrays[2].shape[0], _DAMAGED)
+        layers[name] = _make_layer(model, file, name, shape, arrays, tensors.get(f"{name}.bias"))
+    for name, source in aliases.items():
+        if source not in tensors:
+            raise SparsePruneError(f"{file}: {name}", f"the tensor {source} that it shares", "none", _DAMAGED)
+        tensors[name] = tensors[source]
+    _check_fit(model, file, layers, tensors)
+    for name, layer in layers.items():
+        layer.train(model.get_submodule(name).training)
+        set_module(model, name, layer)
+    model.load_state_dict(tensors)
+    return model
+
+
+def save_masks(masks: Mapping[str, Tensor], blocksize: tuple[int, int], path: str | os.PathLike) -> None:
+    """Write block masks (module name -> bool [ceil(N/R), ceil(K/C)]) as a safetensors file of uint8."""
+    with atomic_path(path) as temporary:
+        tensors = {name: mask.to(torch.uint8).contiguous() for name, mask in masks.items()}
+        save_file(
+            tensors,
+            temporary,
+            {"format": f"{FORMAT}-masks", "version": VERSION, "blocksize": json.dumps(list(blocksize))},
+        )
+
+
+def load_masks(path: str | os.PathLike) -> tuple[dict[str, Tensor], tuple[int, int]]:
+    """The masks and the block size that save_masks wrote; raises SparsePruneError where the file is not such a file."""
+    tensors, metadata = read_tensors(Path(path))
+    if metadata.get("format") != f"{FORMAT}-masks":
+        raise SparsePruneError(
+            str(path), "a file of block masks", "other safetensors", "make it with `sparse-prune prune`"
+        )
+    try:
+        r, c = json.loads(metadata["blocksize"])
+        blocksize = int(r), int(c)
+    except (KeyError, TypeError, ValueError):
+        raise SparsePruneError(str(path), "a blocksize in the metadata", metadata.get("blocksize"), _DAMAGED) from None
+    return {name: mask.bool() for name, mask in tensors.items()}, blocksize
+
+
+def weights_file(path: str | os.PathLike) -> Path:
+    """path itself if it names a .safetensors file, else the weights inside the directory."""
+    path = Path(path)
+    return path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the metadata of a safetensors file; raises SparsePruneError where it is missing or damaged."""
+    if not file.is_file():
+        raise SparsePruneError(str(file), "a safetensors file", "nothing there", "check the path")
+    try:
+        with safetensors.safe_open(file, "pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise SparsePruneError(str(file), "a safetensors file", f"{type(error).__name__}: {error}", _DAMAGED) from None
+
+
+def _parse_layers(file: Path, metadata: dict[str, str]) -> tuple[dict[str, tuple], dict[str, str]]:
+    try:
+        layers = {}
+        for name, entry in json.loads(metadata["layers"]).items():
+            (n, k), (r, c), nnzb = entry["shape"], entry["blocksize"], entry["nnzb"]
+            if not all(isinstance(v, int) and v >= 0 for v in (n, k, r, c, nnzb)):
+                raise ValueError(f"layer {name}: sizes must be integers")
+            layers[name] = ((n, k), (r, c), nnzb)
+        aliases = json.loads(metadata.get("aliases", "{}"))
+        if not all(isinstance(v, str) for v in aliases.values()):
+            raise ValueError("aliases must name tensors")
+        return layers, aliases
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SparsePruneError(
+            str(file), "a description of the layers in the metadata", f"{error!r}", _DAMAGED
+        ) from None
+
+
+def _make_layer(model, file, name, shape, arrays, bias) -> SparseLinear:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        module = None
+    n, k = shape
+    fits = isinstance(module, (nn.Linear, SparseLinear)) and (module.out_features, module.in_features) == (n, k)
+    if not fits:
+        got = f"{type(module).__name__} {module.extra_repr()}" if module is not None else "no such module"
+        raise SparsePruneError(
+            f"{file}: {name}", f"a linear layer of {k} -> {n} in the model", got, "build the model that was packed"
+        )
+    crow_indices, col_indices, values = arrays
+    check_finite(values, f"{file}: {name}.values")
+    if (bias is None) != (module.bias is None) or (bias is not None and tuple(bias.shape) != (n,)):
+        got = "none" if bias is None else tuple(bias.shape)
+        raise SparsePruneError(
+            f"{file}: {name}.bias", "none" if module.bias is None else f"shape ({n},)", got, _DAMAGED
+        )
+    layer = SparseLinear(
+        k, n, crow_indices, col_indices, torch.empty_like(values), None if bias is None else torch.empty_like(bias)
+    )
+    like = next(module.parameters())
+    return layer.to(like.device, like.dtype)
+
+
+def _check_fit(model: nn.Module, file: Path, layers: Mapping[str, SparseLinear], tensors: Mapping[str, Tensor]) -> None:
+    """Raise unless tensors has exactly what the model's state dict will have once layers are in place."""
+    expected = {}
+    for name, tensor in model.state_dict().items():
+        if name.rpartition(".")[0] not in layers:
+            expected[name] = tuple(tensor.shape)
+    for name, layer in layers.items():
+        expected |= {f"{name}.{key}": tuple(tensor.shape) for key, tensor in layer.state_dict().items()}
+    got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(set(expected) | set(got)):
+        if expected.get(name) != got.get(name):
+            raise SparsePruneError(
+                f"{file}: {name}",
+                expected.get(name, "no such tensor"),
+                got.get(name, "none"),
+                "build the model that was packed",
+            )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparse_prune import BsrWeight, SparsePruneError
+from sparse_prune.masks import expand_mask, grid_shape
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def packed_weight(shape=(48, 70), blocksize=(16, 32), dtype=torch.float32, density=0.5):
+    mask = torch.rand(grid_shape(shape, blocksize)) < density
+    return BsrWeight.from_dense(torch.randn(shape, dtype=dtype), mask, blocksize)
+
+
+@given(
+    st.tuples(st.integers(1, 50), st.integers(1, 50)),
+    st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    st.sampled_from(DTYPES),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.integers(0, 2**31),
+)
+def test_round_trip_is_exact(shape, blocksize, dtype, density, seed):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(grid_shape(shape, blocksize), generator=generator) < density
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    packed = BsrWeight.from_dense(weight, mask, blocksize).validate()
+    expected = torch.where(expand_mask(mask, blocksize, shape), weight, torch.zeros((), dtype=dtype))
+    assert torch.equal(packed.to_dense(), expected)
+    assert torch.equal(packed.block_mask(), mask)
+    assert packed.nnzb == mask.sum()
+    assert packed.density == pytest.approx(expand_mask(mask, blocksize, shape).double().mean().item())
+    again = BsrWeight.from_dense(packed.to_dense(), mask, blocksize)
+    assert torch.equal(again.values, packed.values)
+
+
+def test_agrees_with_torch_bsr():
+    mask = torch.rand(4, 3) < 0.5
+    weight = torch.randn(64, 96)
+    packed = BsrWeight.from_dense(weight, mask, (16, 32))
+    theirs = torch.where(expand_mask(mask, (16, 32), (64, 96)), weight, 0.0).to_sparse_bsr((16, 32))
+    assert torch.equal(packed.crow_indices, theirs.crow_indices().int())
+    assert torch.equal(packed.col_indices, theirs.col_indices().int())
+    assert torch.equal(packed.values, theirs.values())
+
+
+def test_bytes_count_values_and_indices():
+    packed = packed_weight((64, 64), (32, 32), torch.bfloat16, density=2)
+    assert packed.nbytes == 64 * 64 * 2 + (3 + 4) * 4
+
+
+def test_to_casts_values_only():
+    packed = packed_weight().to(torch.bfloat16)
+    assert packed.values.dtype == torch.bfloat16 and packed.crow_indices.dtype == torch.int32
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(bad):
+    weight = torch.zeros(32, 32)
+    weight[3, 4] = bad
+    with pytest.raises(SparsePruneError, match="weight: expected finite numbers, got NaN or infinity"):
+        BsrWeight.from_dense(weight, torch.ones(1, 1, dtype=torch.bool), (32, 32))
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(4), torch.zeros(4, 4, dtype=torch.int8), torch.zeros(0, 4), "w"])
+def test_weights_of_another_kind(weight):
+    with pytest.raises(SparsePruneError, match=r"weight: expected a floating-point matrix \[N, K\]"):
+        BsrWeight.from_dense(weight, torch.ones(1, 1, dtype=torch.bool), (4, 4))
+
+
+def _first_row_swapped(packed):
+    col = packed.col_indices.clone()
+    col[0], col[1] = packed.col_indices[1], packed.col_indices[0]
+    return col
+
+
+BROKEN = {
+    "crow does not start at 0": (
+        lambda p: {"crow_indices": p.crow_indices + 1},
+        "crow_indices: expected a first entry of 0",
+    ),
+    "crow does not end at nnzb": (
+        lambda p: {"crow_indices": torch.cat([p.crow_indices[:-1], p.crow_indices[-1:] + 1])},
+        "crow_indices: expected a last entry of",
+    ),
+    "crow decreases": (
+        lambda p: {"crow_indices": torch.stack([p.crow_indices[0], p.crow_indices[2] + 1, *p.crow_indices[2:]])},
+        "crow_indices: expected entries that never decrease",
+    ),
+    "crow too short": (lambda p: {"crow_indices": p.crow_indices[:-1]}, r"crow_indices: expected shape \[4\]"),
+    "crow int64": (lambda p: {"crow_indices": p.crow_indices.long()}, "crow_indices: expected int32"),
+    "col negative": (lambda p: {"col_indices": p.col_indices - 1}, "col_indices: expected entries from 0"),
+    "col out of range": (lambda p: {"col_indices": p.col_indices + 1}, "col_indices: expected entries below 3"),
+    "col unsorted": (
+        lambda p: {"col_indices": _first_row_swapped(p)},
+        "col_indices: expected ascending, unique columns",
+    ),
+    "col repeated": (lambda p: {"col_indices": torch.zeros_like(p.col_indices)}, "col_indices: expected ascending"),
+    "values of another block": (lambda p: {"values": p.values[:, :8]}, r"values: expected shape \[nnzb, 16, 32\]"),
+    "values int8": (lambda p: {"values": p.values.to(torch.int8)}, "values: expected float32"),
+    "values missing": (lambda p: {"values": p.values[1:]}, "col_indices: expected shape"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_validate_names_the_first_violation(case):
+    change, message = BROKEN[case]
+    packed = packed_weight(density=2)
+    with pytest.raises(SparsePruneError, match=message):
+        dataclasses.replace(packed, **change(packed)).validate()
+
+
+def test_all_zero_mask():
+    packed = packed_weight(density=-1).validate()
+    assert packed.nnzb == 0 and packed.density == 0 and not packed.to_dense().any()

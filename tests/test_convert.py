@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import sparse_prune as sp
+from sparse_prune.convert import nonzero_masks
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(64, 64)
+        self.body = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+        self.head = nn.Linear(64, 64, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        return self.head(self.body(self.embedding(ids)))
+
+
+def test_converts_and_says_what_stayed_dense_and_why():
+    model = Tied().eval()
+    dense_bytes = model.body[0].weight.numel() * 4
+    result = sp.sparsify_(model, sp.BlockSparseConfig(density=0.5), filter_fn=lambda name, module: name != "body.2")
+    assert result.converted == ["body.0"]
+    assert isinstance(model.body[0], sp.SparseLinear) and type(model.body[2]) is nn.Linear
+    assert result.kept_dense == {"body.2": "left out by filter_fn", "head": "its weight is shared with another module"}
+    assert result.density == 0.5
+    row = result.layers[0]
+    assert (row.dense_bytes, row.bytes) == (dense_bytes, model.body[0].packed.nbytes)
+    table = str(result)
+    assert "body.0" in table and "left out by filter_fn" in table and "1 of 3 linear layers are sparse" in table
+    assert model(torch.arange(4)).shape == (4, 64)
+
+
+def test_masks_decide_where_given():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    dense = torch.ones(2, 2, dtype=torch.bool)
+    masks = {"0": torch.eye(2, dtype=torch.bool), "1": dense}
+    result = sp.sparsify_(model, masks=masks)
+    assert result.converted == ["0"]
+    assert result.kept_dense == {"1": "density 1.000 is above max_density 0.9", "2": "no mask given for it"}
+    assert torch.equal(model[0].packed.block_mask(), masks["0"])
+
+
+def test_output_is_that_of_the_masked_model():
+    model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32))
+    masks = {
+        name: torch.rand(3, 2) < 0.5 if name == "0" else torch.tensor([[True, False, True]]) for name in ("0", "2")
+    }
+    with torch.no_grad():
+        for name, mask in masks.items():
+            weight = model.get_submodule(name).weight
+            weight.mul_(sp.masks.expand_mask(mask, (32, 32), tuple(weight.shape)))
+    x = torch.randn(5, 64)
+    expected = model(x)
+    sp.sparsify_(model, sp.BlockSparseConfig(max_density=1), masks=masks)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_multihead_attention_keeps_its_projection():
+    model = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval()
+    x = torch.randn(2, 5, 64)
+    result = sp.sparsify_(model, sp.BlockSparseConfig(blocksize=(16, 16), density=0.5))
+    assert result.kept_dense == {"self_attn.out_proj": "nn.MultiheadAttention reads the weight itself"}
+    with torch.no_grad():
+        fast = model(x)
+    torch.testing.assert_close(fast, model(x))
+
+
+def test_zeros_already_there():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    with torch.no_grad():
+        model[1].weight[:32, 32:] = 0
+    masks = nonzero_masks(model, (32, 32))
+    assert list(masks) == ["1"] and masks["1"].tolist() == [[True, False], [True, True]]
+
+
+def test_a_model_with_no_linear():
+    with pytest.raises(sp.SparsePruneError, match="model: expected a module with nn.Linear inside, got ReLU"):
+        sp.sparsify_(nn.ReLU())
+
+
+def test_masks_for_a_module_that_is_not_there():
+    with pytest.raises(sp.SparsePruneError, match="masks: expected names of nn.Linear modules of the model, got 9"):
+        sp.sparsify_(nn.Sequential(nn.Linear(64, 64)), masks={"9": torch.ones(2, 2, dtype=torch.bool)})
+
+
+@pytest.mark.parametrize(("change", "message"), [({"density": 0}, "density"), ({"blocksize": (0, 1)}, "blocksize")])
+def test_bad_config(change, message):
+    with pytest.raises(sp.SparsePruneError, match=f"{message}: expected"):
+        sp.BlockSparseConfig(**change)

@@ -1,0 +1,161 @@
+"""bsr_linear against a float64 definition: forward, every gradient, and the promises an operator makes to torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sparse_prune as sp
+from sparse_prune import ops, reference
+from sparse_prune.masks import expand_mask, grid_shape
+
+ACTIVATIONS = list(ops.ACTIVATIONS)
+# (M, N, K, R, C, density): M of 0 and 1, odd tails, empty block-rows, all zero, all kept, rectangular blocks both ways.
+PROBLEMS = [
+    (0, 64, 64, 32, 32, 0.5),
+    (1, 96, 64, 32, 32, 0.5),
+    (7, 45, 70, 16, 32, 0.5),
+    (33, 64, 96, 64, 16, 0.3),
+    (5, 31, 17, 4, 8, 0.6),
+    (9, 64, 64, 32, 32, 0.0),
+    (9, 64, 64, 32, 32, 1.0),
+    (130, 128, 96, 16, 16, 0.2),
+]
+
+
+def make(m, n, k, r, c, density, dtype=torch.float32):
+    mask = torch.rand(grid_shape((n, k), (r, c))) < density
+    weight = torch.randn(n, k, dtype=torch.float64) * expand_mask(mask, (r, c), (n, k))
+    packed = sp.BsrWeight.from_dense(weight.to(dtype), mask, (r, c))
+    x, bias, residual = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype), torch.randn(m, n).to(dtype)
+    return packed, x, bias, residual
+
+
+def tolerance(dense64: torch.Tensor, dense: torch.Tensor, dtype: torch.dtype) -> float:
+    """At most twice the error of PyTorch's dense op in the same dtype, and never less than two roundings of the largest output."""
+    if not dense.numel():
+        return 0.0
+    rounding = torch.finfo(dtype).eps * dense64.abs().max().item()
+    return max(2 * (dense64 - dense.double()).abs().max().item(), 2 * rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_forward_matches_float64(problem, backend, dtype):
+    packed, x, bias, residual = make(*problem, dtype)
+    weight = packed.to_dense()
+    for activation in ACTIVATIONS:
+        y = sp.bsr_linear(x, packed, bias, activation, residual, backend=backend)
+        act = reference.ACTIVATIONS[activation]
+        exact = act(F.linear(x.double(), weight.double(), bias.double())) + residual.double()
+        dense = act(F.linear(x, weight, bias)) + residual
+        assert y.dtype == dtype and y.shape == exact.shape and y.is_contiguous()
+        assert not y.isnan().any()
+        assert (y.double() - exact).abs().max().item() <= tolerance(exact, dense, dtype) if y.numel() else True
+
+
+def test_x_of_any_shape_and_stride():
+    packed, x, bias, _ = make(24, 45, 70, 16, 32, 0.5)
+    expected = F.linear(x, packed.to_dense(), bias)
+    for view in (x.view(2, 3, 4, 70), x.t().contiguous().t().view(24, 70), torch.cat([x, x], 1)[:, :70]):
+        y = sp.bsr_linear(view, packed, bias)
+        assert y.shape == (*view.shape[:-1], 45)
+        torch.testing.assert_close(y.reshape(24, 45), expected)
+    torch.testing.assert_close(sp.bsr_linear(x[3], packed, bias), expected[3])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("problem", [(5, 31, 17, 4, 8, 0.6), (3, 12, 16, 4, 4, 0.5), (1, 8, 8, 4, 2, 1.0)], ids=str)
+def test_gradcheck(problem, activation):
+    packed, x, bias, residual = make(*problem, torch.float64)
+    values = packed.values.clone().requires_grad_()
+    inputs = (x.requires_grad_(), values, bias.requires_grad_(), residual.requires_grad_())
+
+    def run(x, values, bias, residual):
+        arrays = (packed.crow_indices, packed.col_indices, values)
+        return torch.ops.sparse_prune.bsr_linear(x, *arrays, None, bias.shape[0], bias, activation, residual)
+
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_gradients_match_the_masked_dense_layer(problem, activation, dtype):
+    packed, x, bias, residual = make(*problem, dtype)
+    packed.values.requires_grad_()
+    weight = packed.to_dense().detach()
+    upstream = torch.randn(x.shape[0], bias.shape[0], dtype=dtype)
+    leaves = [t.clone().requires_grad_() for t in (x, bias, residual)]
+    y = sp.bsr_linear(leaves[0], packed, leaves[1], activation, leaves[2])
+    ours = torch.autograd.grad(y, [*leaves, packed.values], upstream)
+
+    def dense_grads(dtype):
+        tensors = [t.detach().to(dtype).requires_grad_() for t in (x, bias, residual, weight)]
+        act = reference.ACTIVATIONS[activation]
+        out = act(F.linear(tensors[0], tensors[3], tensors[1])) + tensors[2]
+        dx, db, dres, dw = torch.autograd.grad(out, tensors, upstream.to(dtype))
+        blocks = sp.BsrWeight.from_dense(dw, packed.block_mask(), packed.blocksize).values
+        return dx, db, dres, blocks
+
+    for got, exact, dense in zip(ours, dense_grads(torch.float64), dense_grads(dtype), strict=True):
+        assert got.shape == exact.shape and not got.isnan().any()
+        if got.numel():
+            # The derivative of the activation is taken at a rounded z: one more rounding than the forward has.
+            limit = 2 * tolerance(exact, dense, dtype)
+            assert (got.double() - exact).abs().max().item() <= limit
+
+
+@pytest.mark.parametrize("with_epilogue", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype, with_epilogue):
+    packed, x, bias, residual = make(6, 40, 48, 16, 16, 0.5, dtype)
+    arrays = (packed.crow_indices, packed.col_indices)
+    values = packed.values.clone().requires_grad_()
+    x.requires_grad_()
+    epilogue = (bias.requires_grad_(), "gelu", residual.requires_grad_()) if with_epilogue else (None, "none", None)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(
+        torch.ops.sparse_prune.bsr_linear.default, (x, *arrays, values, None, 40, *epilogue), test_utils=tests
+    )
+    dy = torch.randn(6, 40, dtype=dtype)
+    with torch.no_grad():
+        torch.library.opcheck(torch.ops.sparse_prune.bsr_linear_dx.default, (dy, *arrays, values.detach(), 48))
+        torch.library.opcheck(torch.ops.sparse_prune.bsr_sdd.default, (dy, x.detach(), *arrays, 16, 16))
+
+
+def test_prepacked_values_follow_writes():
+    packed, x, *_ = make(8, 64, 64, 32, 32, 0.5)
+    before = sp.bsr_linear(x, packed)
+    packed.values.mul_(2)
+    torch.testing.assert_close(sp.bsr_linear(x, packed), 2 * before)
+
+
+BAD_CALLS = {
+    "x of another width": (dict(x=torch.zeros(4, 63)), r"x: expected a last dimension of 64"),
+    "x of another dtype": (dict(x=torch.zeros(4, 64, dtype=torch.bfloat16)), r"x: expected dtype torch.float32"),
+    "x on another device": (dict(x=torch.zeros(4, 64, device="meta")), r"x: expected device cpu"),
+    "bias shape": (dict(bias=torch.zeros(63)), r"bias: expected shape \(96,\)"),
+    "residual shape": (dict(residual=torch.zeros(4, 95)), r"residual: expected shape \(4, 96\)"),
+    "activation": (
+        dict(activation="swish"),
+        r"activation: expected one of none, relu, gelu, gelu_tanh, silu, got 'swish'",
+    ),
+    "backend": (dict(backend="tpu"), r"backend: expected one of auto, cpu, reference, got 'tpu'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls_name_the_argument(case):
+    change, message = BAD_CALLS[case]
+    packed, x, *_ = make(4, 96, 64, 32, 32, 0.5)
+    with pytest.raises(sp.SparsePruneError, match=message):
+        sp.bsr_linear(**{"x": x, "packed": packed} | change)
+
+
+def test_backend_that_cannot_run_says_why():
+    assert sp.backend_for("meta", torch.float32) == "reference"
+    with pytest.raises(sp.SparsePruneError, match="backend: expected a backend that can run here, got 'cpu'"):
+        sp.backend_for("meta", torch.float32, backend="cpu")

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import sparse_prune as sp
+from sparse_prune import serialization
+
+
+def build():
+    return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 45), nn.LayerNorm(45), nn.Linear(45, 3)).eval()
+
+
+@pytest.fixture
+def packed_model():
+    model = build()
+    sp.sparsify_(model, sp.BlockSparseConfig(blocksize=(16, 32), density=0.5), filter_fn=lambda name, _: name != "4")
+    return model
+
+
+@pytest.mark.parametrize("target", ["model.safetensors", "directory"])
+def test_round_trip_is_exact(packed_model, tmp_path, target):
+    file = sp.save_packed(packed_model, tmp_path / target)
+    assert file.is_file() and serialization.is_packed(tmp_path / target)
+    loaded = sp.load_packed(build(), tmp_path / target)
+    x = torch.randn(5, 64)
+    assert torch.equal(loaded(x), packed_model(x))
+    assert isinstance(loaded[0], sp.SparseLinear) and not loaded[0].training
+    assert loaded.state_dict().keys() == packed_model.state_dict().keys()
+    assert [p.name for p in tmp_path.rglob("*") if p.name.startswith(".")] == []
+    again = sp.load_packed(loaded, file)
+    assert torch.equal(again(x), packed_model(x))
+
+
+def test_file_is_about_density_times_the_dense_one(tmp_path):
+    model = nn.Sequential(nn.Linear(512, 512, bias=False), nn.Linear(512, 512, bias=False))
+    dense = 2 * 512 * 512 * 4
+    sp.sparsify_(model, sp.BlockSparseConfig(density=0.2))
+    assert sp.save_packed(model, tmp_path / "m.safetensors").stat().st_size < 0.21 * dense
+
+
+def test_tied_tensors_are_stored_once(tmp_path):
+    def tied():
+        model = nn.ModuleDict({"a": nn.Embedding(8, 64), "b": nn.Linear(64, 8, bias=False), "c": nn.Linear(64, 64)})
+        model["b"].weight = model["a"].weight
+        return model
+
+    model = tied()
+    sp.sparsify_(model, sp.BlockSparseConfig(density=0.5))
+    file = sp.save_packed(model, tmp_path / "m.safetensors")
+    assert sum(tuple(t.shape) == (8, 64) for t in safetensors.torch.load_file(file).values()) == 1
+    loaded = sp.load_packed(tied(), file)
+    assert loaded["a"].weight is loaded["b"].weight and torch.equal(loaded["a"].weight, model["a"].weight)
+
+
+def rewrite(file, change_tensors=lambda t: t, change_metadata=lambda m: m):
+    tensors, metadata = serialization.read_tensors(file)
+    safetensors.torch.save_file(change_tensors(tensors), file, change_metadata(metadata))
+
+
+def _set(name, change):
+    return lambda tensors: tensors | {name: change(tensors[name])}
+
+
+def _flip_first_two(t):
+    t = t.clone()
+    t[0], t[1] = t[1].item(), t[0].item()
+    return t
+
+
+BROKEN_TENSORS = {
+    "negative column": (_set("0.col_indices", lambda t: t - 5), "0.col_indices: expected entries from 0"),
+    "column out of range": (_set("0.col_indices", lambda t: t + 1000), "0.col_indices: expected entries below 2"),
+    "unsorted columns": (_set("2.col_indices", _flip_first_two), "2.col_indices: expected ascending"),
+    "crow past the end": (_set("0.crow_indices", lambda t: t * 2), "0.crow_indices: expected a last entry of"),
+    "crow too short": (_set("0.crow_indices", lambda t: t[:-1].clone()), "0.crow_indices: expected shape"),
+    "values too few": (_set("0.values", lambda t: t[:-1].clone()), "0.crow_indices|0.col_indices"),
+    "values of another block": (_set("0.values", lambda t: t[:, :8].clone()), "0.values: expected shape"),
+    "NaN": (_set("0.values", lambda t: t * float("nan")), "0.values: expected finite numbers"),
+    "layer tensor missing": (
+        lambda t: {k: v for k, v in t.items() if k != "0.values"},
+        "0.values: expected a tensor, got none",
+    ),
+    "bias missing": (lambda t: {k: v for k, v in t.items() if k != "0.bias"}, "0.bias: expected shape"),
+    "other tensor missing": (
+        lambda t: {k: v for k, v in t.items() if k != "3.weight"},
+        r"3.weight: expected \(45,\), got none",
+    ),
+    "other tensor of another shape": (_set("4.weight", lambda t: t[:2].clone()), r"4.weight: expected \(3, 45\)"),
+    "stranger": (lambda t: t | {"9.weight": torch.zeros(2)}, "9.weight: expected no such tensor"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_TENSORS)
+def test_broken_tensors_never_reach_the_model(packed_model, tmp_path, case):
+    change, message = BROKEN_TENSORS[case]
+    file = sp.save_packed(packed_model, tmp_path / "m.safetensors")
+    rewrite(file, change)
+    model = build()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(sp.SparsePruneError, match=message):
+        sp.load_packed(model, file)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+BROKEN_METADATA = {
+    "not ours": ({"format": "pt"}, "expected a packed checkpoint"),
+    "newer": ({"version": "2"}, "expected layout version 1, got 2"),
+    "no layers": ({"layers": "[1"}, "expected a description of the layers"),
+    "layers of another form": ({"layers": '{"0": {"shape": [1]}}'}, "expected a description of the layers"),
+    "wrong nnzb": ({"layers": '{"0": {"shape": [96, 64], "blocksize": [16, 32], "nnzb": 1}}'}, "expected 1 blocks"),
+    "negative shape": (
+        {"layers": '{"0": {"shape": [-96, 64], "blocksize": [16, 32], "nnzb": 1}}'},
+        "description of the layers",
+    ),
+    "layer not in the model": (
+        {"layers": '{"7": {"shape": [96, 64], "blocksize": [16, 32], "nnzb": 1}}'},
+        "7.crow_indices",
+    ),
+    "alias of nothing": ({"aliases": '{"a": "b"}'}, "expected the tensor b that it shares"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_METADATA)
+def test_broken_metadata(packed_model, tmp_path, case):
+    change, message = BROKEN_METADATA[case]
+    file = sp.save_packed(packed_model, tmp_path / "m.safetensors")
+    rewrite(file, change_metadata=lambda metadata: metadata | change)
+    with pytest.raises(sp.SparsePruneError, match=message):
+        sp.load_packed(build(), file)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_damaged_bytes_load_or_are_refused_in_words(tmp_path, data):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8))
+    sp.sparsify_(model, sp.BlockSparseConfig(blocksize=(4, 4), density=0.5))
+    file = sp.save_packed(model, tmp_path / "fuzz.safetensors")
+    content = bytearray(file.read_bytes())
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    else:
+        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    file.write_bytes(content)
+    target = nn.Sequential(nn.Linear(8, 8))
+    try:
+        sp.load_packed(target, file)
+    except sp.SparsePruneError:
+        assert isinstance(target[0], nn.Linear)
+        return
+    target[0].packed.validate()
+    assert target(torch.randn(2, 8)).shape == (2, 8)
+
+
+def test_missing_and_foreign_files(packed_model, tmp_path):
+    with pytest.raises(sp.SparsePruneError, match="expected a safetensors file, got nothing there"):
+        sp.load_packed(build(), tmp_path / "none.safetensors")
+    (tmp_path / "text.safetensors").write_text("hello")
+    with pytest.raises(sp.SparsePruneError, match="damaged"):
+        sp.load_packed(build(), tmp_path / "text.safetensors")
+    assert not serialization.is_packed(tmp_path / "text.safetensors")
+    with pytest.raises(sp.SparsePruneError, match="a linear layer of 64 -> 96 in the model, got ReLU"):
+        sp.load_packed(nn.Sequential(nn.ReLU()), sp.save_packed(packed_model, tmp_path / "m.safetensors"))
+
+
+def test_saving_a_dense_model():
+    with pytest.raises(sp.SparsePruneError, match="model: expected at least one SparseLinear, got none"):
+        sp.save_packed(build(), "never-written.safetensors")
+
+
+def test_nothing_half_written(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with pytest.raises(RuntimeError, match="stop"), serialization.atomic_dir(target) as temporary:
+        (temporary / "new").write_text("new")
+        raise RuntimeError("stop")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (target / "old").read_text() == "old"
+    with serialization.atomic_dir(target) as temporary:
+        (temporary / "new").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and [p.name for p in target.iterdir()] == ["new"]
+
+
+def test_json_round_trip_and_errors(tmp_path):
+    serialization.write_json(tmp_path / "a.json", {"名": 1})
+    assert serialization.read_json(tmp_path / "a.json") == {"名": 1}
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(sp.SparsePruneError, match="a.json: expected JSON in UTF-8"):
+        serialization.read_json(tmp_path / "a.json")
+    with pytest.raises(sp.SparsePruneError, match="b.json: expected a file, got nothing there"):
+        serialization.read_json(tmp_path / "b.json")
+
+
+def test_masks_round_trip(tmp_path):
+    masks = {"a.b": torch.rand(3, 4) < 0.5, "c": torch.ones(1, 1, dtype=torch.bool)}
+    serialization.save_masks(masks, (16, 32), tmp_path / "masks.safetensors")
+    loaded, blocksize = serialization.load_masks(tmp_path / "masks.safetensors")
+    assert blocksize == (16, 32) and all(torch.equal(loaded[name], mask) for name, mask in masks.items())
+    with safetensors.safe_open(tmp_path / "masks.safetensors", "pt") as handle:
+        assert json.loads(handle.metadata()["blocksize"]) == [16, 32]
