@@ -144,6 +144,7 @@ class GarlicLayer(nn.Module):
         self.ffn_in = nn.Linear(config.hidden_size, config.intermediate_size)
         self.ffn_out = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.attention.out.ends_branch = self.ffn_out.ends_branch = True
 
     def forward(self, x: Tensor, bias: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """x[B, T, H] -> the same shape, and the attention weights where they are wanted."""
@@ -198,13 +199,16 @@ class GarlicPreTrainedModel(PreTrainedModel):
 
     config_class = GarlicConfig
     base_model_prefix = "garlic"
+    accepts_loss_kwargs = False  # the losses are means over the batch, whatever the Trainer counts
     _supports_sdpa = True
     _no_split_modules = ["GarlicLayer"]
 
     def _init_weights(self, module: nn.Module) -> None:
         deviation = self.config.initializer_range
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=deviation)
+            # Each residual branch starts small, as in GPT-2, so that depth does not grow the sum.
+            shrink = math.sqrt(2 * self.config.num_hidden_layers) if getattr(module, "ends_branch", False) else 1.0
+            nn.init.normal_(module.weight, std=deviation / shrink)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
@@ -214,12 +218,6 @@ class GarlicPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=deviation)
             if module.padding_idx is not None:
                 nn.init.zeros_(module.weight[module.padding_idx])
-        if isinstance(module, GarlicLayer):
-            # Each residual branch starts small, as in GPT-2, so that depth does not grow the sum.
-            for branch in (module.attention.out, module.ffn_out):
-                nn.init.normal_(branch.weight, std=deviation / math.sqrt(2 * self.config.num_hidden_layers))
-        elif isinstance(module, GarlicEncoder):
-            nn.init.zeros_(module.distances.weight)
 
 
 class GarlicModel(GarlicPreTrainedModel):
