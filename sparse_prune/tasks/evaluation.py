@@ -28,13 +28,20 @@ class Score:
 
 
 def predict(
-    model: nn.Module, tokenizer, examples: Sequence[Example], max_length: int, batch_size: int = 64, *, autocast: bool = False
+    model: nn.Module,
+    tokenizer,
+    examples: Sequence[Example],
+    max_length: int,
+    batch_size: int = 64,
+    *,
+    autocast: bool = False,
 ) -> list[str] | list[list[str]]:
     """A label per text, or a BIO tag per token; the labels of examples are not read. autocast runs the model in bf16."""
     labels = label_names(model)
     sentences = isinstance(examples[0], TagExample)
     blank = [
-        TagExample(e.tokens, (labels[0],) * len(e.tokens)) if sentences else TextExample(e.text, labels[0]) for e in examples
+        TagExample(e.tokens, (labels[0],) * len(e.tokens)) if sentences else TextExample(e.text, labels[0])
+        for e in examples
     ]
     data = encode(tokenizer, blank, labels, max_length)
     rows = predict_rows(model, data, tokenizer.pad_token_id, batch_size, autocast=autocast)
@@ -83,7 +90,9 @@ def score_entities(truth: Sequence[Sequence[str]], predictions: Sequence[Sequenc
     from seqeval.metrics import classification_report
     from seqeval.scheme import IOB2
 
-    if not any(tag != "O" for tags in truth for tag in tags) and not any(t != "O" for tags in predictions for t in tags):
+    if not any(tag != "O" for tags in truth for tag in tags) and not any(
+        t != "O" for tags in predictions for t in tags
+    ):
         return Score("f1", 0.0, {})
     report = classification_report(
         [list(t) for t in truth],

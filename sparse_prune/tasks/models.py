@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from ..errors import SparsePruneError
 from ..models.garlic import GarlicConfig, train_tokenizer
@@ -52,7 +54,9 @@ def load_model(name: str | Path, task: str, labels: Sequence[str] | None = None)
     """
     source, auto = str(name), AUTO_MODELS[check_task(task)]
     if Path(source).is_dir() and not Path(source, "config.json").is_file():
-        raise SparsePruneError(source, "a model directory", "no config.json in it", "pass what `sparse-prune train` wrote")
+        raise SparsePruneError(
+            source, "a model directory", "no config.json in it", "pass what `sparse-prune train` wrote"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         if Path(source).is_dir() and is_packed(source):
@@ -65,10 +69,11 @@ def load_model(name: str | Path, task: str, labels: Sequence[str] | None = None)
         trained = any(head.endswith(auto_suffix(task)) for head in heads)
         if labels is None and not trained:
             got = ", ".join(heads) or "no architecture in its config"
-            raise SparsePruneError(source, f"a model trained for {task}", got, "train it first with `sparse-prune train`")
+            raise SparsePruneError(
+                source, f"a model trained for {task}", got, "train it first with `sparse-prune train`"
+            )
         options = {} if labels is None else {**_label_settings(labels), "ignore_mismatched_sizes": True}
-        with _quiet():
-            model = auto.from_pretrained(source, dtype=torch.float32, **options)
+        model = auto.from_pretrained(source, dtype=torch.float32, **options)
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, SparsePruneError):
             raise
@@ -76,9 +81,13 @@ def load_model(name: str | Path, task: str, labels: Sequence[str] | None = None)
         expected = "garlic, a model directory or a name on the Hugging Face hub"
         raise SparsePruneError("model", expected, f"{source} ({told})", "check the path or name") from None
     if not tokenizer.is_fast:
-        raise SparsePruneError("model", "a model with a fast tokenizer", type(tokenizer).__name__, "choose another model")
+        raise SparsePruneError(
+            "model", "a model with a fast tokenizer", type(tokenizer).__name__, "choose another model"
+        )
     if tokenizer.pad_token_id is None:
-        raise SparsePruneError("model", "a tokenizer with a padding token", "none", "set pad_token in its tokenizer_config.json")
+        raise SparsePruneError(
+            "model", "a tokenizer with a padding token", "none", "set pad_token in its tokenizer_config.json"
+        )
     return model, tokenizer
 
 
@@ -124,13 +133,16 @@ def _label_settings(labels: Sequence[str]) -> dict:
     return {"num_labels": len(names), "id2label": names, "label2id": {label: i for i, label in names.items()}}
 
 
-class _quiet:
-    """Silences the report of freshly initialised heads, which is what --model HF-ID is expected to do."""
-
-    def __enter__(self) -> None:
-        self.logger = logging.getLogger("transformers")
-        self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_) -> None:
-        self.logger.setLevel(self.level)
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences Hugging Face's logs and bars, which would break into ours: a with statement, or a decorator."""
+    logger = logging.getLogger("transformers")
+    level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from .. import __version__
@@ -16,20 +16,25 @@ from ..serialization import read_json, write_json
 RUN_NAME = "run.json"
 
 
-def fingerprint(kind: str, args: Mapping | object, files: Mapping[str, Path | None]) -> str:
-    """A digest of what decides a result: the kind of run, its arguments, and the contents of the files it reads."""
-    values = asdict(args) if is_dataclass(args) else dict(args)
-    digest = hashlib.sha256()
-    contents = {name: None if path is None else _digest(Path(path)) for name, path in sorted(files.items())}
-    kept = {key: str(value) for key, value in sorted(values.items()) if key not in files}
-    digest.update(json.dumps([kind, __version__, kept, contents], sort_keys=True).encode())
-    return digest.hexdigest()
+def fingerprint(kind: str, args: object, paths: Mapping[str, str | Path | None], without: Sequence[str] = ()) -> str:
+    """A digest of what decides a result: the kind of run, its arguments (but for `without`), and what `paths` hold.
+
+    paths names the arguments that are files, model directories, or None.
+    """
+    values = {key: str(value) for key, value in asdict(args).items() if key not in without and key not in paths}
+    contents = {
+        name: None if path is None else _digest(Path(path)) or str(path) for name, path in sorted(paths.items())
+    }
+    text = json.dumps([kind, __version__, values, contents], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _digest(path: Path) -> str | None:
     """Digest of a file, or of the weights and settings in a model directory; None where there is no such path (a hub name)."""
     if path.is_dir():
-        names = sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors", ".txt") and p.name != RUN_NAME)
+        names = sorted(
+            p for p in path.iterdir() if p.suffix in (".json", ".safetensors", ".txt") and p.name != RUN_NAME
+        )
     elif path.is_file():
         names = [path]
     else:
@@ -57,7 +62,9 @@ def check_out(out: Path) -> None:
     if out.is_dir() and (not any(out.iterdir()) or (out / RUN_NAME).is_file()):
         return
     if out.exists():
-        raise SparsePruneError("out", "a new directory, or one that an earlier run made", str(out), "choose another --out")
+        raise SparsePruneError(
+            "out", "a new directory, or one that an earlier run made", str(out), "choose another --out"
+        )
 
 
 def record(directory: Path, mark: str, result: Mapping) -> None:

@@ -6,10 +6,8 @@ same arguments and data; finished, they return what they found. Results appear u
 
 from __future__ import annotations
 
-import contextlib
-import logging
+import copy
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,57 +15,71 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from ..convert import BlockSparseConfig, SparsifyResult, sparsify_
-from ..distill import DistillConfig
-from ..errors import SparsePruneError
 from ..integrations.trainer import (
     PRUNER_STATE_NAME,
+    CurveCallback,
     DistillationTrainer,
     ProgressCallback,
     PruningCallback,
     history,
+    seconds_spent,
 )
 from ..masks import check_blocksize, check_density, element_density
 from ..pruner import PruneConfig, Pruner
-from ..serialization import MASKS_NAME, WEIGHTS_NAME, atomic_dir, save_masks, save_packed, write_json
-from .analysis import analyse, measure_latency
+from ..serialization import MASKS_NAME, WEIGHTS_NAME, atomic_dir, read_json, save_masks, save_packed, write_json
+from .analysis import analyse, full_batch, measure_latency, timed_in_turns
 from .data import Example, builtin, check_task, load_examples
 from .encoding import Collator, LengthBatches, encode
 from .evaluation import Score, label_names, predict, score
-from .models import GARLIC, encoder_filter, labels_of, load_model, max_length_of, native_bf16, new_garlic
-from .store import check_out, finished, fingerprint, last_checkpoint, record, work_dir
+from .models import GARLIC, encoder_filter, labels_of, load_model, max_length_of, native_bf16, new_garlic, quiet
+from .store import RUN_NAME, check_out, fingerprint, finished, last_checkpoint, record, work_dir
 
 Report = Callable[[str, int, int, str], None]  # report(phase, step, of, text)
 METRICS_NAME, ANALYSIS_NAME, PACKED_NAME = "metrics.json", "analysis.json", "packed"
-DEV_EXAMPLES = 1000  # scored after each epoch, to show; nothing is chosen by it
+CURVE_DENSITIES = (0.75, 0.5, 0.35)  # measured on the way down
+DEV_EXAMPLES = 600  # scored after each epoch, to show; nothing is chosen by it
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What training from scratch uses where the arguments leave it open; chosen on the dev part of the built-in data."""
+    """What a run uses where the arguments leave it open; chosen on the dev part of the built-in data.
+
+    embedding_rate is a factor on the learning rate for embedding tables, whose rows rarely see a gradient; garlic holds settings of
+    a new GarlicConfig.
+    """
 
     epochs: float
     learning_rate: float
     batch_size: int
+    embedding_rate: float
+    weight_decay: float
     garlic: dict = field(default_factory=dict)
 
 
+SENTIMENT = {  # some ten thousand texts: what is not held back is learnt by heart
+    "embedding_dropout_prob": 0.4,
+    "hidden_dropout_prob": 0.15,
+    "token_dropout_prob": 0.2,
+    "classifier_dropout": 0.3,
+    "label_smoothing": 0.1,
+}
+NER = {"embedding_dropout_prob": 0.25, "classifier_dropout": 0.1}
 TRAIN_RECIPES = {
-    ("sentiment", False): Recipe(3, 1e-3, 64, {"label_smoothing": 0.05}),
-    ("sentiment", True): Recipe(8, 1e-3, 64, {"label_smoothing": 0.05}),
-    ("ner", False): Recipe(2, 1e-3, 32),
-    ("ner", True): Recipe(6, 1e-3, 32),
+    ("sentiment", False): Recipe(3, 7e-4, 64, 1.5, 0.05, SENTIMENT),
+    ("sentiment", True): Recipe(5, 7e-4, 64, 1.5, 0.05, SENTIMENT),
+    ("ner", False): Recipe(2, 1e-3, 32, 2.0, 0.02, NER),
+    ("ner", True): Recipe(5, 1e-3, 32, 2.0, 0.02, NER),
 }
 PRUNE_RECIPES = {
-    ("sentiment", False): Recipe(2, 5e-4, 64),
-    ("sentiment", True): Recipe(5, 5e-4, 64),
-    ("ner", False): Recipe(2, 5e-4, 32),
-    ("ner", True): Recipe(4, 5e-4, 32),
+    ("sentiment", False): Recipe(2, 5e-4, 64, 1.0, 0.01),
+    ("sentiment", True): Recipe(5, 5e-4, 64, 1.0, 0.01),
+    ("ner", False): Recipe(1.5, 7e-4, 32, 1.0, 0.01),
+    ("ner", True): Recipe(4, 7e-4, 32, 1.0, 0.01),
 }
-FINE_TUNE = Recipe(3, 5e-5, 32)  # a model that comes trained: the rate that BERT's authors suggest
-EMBEDDING_RATE = 3.0  # on top of the learning rate for tables whose rows rarely see a gradient; new models only
+FINE_TUNE = Recipe(3, 5e-5, 32, 1.0, 0.01)  # a model that comes trained: the rate that BERT's authors suggest
 
 
 def _arg(help_text: str, default=None):
@@ -83,7 +95,9 @@ class TrainArgs:
     task: str = _arg("sentiment or ner", "sentiment")
     train: Path | None = _arg("training file (TSV, CSV, JSONL; CoNLL for ner); none: the built-in train part")
     eval: Path | None = _arg("file whose score is reported at the end; none: the built-in test part")
-    dev: Path | None = _arg("file scored after each epoch, to watch; none: the built-in dev part where --train is built in")
+    dev: Path | None = _arg(
+        "file scored after each epoch, to watch; none: the built-in dev part where --train is built in"
+    )
     epochs: float | None = _arg("passes over the training file; none: the task's recipe")
     learning_rate: float | None = _arg("peak learning rate; none: the task's recipe")
     batch_size: int | None = _arg("examples a step; none: the task's recipe")
@@ -101,13 +115,16 @@ class PruneArgs:
     task: str = _arg("sentiment or ner", "sentiment")
     train: Path | None = _arg("training file; none: the built-in train part")
     eval: Path | None = _arg("file whose score is reported at the end; none: the built-in test part")
-    dev: Path | None = _arg("file scored after each epoch, to watch; none: the built-in dev part where --train is built in")
+    dev: Path | None = _arg(
+        "file scored after each epoch, to watch; none: the built-in dev part where --train is built in"
+    )
     density: float = _arg("kept fraction of the encoder's blocks, in (0, 1]", 0.2)
     block: tuple[int, int] = _arg("block size (rows, columns)", (32, 32))
     criterion: str = _arg("what makes a block worth keeping", "movement")
     schedule: str = _arg("how the density falls", "cubic")
     scope: str = _arg("global: blocks of all layers compete; local: within their layer", "global")
     distill: bool = _arg("learn from the dense model too", True)
+    curve: bool = _arg("measure score and latency on the way down", True)
     epochs: float | None = _arg("passes over the training file; none: the task's recipe")
     learning_rate: float | None = _arg("peak learning rate; none: the task's recipe")
     batch_size: int | None = _arg("examples a step; none: the task's recipe")
@@ -116,16 +133,17 @@ class PruneArgs:
     full: bool = _arg("the longer recipe", False)
 
 
+@quiet()
 def train(args: TrainArgs, report: Report | None = None) -> dict:
     """Train a dense model for the task and write a Hugging Face directory.
 
-    Returns {"task", "score": {"name", "value", "per_class"}, "seconds", "history", "out"}. Raises SparsePruneError for bad arguments,
-    files or models.
+    Returns {"task", "score": {"name", "value", "per_class"}, "seconds", "history", "out"}. Raises SparsePruneError for bad
+    arguments, files or models.
     """
     check_task(args.task)
     parts = _load_parts(args)
     out = Path(args.out)
-    mark = fingerprint("train", args, _files(args, model=args.model) | {"out": None})
+    mark = _mark("train", args)
     earlier = finished(out, mark)
     if earlier:
         return earlier
@@ -138,13 +156,13 @@ def train(args: TrainArgs, report: Report | None = None) -> dict:
         recipe = FINE_TUNE
         model, tokenizer = load_model(args.model, args.task, labels_of(parts["train"]))
     _check_labels(args, parts, label_names(model))
-    trainer, seconds = _fit("train", args, recipe, model, tokenizer, parts, mark, report, fresh=args.model == GARLIC)
+    fitted = _fit("train", args, recipe, model, tokenizer, parts, mark, report)
     scored = _score(model, tokenizer, parts["eval"], args.max_length)
     result = {
         "task": args.task,
         "score": _plain(scored),
-        "seconds": seconds,
-        "history": history("train", trainer.state.log_history),
+        "seconds": fitted.seconds,
+        "history": fitted.history,
         "out": str(out),
     }
     with atomic_dir(out) as temporary:
@@ -154,68 +172,54 @@ def train(args: TrainArgs, report: Report | None = None) -> dict:
     return result
 
 
+@quiet()
 def prune(args: PruneArgs, report: Report | None = None) -> dict:
     """Prune a trained model to args.density, learning from its dense self, and write the pruned model with its measurements.
 
     out gets the dense layout with exact zeros, masks.safetensors, packed/, metrics.json and analysis.json. Returns the content of
     metrics.json. Raises SparsePruneError for bad arguments, files or models.
     """
-    check_task(args.task)
-    check_density(args.density)
-    check_blocksize(args.block)
-    out = Path(args.out)
-    mark = fingerprint("prune", args, _files(args, model=args.model) | {"out": None})
-    parts = _load_parts(args)
+    check_prune_args(args)
+    parts, out = _load_parts(args), Path(args.out)
+    mark = _mark("prune", args)
     earlier = finished(out, mark)
     if earlier:
         return earlier
     check_out(out)
-    set_seed(args.seed)
-    teacher, tokenizer = load_model(args.model, args.task)
-    model, _ = load_model(args.model, args.task)
-    _check_labels(args, parts, label_names(model))
-    filter_fn = encoder_filter(model)
-    for name, module in model.named_modules():
-        if filter_fn(name, module):
-            check_blocksize(args.block, module.weight.shape)
-    recipe = PRUNE_RECIPES[args.task, args.full] if model.config.model_type == "garlic" else FINE_TUNE
-    trainer, seconds = _fit(
-        "prune", args, recipe, model, tokenizer, parts, mark, report, teacher=teacher, fresh=model.config.model_type == "garlic"
-    )
-    pruner = trainer.pruner
-    pruner.apply_()
-    masks = {name: mask.cpu() for name, mask in pruner.masks.items()}
-    if report:
-        report("measure", 0, 3, "scoring the dense model")
+    pruned = fit_pruned(args, parts, mark, report)
+    teacher, model, tokenizer, masks = pruned.teacher, pruned.model, pruned.tokenizer, pruned.masks
+    packed = copy.deepcopy(model)
+    rows = pack_(packed, masks, args.block).layers
+    tell = report or (lambda *_: None)
+    tell("measure", 0, 4, "scoring the dense model")
     dense_score = _score(teacher, tokenizer, parts["eval"], args.max_length)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.pack") as folder:
-        _save_dense(model, tokenizer, Path(folder, "dense"))
-        packed, _ = load_model(Path(folder, "dense"), args.task)
-    packed_layers = pack_(packed, masks, args.block)
-    if report:
-        report("measure", 1, 3, "scoring the packed model")
+    tell("measure", 1, 4, "scoring the packed model")
     sparse_score = _score(packed, tokenizer, parts["eval"], args.max_length)
-    if report:
-        report("measure", 2, 3, "timing both")
-    latency = measure_latency(teacher, packed, tokenizer, parts["eval"], args.max_length)
-    earlier_train = _trained(args.model)
+    tell("measure", 2, 4, "timing both")
+    latency = measure_latency(teacher, packed, tokenizer, parts["eval"], pruned.length)
+    tell("measure", 3, 4, "looking inside")
+    before = _trained(args.model)
     with atomic_dir(out) as temporary:
         _save_dense(model, tokenizer, temporary)
-        save_masks(masks, args.block, temporary / MASKS_NAME)
+        save_masks(masks, tuple(args.block), temporary / MASKS_NAME)
         save_packed(packed, temporary / PACKED_NAME)
         tokenizer.save_pretrained(temporary / PACKED_NAME)
-        size = {"dense": _size(temporary / WEIGHTS_NAME), "packed": _size(temporary / PACKED_NAME / WEIGHTS_NAME)}
-        main = latency[0]
+        files = {"dense_file": temporary / WEIGHTS_NAME, "packed_file": temporary / PACKED_NAME / WEIGHTS_NAME}
+        sizes = {name: path.stat().st_size for name, path in files.items()}
         metrics = {
             "task": args.task,
-            "dense": {dense_score.name: dense_score.value, "latency_ms": main["dense_ms"], "bytes": size["dense"]},
+            "dense": {
+                dense_score.name: dense_score.value,
+                "latency_ms": latency[0]["dense_ms"],
+                "bytes": sizes["dense_file"],
+            },
             "sparse": {
                 sparse_score.name: sparse_score.value,
-                "latency_ms": main["sparse_ms"],
-                "bytes": size["packed"],
+                "latency_ms": latency[0]["sparse_ms"],
+                "bytes": sizes["packed_file"],
                 "density": overall_density(model, masks, args.block),
             },
-            "seconds": {"train": earlier_train.get("seconds"), "prune": seconds},
+            "seconds": {"train": before.get("seconds"), "prune": pruned.seconds},
         }
         analysis = analyse(
             task=args.task,
@@ -224,22 +228,67 @@ def prune(args: PruneArgs, report: Report | None = None) -> dict:
             packed=packed,
             tokenizer=tokenizer,
             masks=masks,
-            blocksize=args.block,
+            blocksize=tuple(args.block),
             examples=parts["eval"],
             scores=(dense_score, sparse_score),
-            history=[*earlier_train.get("history", []), *history("prune", trainer.state.log_history)],
+            history=[*before.get("history", []), *pruned.history],
+            curve=pruned.curve,
             latency=latency,
-            bytes_of={"dense_file": size["dense"], "packed_file": size["packed"]},
-            rows=packed_layers.layers,
-            max_length=args.max_length,
+            bytes_of=sizes,
+            rows=rows,
+            max_length=pruned.length,
         )
         write_json(temporary / METRICS_NAME, metrics)
         write_json(temporary / ANALYSIS_NAME, analysis)
         record(temporary, mark, metrics)
     shutil.rmtree(work_dir(out, mark))
+    tell("measure", 4, 4, "done")
     return metrics
 
 
+@dataclass(frozen=True)
+class Pruned:
+    """A model pruned in the dense layout (exact zeros), the dense one it came from, and how the run went."""
+
+    teacher: nn.Module
+    model: nn.Module
+    tokenizer: object
+    masks: dict[str, torch.Tensor]
+    history: list[dict]
+    curve: list[dict]
+    seconds: float
+    length: int
+
+
+def check_prune_args(args: PruneArgs) -> None:
+    """Raise SparsePruneError for a task, density, block size or criterion that cannot be."""
+    check_task(args.task)
+    check_density(args.density)
+    check_blocksize(args.block)
+
+
+def fit_pruned(args: PruneArgs, parts: dict[str, list[Example]], mark: str, report: Report | None) -> Pruned:
+    """The training part of prune: load args.model twice, prune one while it learns from the other."""
+    set_seed(args.seed)
+    teacher, tokenizer = load_model(args.model, args.task)
+    teacher.eval()
+    model = copy.deepcopy(teacher)
+    _check_labels(args, parts, label_names(model))
+    filter_fn = encoder_filter(model)
+    for name, module in model.named_modules():
+        if filter_fn(name, module):
+            check_blocksize(args.block, module.weight.shape)
+    recipe = PRUNE_RECIPES[args.task, args.full] if model.config.model_type == "garlic" else FINE_TUNE
+    fitted = _fit("prune", args, recipe, model, tokenizer, parts, mark, report, teacher=teacher)
+    fitted.pruner.apply_()
+    masks = {name: mask.cpu() for name, mask in fitted.pruner.masks.items()}
+    model.cpu().eval()
+    teacher.cpu()
+    length = max_length_of(model, tokenizer, args.max_length)
+    return Pruned(teacher, model, tokenizer, masks, fitted.history, fitted.curve, fitted.seconds, length)
+
+
+@quiet()
 def evaluate(model_dir: Path, task: str, file: Path | None = None, max_length: int = 128, seed: int = 0) -> dict:
     """Score a dense or packed model directory on a file (none: the built-in test part).
 
@@ -272,6 +321,16 @@ def overall_density(model: nn.Module, masks: dict[str, torch.Tensor], blocksize:
     return kept / sum(shape.numel() for shape in sizes.values())
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """What a run of the Trainer leaves beside the weights: the pruner (if it pruned), the log, and the seconds it took."""
+
+    pruner: Pruner | None
+    history: list[dict]
+    curve: list[dict]
+    seconds: float
+
+
 def _fit(
     phase: str,
     args: TrainArgs | PruneArgs,
@@ -282,9 +341,8 @@ def _fit(
     mark: str,
     report: Report | None,
     teacher: nn.Module | None = None,
-    fresh: bool = False,
-) -> tuple[DistillationTrainer, float]:
-    """Run the Trainer over parts["train"], resuming where an interrupted run left a checkpoint; returns it and the seconds spent."""
+) -> Fitted:
+    """Run the Trainer over parts["train"], resuming where an interrupted run left a checkpoint."""
     labels = label_names(model)
     length = max_length_of(model, tokenizer, args.max_length)
     data = encode(tokenizer, parts["train"], labels, length)
@@ -301,7 +359,7 @@ def _fit(
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         learning_rate=args.learning_rate or recipe.learning_rate,
-        weight_decay=0.01,
+        weight_decay=recipe.weight_decay,
         adam_beta2=0.98,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, steps // 10),
@@ -329,33 +387,98 @@ def _fit(
         )
         pruner = Pruner(model, config, encoder_filter(model))
         callbacks.append(PruningCallback(pruner, resume))
+        if args.curve:
+            callbacks.append(
+                CurveCallback(pruner, [d for d in CURVE_DENSITIES if d > args.density], lambda: dev_point())
+            )
+
+    watched = parts.get("dev", parts["eval"])[:DEV_EXAMPLES]
 
     def dev_score() -> float:
-        dev = parts["dev"][:DEV_EXAMPLES]
-        return score(dev, predict(model, tokenizer, dev, length, autocast=settings.bf16)).value
+        return score(watched, predict(model, tokenizer, watched, length, autocast=settings.bf16)).value
+
+    def dev_point(net: nn.Module = model) -> dict[str, float]:
+        """Score and latency of the model as it is, packed by the masks as they are."""
+        packed = copy.deepcopy(net).eval()
+        if net is model:
+            pack_(packed, pruner.masks, args.block)
+        inputs = full_batch(tokenizer, watched, 16, length)
+        (seconds,) = timed_in_turns([lambda: packed.base_model(**inputs)], runs=5)
+        value = score(watched, predict(net, tokenizer, watched, length, autocast=settings.bf16)).value
+        return {"score": value, "latency_ms": 1e3 * seconds}
 
     def step_report(step: int, of: int, text: str) -> None:
         report(phase, step, of, text)
 
-    progress = ProgressCallback(step_report if report else None, dev_score if parts.get("dev") else None)
+    progress = ProgressCallback(step_report if report else None, dev_score if "dev" in parts else None)
     callbacks.append(progress)
-    with _quiet_trainer():
-        trainer = DistillationTrainer(
-            model=model,
-            args=settings,
-            train_dataset=data,
-            data_collator=Collator(tokenizer.pad_token_id),
-            processing_class=tokenizer,
-            callbacks=callbacks,
-            batches=batches,
-            embedding_rate=EMBEDDING_RATE if fresh else 1.0,
-            teacher=teacher if pruning and args.distill else None,
-        )
-        for callback in list(trainer.callback_handler.callbacks):
-            if type(callback).__name__ == "PrinterCallback":
-                trainer.remove_callback(type(callback))
-        trainer.pruner = pruner
-        if pruner is not None:
-            pruner.attach(trainer.create_optimizer())
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    return trainer, progress.seconds
+    trainer = DistillationTrainer(
+        model=model,
+        args=settings,
+        train_dataset=data,
+        data_collator=Collator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        batches=batches,
+        embedding_rate=recipe.embedding_rate,
+        teacher=teacher if pruning and args.distill else None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if pruner is not None:
+        pruner.attach(trainer.create_optimizer())
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    log = trainer.state.log_history
+    curve = [row["curve"] for row in log if "curve" in row]
+    if pruning and args.curve:
+        curve = [
+            {"density": 1.0, **dev_point(teacher)},
+            *curve,
+            {"density": pruner.density(), **dev_point()},
+        ]
+    return Fitted(pruner, history(phase, log), curve, seconds_spent(log))
+
+
+def _load_parts(args: TrainArgs | PruneArgs) -> dict[str, list[Example]]:
+    """The examples of "train", "eval" and (perhaps) "dev": files where given, else the built-in parts."""
+    shipped = builtin(args.task) if args.train is None or args.eval is None else None
+    parts = {
+        "train": shipped.train if args.train is None else load_examples(args.task, args.train),
+        "eval": shipped.test if args.eval is None else load_examples(args.task, args.eval),
+    }
+    if args.dev is not None:
+        parts["dev"] = load_examples(args.task, args.dev)
+    elif args.train is None:
+        parts["dev"] = shipped.dev
+    return parts
+
+
+def _check_labels(args: TrainArgs | PruneArgs, parts: dict[str, list[Example]], labels: Sequence[str]) -> None:
+    """Raise SparsePruneError, with file and line, for a label that the model has no class for."""
+    for part, path in (("train", args.train), ("eval", args.eval), ("dev", args.dev)):
+        if path is not None:
+            parts[part] = load_examples(args.task, path, labels)
+
+
+def _mark(kind: str, args: TrainArgs | PruneArgs) -> str:
+    """The fingerprint of a run: every argument but `out`, and what is in the files and directories they name."""
+    return fingerprint(kind, args, {name: getattr(args, name) for name in ("train", "eval", "dev", "model")}, ("out",))
+
+
+def _score(model: nn.Module, tokenizer, examples: Sequence[Example], max_length: int) -> Score:
+    return score(examples, predict(model, tokenizer, examples, max_length_of(model, tokenizer, max_length)))
+
+
+def _plain(scored: Score) -> dict:
+    rows = [{"name": name, "support": support, "score": value} for name, (support, value) in scored.per_class.items()]
+    return {"name": scored.name, "value": scored.value, "per_class": rows}
+
+
+def _save_dense(model: nn.Module, tokenizer, directory: Path) -> None:
+    model.eval().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _trained(model_dir: str | Path) -> dict:
+    """What train recorded in a model directory; empty where another tool made it."""
+    path = Path(model_dir, RUN_NAME)
+    return read_json(path)["result"] if path.is_file() else {}
