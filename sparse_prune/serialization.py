@@ -1,9 +1,9 @@
 """Packed checkpoints: safetensors files of a model whose linear layers are SparseLinear, and writing that leaves no half file.
 
 Version 1 of the layout: the model's state dict as it is (a SparseLinear `name` gives `name.values` [nnzb, R, C],
-`name.crow_indices`, `name.col_indices` and perhaps `name.bias`) and three entries of metadata: `format` = "sparse-prune", `version` = "1", and
-`layers`, JSON of name -> {"shape": [N, K], "blocksize": [R, C], "nnzb": n}. `aliases`, JSON of name -> name, is there where
-modules share a tensor.
+`name.crow_indices`, `name.col_indices` and perhaps `name.bias`) and metadata: `sparse_prune` = "1", the version; `layers`,
+JSON of name -> {"shape": [N, K], "blocksize": [R, C], "nnzb": n}; where modules share a tensor `aliases`, JSON of
+name -> name; and `format` = "pt", which Hugging Face wants.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .convert import set_module
 from .errors import SparsePruneError
 from .layers import SparseLinear
 
-FORMAT, VERSION = "sparse-prune", "1"
+VERSION = "1"
 WEIGHTS_NAME = "model.safetensors"
 MASKS_NAME = "masks.safetensors"
 _DAMAGED = "the file is damaged or was not made by sparse-prune: pack the model again"
@@ -92,8 +92,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> Path:
     `config.json` that says the checkpoint is packed. Raises SparsePruneError if the model has no SparseLinear.
     """
     path = Path(path)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
-    if not layers:
+    if not describe_layers(model):
         raise SparsePruneError("model", "at least one SparseLinear", "none", "call sparsify_(model, ...) first")
     tensors, aliases, owner = {}, {}, {}
     for name, tensor in model.state_dict().items():
@@ -103,15 +102,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> Path:
         else:
             owner[key] = name
             tensors[name] = tensor.detach().contiguous()
-    described = {
-        name: {
-            "shape": [layer.out_features, layer.in_features],
-            "blocksize": list(layer.blocksize),
-            "nnzb": layer.values.shape[0],
-        }
-        for name, layer in layers.items()
-    }
-    metadata = {"format": FORMAT, "version": VERSION, "layers": json.dumps(described)}
+    metadata = layout_metadata(model)
     if aliases:
         metadata["aliases"] = json.dumps(aliases)
     if path.suffix == ".safetensors":
@@ -123,10 +114,27 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> Path:
         save_file(tensors, temporary, metadata)
     config = getattr(model, "config", None)
     if hasattr(config, "to_diff_dict"):
-        write_json(
-            path / "config.json", config.to_diff_dict() | {"quantization_config": {"quant_method": "sparse_prune"}}
-        )
+        layout = {"quant_method": "sparse_prune", "version": VERSION, "layers": describe_layers(model)}
+        write_json(path / "config.json", config.to_diff_dict() | {"quantization_config": layout})
     return path / WEIGHTS_NAME
+
+
+def describe_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What a file says of each SparseLinear: name -> {"shape": [N, K], "blocksize": [R, C], "nnzb": n}."""
+    return {
+        name: {
+            "shape": [layer.out_features, layer.in_features],
+            "blocksize": list(layer.blocksize),
+            "nnzb": layer.values.shape[0],
+        }
+        for name, layer in model.named_modules()
+        if isinstance(layer, SparseLinear)
+    }
+
+
+def layout_metadata(model: nn.Module) -> dict[str, str]:
+    """The metadata of a packed safetensors file of model."""
+    return {"format": "pt", "sparse_prune": VERSION, "layers": json.dumps(describe_layers(model))}
 
 
 def is_packed(path: str | os.PathLike) -> bool:
@@ -136,7 +144,7 @@ def is_packed(path: str | os.PathLike) -> bool:
         return False
     try:
         with safetensors.safe_open(file, "pt") as handle:
-            return (handle.metadata() or {}).get("format") == FORMAT
+            return "sparse_prune" in (handle.metadata() or {})
     except safetensors.SafetensorError:
         return False
 
@@ -151,13 +159,13 @@ def load_packed(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """
     file = weights_file(path)
     tensors, metadata = read_tensors(file)
-    if metadata.get("format") != FORMAT:
+    if metadata.get("sparse_prune") != VERSION:
+        got = metadata.get("sparse_prune", "other safetensors")
         raise SparsePruneError(
-            str(file), "a packed checkpoint", "other safetensors", "make one with save_packed or `sparse-prune pack`"
+            str(file), f"a packed checkpoint of version {VERSION}", got, "make it with `sparse-prune pack`"
         )
-    if metadata.get("version") != VERSION:
-        raise SparsePruneError(str(file), f"layout version {VERSION}", metadata.get("version"), "update sparse-prune")
-    described, aliases = _parse_layers(file, metadata)
+    described = parse_layers(_metadata_json(file, metadata, "layers"), str(file))
+    aliases = _metadata_json(file, metadata, "aliases")
     layers = {}
     for name, (shape, blocksize, nnzb) in described.items():
         arrays = []
@@ -169,8 +177,8 @@ def load_packed(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         if arrays[2].shape[0] != nnzb:
             raise SparsePruneError(f"{file}: {name}.values", f"{nnzb} blocks", arrays[2].shape[0], _DAMAGED)
         layers[name] = _make_layer(model, file, name, shape, arrays, tensors.get(f"{name}.bias"))
-    for name, source in aliases.items():
-        if source not in tensors:
+    for name, source in aliases.items() if isinstance(aliases, dict) else [("aliases", aliases)]:
+        if not isinstance(source, str) or source not in tensors:
             raise SparsePruneError(f"{file}: {name}", f"the tensor {source} that it shares", "none", _DAMAGED)
         tensors[name] = tensors[source]
     _check_fit(model, file, layers, tensors)
@@ -185,17 +193,13 @@ def save_masks(masks: Mapping[str, Tensor], blocksize: tuple[int, int], path: st
     """Write block masks (module name -> bool [ceil(N/R), ceil(K/C)]) as a safetensors file of uint8."""
     with atomic_path(path) as temporary:
         tensors = {name: mask.to(torch.uint8).contiguous() for name, mask in masks.items()}
-        save_file(
-            tensors,
-            temporary,
-            {"format": f"{FORMAT}-masks", "version": VERSION, "blocksize": json.dumps(list(blocksize))},
-        )
+        save_file(tensors, temporary, {"sparse_prune_masks": VERSION, "blocksize": json.dumps(list(blocksize))})
 
 
 def load_masks(path: str | os.PathLike) -> tuple[dict[str, Tensor], tuple[int, int]]:
     """The masks and the block size that save_masks wrote; raises SparsePruneError where the file is not such a file."""
     tensors, metadata = read_tensors(Path(path))
-    if metadata.get("format") != f"{FORMAT}-masks":
+    if metadata.get("sparse_prune_masks") != VERSION:
         raise SparsePruneError(
             str(path), "a file of block masks", "other safetensors", "make it with `sparse-prune prune`"
         )
@@ -224,22 +228,25 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise SparsePruneError(str(file), "a safetensors file", f"{type(error).__name__}: {error}", _DAMAGED) from None
 
 
-def _parse_layers(file: Path, metadata: dict[str, str]) -> tuple[dict[str, tuple], dict[str, str]]:
+def parse_layers(described: Mapping[str, Any], source: str) -> dict[str, tuple[tuple[int, int], tuple[int, int], int]]:
+    """describe_layers read back, name -> ((N, K), (R, C), nnzb); raises SparsePruneError naming source where it is malformed."""
     try:
         layers = {}
-        for name, entry in json.loads(metadata["layers"]).items():
+        for name, entry in described.items():
             (n, k), (r, c), nnzb = entry["shape"], entry["blocksize"], entry["nnzb"]
             if not all(isinstance(v, int) and v >= 0 for v in (n, k, r, c, nnzb)):
                 raise ValueError(f"layer {name}: sizes must be integers")
             layers[name] = ((n, k), (r, c), nnzb)
-        aliases = json.loads(metadata.get("aliases", "{}"))
-        if not all(isinstance(v, str) for v in aliases.values()):
-            raise ValueError("aliases must name tensors")
-        return layers, aliases
+        return layers
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SparsePruneError(
-            str(file), "a description of the layers in the metadata", f"{error!r}", _DAMAGED
-        ) from None
+        raise SparsePruneError(source, "a description of the packed layers", f"{error!r}", _DAMAGED) from None
+
+
+def _metadata_json(file: Path, metadata: Mapping[str, str], key: str) -> Any:
+    try:
+        return json.loads(metadata.get(key, "{}"))
+    except json.JSONDecodeError as error:
+        raise SparsePruneError(f"{file}: metadata {key}", "JSON", str(error), _DAMAGED) from None
 
 
 def _make_layer(model, file, name, shape, arrays, bias) -> SparseLinear:

@@ -110,19 +110,20 @@ def test_broken_tensors_never_reach_the_model(packed_model, tmp_path, case):
 
 
 BROKEN_METADATA = {
-    "not ours": ({"format": "pt"}, "expected a packed checkpoint"),
-    "newer": ({"version": "2"}, "expected layout version 1, got 2"),
-    "no layers": ({"layers": "[1"}, "expected a description of the layers"),
-    "layers of another form": ({"layers": '{"0": {"shape": [1]}}'}, "expected a description of the layers"),
+    "newer": ({"sparse_prune": "2"}, "expected a packed checkpoint of version 1, got 2"),
+    "no layers": ({"layers": "[1"}, "metadata layers: expected JSON"),
+    "layers are a list": ({"layers": "[1]"}, "expected a description of the packed layers"),
+    "layers of another form": ({"layers": '{"0": {"shape": [1]}}'}, "expected a description of the packed layers"),
     "wrong nnzb": ({"layers": '{"0": {"shape": [96, 64], "blocksize": [16, 32], "nnzb": 1}}'}, "expected 1 blocks"),
     "negative shape": (
         {"layers": '{"0": {"shape": [-96, 64], "blocksize": [16, 32], "nnzb": 1}}'},
-        "description of the layers",
+        "description of the packed layers",
     ),
     "layer not in the model": (
         {"layers": '{"7": {"shape": [96, 64], "blocksize": [16, 32], "nnzb": 1}}'},
         "7.crow_indices",
     ),
+    "aliases are a list": ({"aliases": "[1]"}, "expected the tensor"),
     "alias of nothing": ({"aliases": '{"a": "b"}'}, "expected the tensor b that it shares"),
 }
 
@@ -165,6 +166,9 @@ def test_missing_and_foreign_files(packed_model, tmp_path):
     (tmp_path / "text.safetensors").write_text("hello")
     with pytest.raises(sp.SparsePruneError, match="damaged"):
         sp.load_packed(build(), tmp_path / "text.safetensors")
+    safetensors.torch.save_file(build().state_dict(), tmp_path / "dense.safetensors")
+    with pytest.raises(sp.SparsePruneError, match="expected a packed checkpoint of version 1, got other safetensors"):
+        sp.load_packed(build(), tmp_path / "dense.safetensors")
     assert not serialization.is_packed(tmp_path / "text.safetensors")
     with pytest.raises(sp.SparsePruneError, match="a linear layer of 64 -> 96 in the model, got ReLU"):
         sp.load_packed(nn.Sequential(nn.ReLU()), sp.save_packed(packed_model, tmp_path / "m.safetensors"))

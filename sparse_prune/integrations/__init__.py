@@ -1,1 +1,1 @@
-"""Bridges to other libraries, each imported where it is used."""
+"""Where people already work: Hugging Face."""

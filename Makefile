@@ -1,0 +1,50 @@
+# Two commands do everything: `make demo` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TASK ?= sentiment
+FULL ?=
+RUN ?= runs/demo
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
+export MAX_JOBS ?= 2
+
+.PHONY: help install demo ablation test lint bench gpu clean
+
+help: ## list the commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED) ## make .venv with sparse-prune, built for this machine's compiler if it has one
+
+# A Python that has torch already lends it; else a CPU wheel is tried before the default one, which may bring gigabytes of CUDA.
+$(INSTALLED): $(SOURCES)
+	@test -x $(BIN)/python || { echo "Making $(VENV) with $$($(PYTHON) --version)"; \
+	  $(PYTHON) -m venv $$($(PYTHON) -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)' \
+	    2>/dev/null && echo --system-site-packages) $(VENV); }
+	@$(BIN)/python -m pip install -q 'setuptools>=77' wheel
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "Installing $(TORCH)"; $(BIN)/python -m pip install -q '$(TORCH)+cpu' 2>/dev/null; } \
+	  || { echo "pip finds no CPU wheel of $(TORCH): installing the default one. To avoid CUDA, set PIP_EXTRA_INDEX_URL to an index of CPU wheels."; \
+	    $(BIN)/python -m pip install '$(TORCH)'; }
+	@echo "Installing sparse-prune and building its kernels"
+	@$(BIN)/python -m pip install -q --no-build-isolation -e '.[nlp,report,test]'
+	@$(BIN)/sparse-prune doctor
+	@touch $@
+
+demo: $(INSTALLED) ## train, prune, pack, compare, report; TASK=ner for entities, FULL=1 to train longer
+	@$(BIN)/sparse-prune demo --task $(TASK) $(if $(FULL),--full) --out $(RUN)$(if $(filter-out sentiment,$(TASK)),-$(TASK))$(if $(FULL),-full)
+
+ablation: $(INSTALLED) ## every criterion at the same density, with and without distillation
+	@$(BIN)/sparse-prune demo --task $(TASK) --ablation --out $(RUN)$(if $(filter-out sentiment,$(TASK)),-$(TASK))
+
+test: $(INSTALLED) ## lint and all tests
+	@$(BIN)/ruff check -q .
+	@$(BIN)/ruff format -q --check .
+	@$(BIN)/python -m pytest
+
+bench: $(INSTALLED) ## sparse against dense and against peers on this machine
+	@$(BIN)/python -m pytest bench
+
+clean: ## remove what the other commands made, except runs/
+	rm -rf $(VENV) build *.egg-info sparse_prune/*.so .pytest_cache .hypothesis .benchmarks
