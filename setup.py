@@ -70,7 +70,14 @@ if reason is None:
         depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.h")),
         # The oldest torch whose interface is used: one wheel then serves every later torch, and every Python from 3.10.
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-        extra_compile_args=["-O3", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden", "-Wno-maybe-uninitialized", "-g0"],
+        extra_compile_args=[
+            "-O3",
+            "-std=c++20",
+            "-fno-math-errno",
+            "-fvisibility=hidden",
+            "-Wno-maybe-uninitialized",
+            "-g0",
+        ],
         py_limited_api=True,
     )
     setup(

@@ -1,7 +1,7 @@
 """Which kernels work on this machine, and why the others do not.
 
-The CPU kernels are a library beside this file (`_C_cpu*.so`, built by setup.py) that registers itself with PyTorch when loaded. They
-hold one path per instruction set and choose at run time; SPARSE_PRUNE_ISA, or `force_isa`, holds them to a lower one.
+The CPU kernels are a library beside this file (`_C_cpu*.so`, built by setup.py) that registers itself with PyTorch when loaded.
+They hold one path per instruction set and choose at run time; SPARSE_PRUNE_ISA, or `force_isa`, holds them to a lower one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     """The loaded extension and "", or None and the reason. Importing the package must work without it, so nothing is raised."""
     files = sorted(Path(__file__).parent.glob("_C_cpu*.so"))
     if not files:
-        return None, "the C++ extension was not built (a C++20 compiler at install time, SPARSE_PRUNE_CPU=1 to see why it fails)"
+        return (
+            None,
+            "the C++ extension was not built (a C++20 compiler at install time, SPARSE_PRUNE_CPU=1 to see why it fails)",
+        )
     try:
         torch.ops.load_library(str(files[0]))
         library = ctypes.CDLL(str(files[0]))
@@ -98,7 +101,9 @@ def force_isa(name: str) -> Iterator[None]:
 
 def status() -> list[BackendStatus]:
     """Every backend, best first, with the reason where one cannot run."""
-    detail = f"instruction sets {', '.join(cpu_isas())}; {torch.get_num_threads()} threads" if _library is not None else ""
+    detail = (
+        f"instruction sets {', '.join(cpu_isas())}; {torch.get_num_threads()} threads" if _library is not None else ""
+    )
     return [
         BackendStatus("cpu", _library is not None, _reason, detail),
         BackendStatus("reference", True, "", f"plain PyTorch {torch.__version__}, any device"),
