@@ -1,7 +1,7 @@
 """Which kernels work on this machine, and why the others do not.
 
-The CPU kernels are a library beside this file (`_C_cpu*.so`, built by setup.py) that registers itself with PyTorch when loaded. They
-hold one path per instruction set and choose at run time; SPARSE_PRUNE_ISA, or `force_isa`, holds them to a lower one.
+The CPU kernels are a library beside this file (`_C_cpu*.so`, built by setup.py) that registers itself with PyTorch when loaded.
+They hold one path per instruction set and choose at run time; SPARSE_PRUNE_ISA, or `force_isa`, holds them to a lower one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from .errors import SparsePruneError
 
 ISAS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "portable")
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # as in csrc/cpu_ops.cpp
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # numbered as DType in csrc/cpu/kernels.h
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def cpu_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"the C++ kernels run on the CPU, not on {device.type}"
     if dtype not in _DTYPES:
-        return f"the C++ kernels know float32, bfloat16, float16 and float64, not {str(dtype).removeprefix('torch.')}"
+        return f"the C++ kernels are made for float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     return None if _library is not None else _reason
 
 
@@ -72,7 +72,7 @@ def cpu_isas() -> tuple[str, ...]:
 
 
 def cpu_isa(dtype: torch.dtype) -> str:
-    """The instruction set that runs for dtype: bfloat16 may use all of ISAS, float32 and float16 up to avx512, float64 portable code.
+    """The instruction set that runs for dtype: bfloat16 may use all of ISAS, float32 and float16 up to avx512.
 
     Raises SparsePruneError where the kernels cannot run, with the reason.
     """
