@@ -1,7 +1,7 @@
 """One self-contained HTML page about a pruning run, and the helpers that collect what it draws from a model and its masks.
 
-The page is read from `metrics.json` and `analysis.json` beside it; pictures are inline SVG and PNG in the page's own colours, text stays
-text in the reader's fonts (so Chinese tokens need no font here), and nothing is fetched from anywhere.
+The page is made of `metrics.json` and `analysis.json` beside it. Its pictures are inline SVG and PNG that follow the reader's light
+or dark mode, its text stays text in the reader's fonts (so Chinese tokens need no font here), and it fetches nothing.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import hashlib
 import math
 import os
 import re
-import struct
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .charts import (
+    FASTER,
+    bytes_text,
+    dumbbells,
+    faster,
+    line_chart,
+    number,
+    percent,
+    percent1,
+    png,
+    said_text,
+    seconds_text,
+    signed,
+    three,
+    times,
+)
 from .errors import SparsePruneError
 from .masks import check_mask, element_density, expand_mask
 from .serialization import atomic_path, read_json
@@ -28,8 +42,6 @@ from .serialization import atomic_path, read_json
 PAGE_NAME = "report.html"
 METRICS = {"accuracy": "accuracy", "f1": "F1"}  # what metrics.json may call its score, and how a reader says it
 TOLERANCE = {"accuracy": 1.5, "f1": 2.0}  # points that a pruned model may lose and still count as having kept its score
-FASTER = 1.05  # speed-ups nearer to 1 than this are within what timings move from run to run
-INK = (47, 124, 200)  # the blue of masks and heat maps, which has contrast on a white and on a black page
 MASK_SIDE = 200  # CSS pixels for the longest side of the largest mask
 MASK_CELLS = 256  # larger masks are pooled into this many cells a side
 MAX_TOKENS = 64
@@ -55,6 +67,7 @@ for (const figure of document.querySelectorAll("[data-tokens]")) {
   }
 }
 """
+_HEAD_KEYS = "dense, sparse, seconds (or bytes, layers, per_class, throughput in analysis.json)"
 _OWN_FORM = "the form that `sparse-prune prune` writes"
 
 
@@ -79,8 +92,8 @@ def collect_layers(
 ) -> list[dict[str, Any]]:
     """The "layers" of analysis.json: name, shape [N, K], blocksize [R, C], element density and the mask as strings of 0 and 1.
 
-    masks maps names of linear layers of model to bool block masks [ceil(N/R), ceil(K/C)], as Pruner.masks does. Without blocksize each
-    layer's is inferred from its grid, which is exact where blocks tile the weight.
+    masks maps names of linear layers of model to bool block masks [ceil(N/R), ceil(K/C)], as Pruner.masks does. Without blocksize
+    each layer's is inferred from its grid, which is exact where blocks tile the weight.
 
     Raises SparsePruneError where a name is not in the model or a mask does not fit its weight.
     """
@@ -106,8 +119,9 @@ def collect_heads(
     """The "heads" of analysis.json: for each layer and head, the share of its weights that is kept, and whether it is alive.
 
     Head h owns rows h*d..(h+1)*d of its layer's q, k and v (each a linear layer, or a third of a fused `qkv` [3H, H]) and the same
-    columns of `out`; with fewer k and v heads than q heads, neighbours share. It is dead when all it owns of any of the four is pruned.
-    Layers are told apart by the first number in a module's name; num_heads is model.config.num_attention_heads unless given.
+    columns of `out`; with fewer k and v heads than q heads, neighbours share. It is dead when all it owns of any of the four is
+    pruned. A linear layer without a mask counts as kept whole. Layers are told apart by the first number in a module's name;
+    num_heads is model.config.num_attention_heads unless given.
 
     Raises SparsePruneError where the number of heads is unknown or does not divide the rows of q.
     """
@@ -119,8 +133,8 @@ def collect_heads(
         )
     layers: dict[int, dict[str, Tensor]] = {}
     for name, module in model.named_modules():
-        part, number = _attention_part(name), _layer_number(name)
-        if part is None or number is None or not hasattr(module, "in_features"):
+        part, index = _attention_part(name), _layer_number(name)
+        if part is None or index is None or not hasattr(module, "in_features"):
             continue
         shape = _weight_shape(model, name)
         if name in masks:
@@ -130,9 +144,9 @@ def collect_heads(
         parts = (
             zip("qkv", kept.chunk(3), strict=True) if part == "qkv" else ((part, kept.T if part == "out" else kept),)
         )
-        layers.setdefault(number, {}).update(parts)  # every part as [rows or columns of the heads, the other direction]
+        layers.setdefault(index, {}).update(parts)  # every part as [rows or columns of the heads, the other direction]
     heads = []
-    for number, parts in sorted(layers.items()):
+    for index, parts in sorted(layers.items()):
         if set(parts) != {"q", "k", "v", "out"}:
             continue
         rows = parts["q"].shape[0]
@@ -146,28 +160,30 @@ def collect_heads(
                 owned.append(kept[first : first + size])
             share = sum(int(kept.sum()) for kept in owned) / sum(kept.numel() for kept in owned)
             alive = all(bool(kept.any()) for kept in owned)
-            heads.append({"layer": number, "head": head, "kept": share, "alive": alive})
+            heads.append({"layer": index, "head": head, "kept": share, "alive": alive})
     return heads
 
 
 def summary_picture(directory: str | os.PathLike, out: str | os.PathLike) -> Path:
-    """Write a PNG for the README about the run in directory: score and speed-up over density, or, without a curve, dense beside sparse.
+    """Write a PNG about the run in directory: score and speed-up over density, or, without a curve, dense beside sparse.
 
     Raises SparsePruneError where the files are missing or malformed, or matplotlib is not installed.
     """
     directory, out = Path(directory), Path(out)
     metrics, analysis = _load(directory)
-    head = _build(directory / "metrics.json", "dense, sparse", lambda: _headline(metrics, analysis))
+    head = _build(directory / "metrics.json", _HEAD_KEYS, lambda: _headline(metrics, analysis))
     curve = _build(directory / "analysis.json", "curve", lambda: _curve_points(analysis))
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.patheffects import withStroke
         from matplotlib.ticker import FixedLocator, NullLocator
     except ImportError:
         raise SparsePruneError(
             "matplotlib", "the package matplotlib", "not installed", "pip install 'sparse-prune[report]'"
         ) from None
     grey, blue, ink = "#6b7683", "#2264ab", "#1d2733"
+    halo = withStroke(linewidth=3, foreground="white")
     figure = Figure(figsize=(9, 3.5), dpi=160, facecolor="white", layout="constrained")
     figure.suptitle(head["short"], fontsize=12.5, fontweight="bold", color=ink)
     if curve:
@@ -181,13 +197,12 @@ def summary_picture(directory: str | os.PathLike, out: str | os.PathLike) -> Pat
             axes.axhline(reference, color=grey, linewidth=1, linestyle=(0, (4, 3)))
             axes.plot(densities, values, color=blue, linewidth=2, marker="o", markersize=5)
             for x, y in zip(densities, values, strict=True):
-                axes.annotate(
-                    form.format(y), (x, y), (0, 7), textcoords="offset points", ha="center", fontsize=9, color=ink
-                )
+                style = {"ha": "center", "fontsize": 9, "color": ink, "path_effects": [halo]}
+                axes.annotate(form.format(y), (x, y), (0, 8), textcoords="offset points", **style)
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(FixedLocator(densities))
             axes.xaxis.set_minor_locator(NullLocator())
-            axes.set_xticks(densities, [_percent(x) for x in densities])
+            axes.set_xticks(densities, [percent(x) for x in densities])
             axes.set_xlabel("blocks kept in the encoder (100% is dense)")
             axes.set_title(label, fontsize=11, loc="left", color=ink)
             axes.margins(x=0.08, y=0.2)
@@ -198,9 +213,11 @@ def summary_picture(directory: str | os.PathLike, out: str | os.PathLike) -> Pat
             axes.bar_label(drawn, texts, padding=3, fontsize=10, color=ink)
             axes.set_title(name, fontsize=11, loc="left", color=ink)
             axes.set_yticks([])
+            axes.spines["left"].set_visible(False)
             axes.margins(y=0.15)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(grey)
         axes.tick_params(colors=grey, labelsize=9)
         axes.xaxis.label.set_color(grey)
     with atomic_path(out) as temporary:
@@ -222,6 +239,12 @@ def _load(directory: Path) -> tuple[dict, dict]:
     for path, data in ((file, metrics), (beside, analysis)):
         if not isinstance(data, dict):
             raise SparsePruneError(str(path), "a JSON object", type(data).__name__, "prune again to write it anew")
+    for key in _SECTIONS:
+        entries = analysis.get(key) or []
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise SparsePruneError(
+                f"{beside}: {key}", "a list of objects", f"{entries!r:.60}", "prune again, or mend the file"
+            )
     return metrics, analysis
 
 
@@ -254,20 +277,19 @@ def _build(path: Path, key: str, build: Callable[[], Any]) -> Any:
 def _view(directory: Path, metrics: dict, analysis: dict) -> dict[str, Any]:
     """All variables of the template."""
     file = directory / "analysis.json"
-    head = _build(directory / "metrics.json", "dense, sparse", lambda: _headline(metrics, analysis))
-    rows = _build(directory / "metrics.json", "dense, sparse", lambda: _table(metrics, analysis))
+    head = _build(directory / "metrics.json", _HEAD_KEYS, lambda: _headline(metrics, analysis))
+    rows = _build(directory / "metrics.json", _HEAD_KEYS, lambda: _table(metrics, analysis))
     sections: dict[str, Any] = {}
     missing = []
     for key, (title, build) in _SECTIONS.items():
         drawn = _build(file, key, lambda build=build, key=key: build(analysis, head) if analysis.get(key) else None)
-        if drawn:
-            sections[key] = drawn
-        else:
+        sections[key] = drawn
+        if not drawn:
             missing.append(title)
     facts = _build(file, "machine, model", lambda: _facts(analysis))
     if not facts:
         missing.append("machine and versions")
-    script = _HOVER if "attention" in sections else ""
+    script = _HOVER if sections["attention"] else ""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return {
         "head": head,
@@ -287,28 +309,28 @@ def _headline(metrics: dict, analysis: dict) -> dict[str, Any]:
     if key is None:
         raise KeyError("accuracy or f1")
     metric = METRICS[key]
-    before, after, density = _number(dense[key]), _number(sparse[key]), _number(sparse["density"])
+    before, after, density = number(dense[key]), number(sparse[key]), number(sparse["density"])
     change = 100 * (after - before)
     kept_score = change >= -TOLERANCE[key]
     sizes = [tuple(layer["blocksize"]) for layer in analysis.get("layers") or []]
     unit = "weights" if sizes and set(sizes) == {(1, 1)} else "blocks"
     block = f"{sizes[0][0]}×{sizes[0][1]}" if len(set(sizes)) == 1 else None
 
-    removed = f"{_percent(1 - density)} of the encoder’s {unit} removed"
-    score = f"{metric} unchanged" if abs(change) < 0.05 else f"{metric} {_signed(change)} points"
-    bars = [_bar(metric, before, after, _percent1)]
+    removed = f"{percent(1 - density)} of the encoder’s {unit} removed"
+    score = f"{metric} unchanged" if abs(change) < 0.05 else f"{metric} {signed(change)} points"
+    bars = [_bar(metric, before, after, percent1)]
     speed = pace = None
     if dense.get("latency_ms") is not None and sparse.get("latency_ms") is not None:
-        speed = _number(dense["latency_ms"]) / _number(sparse["latency_ms"])
-        pace = f"{_times(speed)} faster" if speed >= FASTER else f"{_times(1 / speed)} slower"
+        speed = number(dense["latency_ms"]) / number(sparse["latency_ms"])
+        pace = f"{times(speed)} faster" if speed >= FASTER else f"{times(1 / speed)} slower"
         if 1 / FASTER < speed < FASTER:
             pace = "no faster"
-        bars.append(_bar("latency (ms)", dense["latency_ms"], sparse["latency_ms"], _three))
+        bars.append(_bar("latency (ms)", dense["latency_ms"], sparse["latency_ms"], three))
     packed, whole = _bytes_of(metrics, analysis)
     if packed:
-        bars.append(_bar("encoder size (MB)", packed[0] / 1e6, packed[1] / 1e6, _three))
+        bars.append(_bar("encoder size (MB)", packed[0] / 1e6, packed[1] / 1e6, three))
     elif whole:
-        bars.append(_bar("size (MB)", whole[0] / 1e6, whole[1] / 1e6, _three))
+        bars.append(_bar("size (MB)", whole[0] / 1e6, whole[1] / 1e6, three))
 
     fast = speed is None or speed >= FASTER
     if kept_score and fast:
@@ -330,14 +352,12 @@ def _headline(metrics: dict, analysis: dict) -> dict[str, Any]:
     held_out = sum(int(row["support"]) for row in analysis.get("per_class") or [])
     error = 100 * math.sqrt(max(before * (1 - before), 0) / held_out) if held_out and key == "accuracy" else None
     tiles = [
-        (metric, _percent1(after), f"dense {_percent1(before)}"),
-        ("speed", _times(speed), f"{_three(dense['latency_ms'])} → {_three(sparse['latency_ms'])} ms")
-        if speed
-        else None,
+        (metric, percent1(after), f"dense {percent1(before)}"),
+        ("speed", times(speed), f"{three(dense['latency_ms'])} → {three(sparse['latency_ms'])} ms") if speed else None,
         _size_tile("encoder size", packed) or _size_tile("size", whole),
         (
             "blocks kept" if unit == "blocks" else "weights kept",
-            _percent(density),
+            percent(density),
             f"in blocks of {block}" if block else "",
         ),
     ]
@@ -345,6 +365,7 @@ def _headline(metrics: dict, analysis: dict) -> dict[str, Any]:
         "title": str(analysis.get("title") or f"Pruning for {metrics['task']}"),
         "task": str(metrics["task"]),
         "metric": metric,
+        "tolerance": TOLERANCE[key],
         "short": f"{removed}" + (f", {pace}" if pace else "") + f", {score}",
         "words": [removed, *([pace] if pace else []), score],
         "tone": tone,
@@ -362,26 +383,28 @@ def _table(metrics: dict, analysis: dict) -> list[dict[str, str]]:
     """Rows of name, note, dense, sparse and change."""
     dense, sparse, seconds = metrics["dense"], metrics["sparse"], metrics.get("seconds") or {}
     key = next(key for key in METRICS if key in dense)
-    change = 100 * (_number(sparse[key]) - _number(dense[key]))
+    change = 100 * (number(sparse[key]) - number(dense[key]))
     rows = [
-        _row(METRICS[key], "held out", _percent1(dense[key]), _percent1(sparse[key]), f"{_signed(change)} points"),
-        _row("density", "encoder weights kept", "100%", _percent(sparse["density"]), ""),
+        _row(METRICS[key], "held out", percent1(dense[key]), percent1(sparse[key]), f"{signed(change)} points"),
+        _row("density", "encoder weights kept", "100%", percent(sparse["density"]), ""),
     ]
     if dense.get("latency_ms") is not None and sparse.get("latency_ms") is not None:
-        before, after = _number(dense["latency_ms"]), _number(sparse["latency_ms"])
-        rows.append(_row("latency", "", f"{_three(before)} ms", f"{_three(after)} ms", _faster(before / after)))
+        before, after = number(dense["latency_ms"]), number(sparse["latency_ms"])
+        rows.append(_row("latency", "", f"{three(before)} ms", f"{three(after)} ms", faster(before / after)))
     if rates := analysis.get("throughput"):
-        before, after = _number(rates["dense_per_s"]), _number(rates["sparse_per_s"])
-        rows.append(_row("throughput", "texts a second", _three(before), _three(after), _faster(after / before)))
+        before, after = number(rates["dense_per_s"]), number(rates["sparse_per_s"])
+        rows.append(_row("throughput", "texts a second", three(before), three(after), faster(after / before)))
     packed, whole = _bytes_of(metrics, analysis)
     for name, note, pair in (
         ("encoder", "dense and packed", packed),
         ("whole file", "with embeddings and head", whole),
     ):
         if pair:
-            rows.append(_row(f"{name}, bytes", note, _bytes(pair[0]), _bytes(pair[1]), f"{pair[1] / pair[0]:.2f}×"))
+            rows.append(
+                _row(f"{name}, bytes", note, bytes_text(pair[0]), bytes_text(pair[1]), f"{pair[1] / pair[0]:.2f}×")
+            )
     if seconds:
-        train, prune = (_seconds(seconds[k]) if seconds.get(k) is not None else "" for k in ("train", "prune"))
+        train, prune = (seconds_text(seconds[k]) if seconds.get(k) is not None else "" for k in ("train", "prune"))
         rows.append(_row("time spent", "training, then pruning", train, f"+ {prune}" if prune else "", ""))
     return rows
 
@@ -391,7 +414,7 @@ def _row(name: str, note: str, dense: str, sparse: str, change: str) -> dict[str
 
 
 def _bar(name: str, dense: float, sparse: float, form: Callable[[float], str]) -> dict[str, Any]:
-    return {"name": name, "values": (_number(dense), _number(sparse)), "texts": (form(dense), form(sparse))}
+    return {"name": name, "values": (number(dense), number(sparse)), "texts": (form(dense), form(sparse))}
 
 
 def _bytes_of(metrics: dict, analysis: dict) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
@@ -400,14 +423,14 @@ def _bytes_of(metrics: dict, analysis: dict) -> tuple[tuple[float, float] | None
     pairs = []
     for name in ("encoder", "file"):
         pair = known.get(f"dense_{name}"), known.get(f"packed_{name}")
-        pairs.append((_number(pair[0]), _number(pair[1])) if None not in pair else None)
+        pairs.append((number(pair[0]), number(pair[1])) if None not in pair else None)
     if pairs[1] is None and None not in (pair := (metrics["dense"].get("bytes"), metrics["sparse"].get("bytes"))):
-        pairs[1] = _number(pair[0]), _number(pair[1])
+        pairs[1] = number(pair[0]), number(pair[1])
     return pairs[0], pairs[1]
 
 
 def _size_tile(name: str, pair: tuple[float, float] | None) -> tuple[str, str, str] | None:
-    return (name, f"{pair[1] / pair[0]:.2f}×", f"{_bytes(pair[0])} → {_bytes(pair[1])}") if pair else None
+    return (name, f"{pair[1] / pair[0]:.2f}×", f"{bytes_text(pair[0])} → {bytes_text(pair[1])}") if pair else None
 
 
 # Sections: each takes the analysis and the headline, and returns what its part of the template shows
@@ -417,7 +440,7 @@ def _layers_section(analysis: dict, head: dict) -> dict[str, Any]:
     groups: dict[int | None, list[dict]] = {}
     weights, kept_weights, longest = 0, 0.0, 1
     for layer in analysis["layers"]:
-        (n, k), (r, c), density = layer["shape"], layer["blocksize"], _number(layer["density"])
+        (n, k), (r, c), density = layer["shape"], layer["blocksize"], number(layer["density"])
         rows = layer["mask"]
         cells = np.frombuffer("".join(rows).encode("ascii"), np.uint8).reshape(len(rows), -1) - ord("0")  # [N/R, K/C]
         if cells.shape != (-(-n // r), -(-k // c)) or cells.max() > 1:
@@ -428,10 +451,10 @@ def _layers_section(analysis: dict, head: dict) -> dict[str, Any]:
         if pool > 1:
             padded = np.pad(cells, [(0, -side % pool) for side in cells.shape]).astype(float)
             cells = padded.reshape(padded.shape[0] // pool, pool, -1, pool).mean((1, 3))
-        number = _layer_number(layer["name"])
+        index = _layer_number(layer["name"])
         longest = max(longest, *cells.shape)
         weights, kept_weights = weights + n * k, kept_weights + n * k * density
-        groups.setdefault(number, []).append(
+        groups.setdefault(index, []).append(
             {
                 "name": _within_layer(layer["name"]),
                 "full": layer["name"],
@@ -446,10 +469,10 @@ def _layers_section(analysis: dict, head: dict) -> dict[str, Any]:
     for layer in every:
         cells = layer.pop("cells")
         layer |= {
-            "picture": _png(cells * 255),
+            "picture": png(cells * 255),
             "width": cells.shape[1] * pixels,
             "height": cells.shape[0] * pixels,
-            "percent": _percent(layer["density"]),
+            "percent": percent(layer["density"]),
         }
     scale = max(max(layer["density"] for layer in every), 1e-9)
     for layer in every:
@@ -460,28 +483,27 @@ def _layers_section(analysis: dict, head: dict) -> dict[str, Any]:
         kept, size = kinds.setdefault(layer["name"], [0.0, 0.0])
         kinds[layer["name"]] = [kept + layer["density"] * layer["size"], size + layer["size"]]
     ranked = sorted((kept / size, name) for name, (kept, size) in kinds.items())
-    said = f"{_percent(mean)} of the weights are left."
+    said = f"{percent(mean)} of the weights are left."
     if len(ranked) > 1 and ranked[-1][0] - ranked[0][0] >= 0.005:
-        said += f" {ranked[-1][1]} kept the most ({_percent(ranked[-1][0])}), {ranked[0][1]} the least ({_percent(ranked[0][0])})."
+        said += f" {ranked[-1][1]} kept the most ({percent(ranked[-1][0])}), {ranked[0][1]} the least ({percent(ranked[0][0])})."
     groups_drawn = []
-    for number, members in groups.items():
+    for index, members in groups.items():
         kept = sum(layer["density"] * layer["size"] for layer in members) / sum(layer["size"] for layer in members)
         groups_drawn.append(
             {
-                "name": "outside the layers" if number is None else f"Layer {number}",
-                "kept": _percent(kept),
+                "name": "outside the layers" if index is None else f"Layer {index}",
+                "kept": percent(kept),
                 "layers": members,
             }
         )
     grid = pixels if pixels >= 4 else 0
-    return {"said": said, "groups": groups_drawn, "mean": 100 * mean / scale, "mean_text": _percent(mean), "grid": grid}
+    return {"said": said, "groups": groups_drawn, "mean": 100 * mean / scale, "mean_text": percent(mean), "grid": grid}
 
 
 def _curve_points(analysis: dict) -> list[dict[str, float]]:
     """The points of the curve by rising density; empty unless they reach density 1, which is dense."""
     points = [
-        {key: _number(point[key]) for key in ("density", "score", "latency_ms")}
-        for point in analysis.get("curve") or []
+        {key: number(point[key]) for key in ("density", "score", "latency_ms")} for point in analysis.get("curve") or []
     ]
     points.sort(key=lambda point: point["density"])
     return points if len(points) > 1 and points[-1]["density"] == 1 else []
@@ -494,18 +516,19 @@ def _curve_section(analysis: dict, head: dict) -> dict[str, Any] | None:
     dense, x = points[-1], [point["density"] for point in points]
     scores = [100 * point["score"] for point in points]
     speeds = [dense["latency_ms"] / point["latency_ms"] for point in points]
-    options = {"log": True, "x_ticks": [(value, _percent(value)) for value in x], "x_name": "blocks kept (log scale)"}
-    held = [p for p in points if 100 * (p["score"] - dense["score"]) >= -TOLERANCE[_metric_key(head)]]
+    options = {"log": True, "x_ticks": [(value, percent(value)) for value in x], "x_name": "blocks kept (log scale)"}
+    held = [p for p in points if 100 * (p["score"] - dense["score"]) >= -head["tolerance"]]
     best = max(held, key=lambda point: dense["latency_ms"] / point["latency_ms"])
     gain = dense["latency_ms"] / best["latency_ms"]
-    said = f"Within {TOLERANCE[_metric_key(head)]} points of dense, the fastest is at {_percent(best['density'])}: {_times(gain)}."
+    tolerance = head["tolerance"]
+    said = f"Within {tolerance} points of dense, the fastest is at {percent(best['density'])}: {times(gain)}."
     if best is dense:
-        said = f"No pruned point is both within {TOLERANCE[_metric_key(head)]} points of dense and faster than it."
+        said = f"No pruned point is both within {tolerance} points of dense and faster than it."
     mark = head["density"]
     return {
         "said": said,
         "charts": [
-            _chart(
+            line_chart(
                 f"{head['metric']}, %",
                 [("sparse", list(zip(x, scores, strict=True)))],
                 reference=(scores[-1], "dense"),
@@ -513,7 +536,7 @@ def _curve_section(analysis: dict, head: dict) -> dict[str, Any] | None:
                 labels="{:.1f}",
                 **options,
             ),
-            _chart(
+            line_chart(
                 "speed-up over dense",
                 [("sparse", list(zip(x, speeds, strict=True)))],
                 reference=(1.0, "dense"),
@@ -529,42 +552,42 @@ def _curve_section(analysis: dict, head: dict) -> dict[str, Any] | None:
 def _latency_section(analysis: dict, head: dict) -> dict[str, Any]:
     rows = []
     for entry in analysis["latency"]:
-        dense, sparse = _number(entry["dense_ms"]), _number(entry["sparse_ms"])
+        dense, sparse = number(entry["dense_ms"]), number(entry["sparse_ms"])
         top = max(dense, sparse)
         rows.append(
             {
                 "name": f"{entry['batch']} × {entry['length']}",
                 "note": str(entry["dtype"]).removeprefix("torch."),
-                "dense": _three(dense),
-                "sparse": _three(sparse),
+                "dense": three(dense),
+                "sparse": three(sparse),
                 "dense_bar": 100 * dense / top,
                 "sparse_bar": 100 * sparse / top,
-                "change": _faster(dense / sparse),
+                "change": faster(dense / sparse),
                 "worse": dense / sparse < 1 / FASTER,
             }
         )
-    ratios = [_number(e["dense_ms"]) / _number(e["sparse_ms"]) for e in analysis["latency"]]
-    said = f"From {_times(min(ratios))} to {_times(max(ratios))} the speed of dense." if len(ratios) > 1 else ""
-    return {"rows": rows, "said": said}
+    ratios = [number(e["dense_ms"]) / number(e["sparse_ms"]) for e in analysis["latency"]]
+    said = f"From {times(min(ratios))} to {times(max(ratios))} the speed of dense." if len(ratios) > 1 else ""
+    return {"rows": rows, "said": said, "slower": sum(row["worse"] for row in rows)}
 
 
 def _class_section(analysis: dict, head: dict) -> dict[str, Any]:
     rows = []
     for entry in analysis["per_class"]:
-        dense, sparse = _number(entry["dense"]), _number(entry["sparse"])
+        dense, sparse = number(entry["dense"]), number(entry["sparse"])
         rows.append(
             {"name": str(entry["name"]), "note": f"{int(entry['support']):,} held out", "a": dense, "b": sparse}
         )
     worst = min(rows, key=lambda row: row["b"] - row["a"])
     drop = 100 * (worst["b"] - worst["a"])
-    said = f"{worst['name']} lost most: {_signed(drop)} points." if drop <= -0.05 else "No class lost anything."
-    return {"said": said, **_dumbbells(rows)}
+    said = f"{worst['name']} lost most: {signed(drop)} points." if drop <= -0.05 else "No class lost anything."
+    return {"said": said, **dumbbells(rows)}
 
 
 def _ablation_section(analysis: dict, head: dict) -> dict[str, Any]:
     by_criterion: dict[str, dict[str, float]] = {}
     for entry in analysis["ablation"]:
-        by_criterion.setdefault(str(entry["criterion"]), {})["b" if entry["distilled"] else "a"] = _number(
+        by_criterion.setdefault(str(entry["criterion"]), {})["b" if entry["distilled"] else "a"] = number(
             entry["score"]
         )
     rows = [{"name": name, "note": "", "a": None, "b": None} | scores for name, scores in by_criterion.items()]
@@ -573,8 +596,8 @@ def _ablation_section(analysis: dict, head: dict) -> dict[str, Any]:
     distilled = top["b"] is not None and (top["a"] is None or top["b"] >= top["a"])
     said = f"Best: {top['name']}{' with distillation' if distilled else ' without distillation'}, "
     best = top["b"] if distilled else top["a"]
-    said += f"{_signed(100 * (best - head['before']))} points from dense."
-    return {"said": said, **_dumbbells(rows, head["before"])}
+    said += f"{signed(100 * (best - head['before']))} points from dense."
+    return {"said": said, **dumbbells(rows, head["before"])}
 
 
 def _heads_section(analysis: dict, head: dict) -> dict[str, Any]:
@@ -582,15 +605,15 @@ def _heads_section(analysis: dict, head: dict) -> dict[str, Any]:
     for entry in analysis["heads"]:
         grid.setdefault(int(entry["layer"]), {})[int(entry["head"])] = entry
     columns = range(max(max(row) for row in grid.values()) + 1)
-    top = max(_number(entry["kept"]) for entry in analysis["heads"]) or 1
+    top = max(number(entry["kept"]) for entry in analysis["heads"]) or 1
     rows = []
     for layer, entries in sorted(grid.items()):
         cells = []
         for column in columns:
             entry = entries.get(column)
-            kept = _number(entry["kept"]) if entry else 0
+            kept = number(entry["kept"]) if entry else 0
             state = "none" if entry is None else "alive" if entry["alive"] else "dead"
-            cells.append({"state": state, "text": _percent(kept) if entry else "", "tint": round(60 * kept / top)})
+            cells.append({"state": state, "text": percent(kept) if entry else "", "tint": round(60 * kept / top)})
         rows.append({"name": layer, "cells": cells})
     dead, total = sum(not entry["alive"] for entry in analysis["heads"]), len(analysis["heads"])
     said = f"All {total} heads are alive." if not dead else f"{dead} of {total} heads died."
@@ -620,7 +643,7 @@ def _attention_section(analysis: dict, head: dict) -> list[dict[str, Any]]:
                 "maps": [
                     {
                         "name": name,
-                        "picture": _png(ink * 255),
+                        "picture": png(ink * 255),
                         "weights": "".join(chr(40 + round(80 * value)) for value in ink.ravel()),
                         "prediction": entry.get(f"{name}_prediction"),
                         "right": entry.get(f"{name}_prediction") == entry.get("label"),
@@ -638,7 +661,7 @@ def _attention_section(analysis: dict, head: dict) -> list[dict[str, Any]]:
 def _history_section(analysis: dict, head: dict) -> dict[str, Any]:
     points, last, offset, phase = [], 0.0, 0.0, None
     for entry in analysis["history"]:
-        step = _number(entry["step"])
+        step = number(entry["step"])
         if entry["phase"] != phase:
             phase, offset = entry["phase"], last if step <= last else 0.0
         last = step + offset
@@ -653,12 +676,12 @@ def _history_section(analysis: dict, head: dict) -> dict[str, Any]:
     ):
         lines = []
         for phase, style in (("train", "dense"), ("prune", "sparse")):
-            line = [(p["step"], factor * _number(p[key])) for p in points if p["phase"] == phase and p[key] is not None]
+            line = [(p["step"], factor * number(p[key])) for p in points if p["phase"] == phase and p[key] is not None]
             if line:
                 lines.append((style, line[:: max(1, len(line) // MAX_POINTS)]))
         if sum(len(line) for _, line in lines) > 1:
             zero = key == "density"
-            charts.append(_chart(name, lines, x_name="step", band=band, zero=zero, dots=key == "score"))
+            charts.append(line_chart(name, lines, x_name="step", band=band, zero=zero, dots=key == "score"))
     return (
         {"said": "Grey is training the dense model, blue is pruning it." if pruning else "", "charts": charts}
         if charts
@@ -669,7 +692,7 @@ def _history_section(analysis: dict, head: dict) -> dict[str, Any]:
 def _examples_section(analysis: dict, head: dict) -> dict[str, Any]:
     rows = []
     for entry in analysis["examples"]:
-        label, dense, sparse = (_said(entry[key]) for key in ("label", "dense", "sparse"))
+        label, dense, sparse = (said_text(entry[key]) for key in ("label", "dense", "sparse"))
         rows.append({"text": str(entry["text"]), "label": label, "dense": dense, "sparse": sparse})
     lost = sum(row["dense"] == row["label"] != row["sparse"] for row in rows)
     won = sum(row["sparse"] == row["label"] != row["dense"] for row in rows)
@@ -683,7 +706,7 @@ def _facts(analysis: dict) -> list[tuple[str, str]]:
     pairs = []
     for group in ("model", "machine"):
         for key, value in (analysis.get(group) or {}).items():
-            shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else _said(value)
+            shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else said_text(value)
             pairs.append((key.replace("_", " "), shown))
     return pairs
 
@@ -702,223 +725,7 @@ _SECTIONS: dict[str, tuple[str, Callable[[dict, dict], Any]]] = {
 _SHORT = {"[CLS]": "⊢", "[SEP]": "⊣"}
 
 
-# Drawing
-
-
-def _chart(
-    name: str,
-    lines: Sequence[tuple[str, list[tuple[float, float]]]],
-    *,
-    x_name: str,
-    x_ticks: list[tuple[float, str]] | None = None,
-    log: bool = False,
-    zero: bool = False,
-    reference: tuple[float, str] | None = None,
-    mark: float | None = None,
-    band: tuple[float, float] | None = None,
-    labels: str | None = None,
-    dots: bool = True,
-) -> dict[str, Any]:
-    """A line chart as positions in a 400 x 240 picture, for the template to draw as SVG.
-
-    lines are (style, points) by rising x; mark is an x, band a range of x, reference a y with its name, labels the format of a text at
-    each point, zero whether y starts there.
-    """
-    left, right, top, bottom = 46, 386, 26, 200
-    xs = [x for _, line in lines for x, _ in line]
-    ys = [y for _, line in lines for _, y in line] + ([reference[0]] if reference else [])
-    ticks = _ticks(0.0 if zero else min(ys), max(ys))
-    low, high = min(ticks[0], *ys), max(ticks[-1], *ys)
-    warp = math.log if log else float
-    first, span = warp(min(xs)), (warp(max(xs)) - warp(min(xs))) or 1.0
-
-    def across(x: float) -> float:
-        return round(left + 14 + (right - left - 28) * (warp(x) - first) / span, 1)
-
-    def up(y: float) -> float:
-        return round(bottom - (bottom - top) * (y - low) / ((high - low) or 1.0), 1)
-
-    if x_ticks is None:
-        x_ticks = [(x, f"{x:,.0f}") for x in _ticks(min(xs), max(xs)) if min(xs) <= x <= max(xs)]
-    drawn_ticks, last = [], -math.inf
-    for x, text in x_ticks:
-        if across(x) - last >= 30:
-            drawn_ticks.append({"at": across(x), "text": text})
-            last = across(x)
-    digits = max(0, 1 - math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9)) if ticks[1] - ticks[0] < 1 else 0
-    drawn = []
-    for style, line in lines:
-        places = [(across(x), up(y)) for x, y in line]
-        dotted = dots and len(line) <= 40
-        drawn.append(
-            {
-                "style": style,
-                "path": "M" + "L".join(f"{x} {y}" for x, y in places),
-                "dots": [
-                    {
-                        "x": x,
-                        "y": y,
-                        "text": labels.format(value) if labels else "",
-                        "title": f"{x_name} {_three(at)}: {_three(value)}",
-                    }
-                    for (x, y), (at, value) in zip(places, line, strict=True)
-                ]
-                if dotted
-                else [],
-            }
-        )
-    inside = mark is not None and min(xs) <= mark <= max(xs)
-    return {
-        "name": name,
-        "x_name": x_name,
-        "lines": drawn,
-        "x_ticks": drawn_ticks,
-        "y_ticks": [{"at": up(y), "text": f"{y:,.{min(digits, 3)}f}"} for y in ticks],
-        "reference": {"at": up(reference[0]), "text": reference[1]} if reference else None,
-        "mark": across(mark) if inside else None,
-        "band": (across(band[0]), across(band[1])) if band else None,
-    }
-
-
-def _dumbbells(rows: list[dict], reference: float | None = None) -> dict[str, Any]:
-    """Rows with scores a and b (either may be None) as percentages along one zoomed axis, for the template to place."""
-    values = [row[key] for row in rows for key in ("a", "b") if row[key] is not None]
-    values += [reference] if reference is not None else []
-    ticks = _ticks(100 * min(values), 100 * max(values))
-    low, high = ticks[0], ticks[-1]
-
-    def place(value: float | None) -> float | None:
-        return None if value is None else round(100 * (100 * value - low) / ((high - low) or 1.0), 2)
-
-    drawn = []
-    for row in rows:
-        a, b = row["a"], row["b"]
-        both = a is not None and b is not None
-        drawn.append(
-            {
-                "name": row["name"],
-                "note": row["note"],
-                "a": place(a),
-                "b": place(b),
-                "from": min(place(a), place(b)) if both else 0,
-                "length": abs(place(a) - place(b)) if both else 0,
-                "a_text": _percent1(a) if a is not None else "",
-                "b_text": _percent1(b) if b is not None else "",
-                "change": _signed(100 * (b - a)) if both else "",
-                "worse": both and b < a,
-            }
-        )
-    return {
-        "rows": drawn,
-        "ticks": [
-            {"at": place(tick / 100), "text": f"{tick:.0f}%" if float(tick).is_integer() else f"{tick:.1f}%"}
-            for tick in ticks
-        ],
-        "reference": place(reference),
-        "reference_text": _percent1(reference) if reference is not None else "",
-    }
-
-
-def _ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers from at or below low to at or above high, in steps of 1, 2 or 5 times a power of ten."""
-    if high - low < 1e-9 * max(1.0, abs(high)):
-        low, high = low - 0.5, high + 0.5
-    raw = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 10) for i in range(first, last + 1)]
-
-
-def _png(alpha: np.ndarray) -> str:
-    """A data URI of a PNG in the one ink of the page, with alpha [rows, columns] in 0..255 as its opacity."""
-    opacity = np.rint(alpha).astype(np.uint8)
-    pixels = np.empty((*opacity.shape, 4), np.uint8)
-    pixels[..., :3], pixels[..., 3] = INK, opacity
-    rows = b"".join(b"\0" + row.tobytes() for row in pixels)  # filter type 0 before each row
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", opacity.shape[1], opacity.shape[0], 8, 6, 0, 0, 0)  # 8 bits, RGBA
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
-    return "data:image/png;base64," + base64.b64encode(data).decode()
-
-
-# Numbers as words
-
-
-def _number(value: Any) -> float:
-    """value as a float; TypeError or ValueError unless it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"expected a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"expected a finite number, got {value!r}")
-    return float(value)
-
-
-def _percent(share: float) -> str:
-    """0.2 -> 20%, 0.125 -> 12.5%, 0.004 -> 0.4%."""
-    return f"{round(100 * _number(share), 1):g}%"
-
-
-def _percent1(share: float) -> str:
-    return f"{100 * _number(share):.1f}%"
-
-
-def _signed(value: float) -> str:
-    text = f"{abs(value):.1f}"
-    return text if text == "0.0" else ("+" if value > 0 else "−") + text
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.2f}×" if ratio < 1.2 else f"{ratio:.1f}×"
-
-
-def _faster(ratio: float) -> str:
-    return (
-        "same"
-        if 1 / FASTER < ratio < FASTER
-        else f"{_times(ratio)} faster"
-        if ratio > 1
-        else f"{_times(1 / ratio)} slower"
-    )
-
-
-def _three(value: float) -> str:
-    """Three significant digits, and never an exponent: 0.0312, 4.62, 78.5, 1,204."""
-    value = _number(value)
-    if value == 0:
-        return "0"
-    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
-
-
-def _bytes(count: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{_three(count / size)} {unit}"
-    return f"{count:.0f} B"
-
-
-def _seconds(seconds: float) -> str:
-    seconds = round(_number(seconds))
-    return f"{seconds} s" if seconds < 60 else f"{seconds // 60} min {seconds % 60:02d} s"
-
-
-def _said(value: Any) -> str:
-    """A value of the analysis as text: lists by their items, mappings by their pairs."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_said(item)}" for key, item in value.items())
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return ", ".join(_said(item) for item in value)
-    return "none" if value is None else str(value)
-
-
 # Names of modules
-
-
-def _metric_key(head: dict) -> str:
-    return next(key for key, name in METRICS.items() if name == head["metric"])
 
 
 def _layer_number(name: str) -> int | None:

