@@ -334,10 +334,8 @@ def _headline(metrics: dict, analysis: dict) -> dict[str, Any]:
 
     fast = speed is None or speed >= FASTER
     if kept_score and fast:
-        tone, verdict = (
-            "good",
-            f"It paid off: {'smaller' if speed is None else 'smaller and faster'}, with its {metric} kept.",
-        )
+        gained = "smaller" if speed is None else "smaller and faster"
+        tone, verdict = "good", f"It paid off: {gained}, with its {metric} kept within {TOLERANCE[key]} points."
     elif kept_score:
         slower = "not faster" if speed > 1 / FASTER else "slower"
         tone, verdict = "mixed", f"Smaller, with its {metric} kept, but {slower} on this machine."
@@ -485,7 +483,8 @@ def _layers_section(analysis: dict, head: dict) -> dict[str, Any]:
     ranked = sorted((kept / size, name) for name, (kept, size) in kinds.items())
     said = f"{percent(mean)} of the weights are left."
     if len(ranked) > 1 and ranked[-1][0] - ranked[0][0] >= 0.005:
-        said += f" {ranked[-1][1]} kept the most ({percent(ranked[-1][0])}), {ranked[0][1]} the least ({percent(ranked[0][0])})."
+        (least, lowest), (most, highest) = ranked[0], ranked[-1]
+        said += f" “{highest}” kept the most ({percent(most)}), “{lowest}” the least ({percent(least)})."
     groups_drawn = []
     for index, members in groups.items():
         kept = sum(layer["density"] * layer["size"] for layer in members) / sum(layer["size"] for layer in members)
