@@ -19,7 +19,7 @@ LAYERS = [
     ("layers", "pruner", "distill"),
     ("ops",),
     ("backends",),
-    ("reference", "criteria", "bsr"),
+    ("reference", "criteria", "bsr", "heads"),
     ("masks", "schedules"),
     ("errors",),
 ]
