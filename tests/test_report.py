@@ -172,9 +172,9 @@ def run_data(task: str) -> tuple[str, str]:
         },
         "throughput": {"dense_per_s": 181.6, "sparse_per_s": 474.8},
         "latency": [
-            {"batch": 1, "length": 128, "dtype": "torch.float32", "dense_ms": 6.44, "sparse_ms": 3.91},
-            {"batch": 16, "length": 128, "dtype": "torch.float32", "dense_ms": 88.1, "sparse_ms": 33.7},
-            {"batch": 16, "length": 128, "dtype": "torch.bfloat16", "dense_ms": 51.2, "sparse_ms": 54.9},
+            {"batch": 1, "length": 128, "dtype": "float32", "dense_ms": 6.44, "sparse_ms": 3.91},
+            {"batch": 16, "length": 128, "dtype": "float32", "dense_ms": 88.1, "sparse_ms": 33.7},
+            {"batch": 16, "length": 128, "dtype": "bfloat16", "dense_ms": 51.2, "sparse_ms": 54.9},
         ],
     }
     return json.dumps(metrics), json.dumps(analysis)
@@ -322,6 +322,12 @@ def test_curve_without_any_point_worth_it(tmp_path):
     assert "curve" not in read_page(make_run(tmp_path / "no dense", curve=slow[:1])).ids
 
 
+def test_curve_without_times_draws_the_score(tmp_path):
+    untimed = [{"density": d, "score": s, "latency_ms": None} for d, s in [(0.2, 0.85), (1.0, 0.8516)]]
+    words = read_page(make_run(tmp_path, curve=untimed)).words()
+    assert "blocks kept (log scale)" in words and "speed-up over dense" not in words
+
+
 @pytest.mark.parametrize(
     ("file", "text", "match"),
     [
@@ -339,7 +345,7 @@ def test_curve_without_any_point_worth_it(tmp_path):
         ("analysis.json", '{"latency": [{"batch": 1}]}', "analysis.json: latency.*dense_ms"),
         (
             "analysis.json",
-            '{"curve": [{"density": 1, "score": "high", "latency_ms": 1}]}',
+            '{"curve": [{"density": 0.2, "score": "high"}, {"density": 1, "score": 1}]}',
             "analysis.json: curve.*'high'",
         ),
         ("analysis.json", '{"heads": {"layer": 1}}', "analysis.json: heads: expected a list"),
