@@ -53,15 +53,12 @@ Full = Annotated[bool, typer.Option("--full", help="the longer recipe: more accu
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one sentence and exit code 2, Ctrl-C is exit code 130, anything else is a traceback."""
+    """Entry point: a user's mistake is one sentence and exit code 2."""
     try:
         app()
     except SparsePruneError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; the same command goes on from the last finished epoch")
-        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -307,16 +304,21 @@ def _progress() -> Iterator[Any]:
                 told[phase] = tenth
                 print(f"{phase:<10} {step}/{of} {text}", flush=True)
 
-        yield report
+        try:
+            yield report
+        except KeyboardInterrupt:
+            progress.stop()
+            Console(stderr=True).print("\nstopped; the same command goes on from the last finished epoch")
+            raise typer.Exit(130) from None
 
 
 def _show_score(result: dict) -> None:
     score = result["score"]
     table = Table(title=f"{result['task']}: {score['name']} {score['value']:.4f}", title_justify="left")
-    for column in ("class", "score"):
-        table.add_column(column)
-    for name, value in score["per_class"].items():
-        table.add_row(_escape(str(name)), f"{value['score'] if isinstance(value, dict) else value:.4f}")
+    for column in ("class", "examples", "score"):
+        table.add_column(column, justify="left" if column == "class" else "right")
+    for name, found in score["per_class"].items():
+        table.add_row(_escape(str(name)), str(found["support"]), f"{found['score']:.4f}")
     console.print(table)
 
 
