@@ -121,16 +121,10 @@ def collect_heads(
     Head h owns rows h*d..(h+1)*d of its layer's q, k and v (each a linear layer, or a third of a fused `qkv` [3H, H]) and the same
     columns of `out`; with fewer k and v heads than q heads, neighbours share. It is dead when all it owns of any of the four is
     pruned. A linear layer without a mask counts as kept whole. Layers are told apart by the first number in a module's name;
-    num_heads is model.config.num_attention_heads unless given.
+    num_heads is model.config.num_attention_heads unless given. Empty where no layer has all four.
 
     Raises SparsePruneError where the number of heads is unknown or does not divide the rows of q.
     """
-    if num_heads is None:
-        num_heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
-    if not isinstance(num_heads, int) or num_heads < 1:
-        raise SparsePruneError(
-            "num_heads", "the number of attention heads", num_heads, "pass num_heads, or a model whose config has it"
-        )
     layers: dict[int, dict[str, Tensor]] = {}
     for name, module in model.named_modules():
         part, index = _attention_part(name), _layer_number(name)
@@ -145,10 +139,15 @@ def collect_heads(
             zip("qkv", kept.chunk(3), strict=True) if part == "qkv" else ((part, kept.T if part == "out" else kept),)
         )
         layers.setdefault(index, {}).update(parts)  # every part as [rows or columns of the heads, the other direction]
+    whole = {index: parts for index, parts in sorted(layers.items()) if set(parts) == {"q", "k", "v", "out"}}
+    if num_heads is None:
+        num_heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
+    if whole and (not isinstance(num_heads, int) or num_heads < 1):
+        raise SparsePruneError(
+            "num_heads", "the number of attention heads", num_heads, "pass num_heads, or a model whose config has it"
+        )
     heads = []
-    for index, parts in sorted(layers.items()):
-        if set(parts) != {"q", "k", "v", "out"}:
-            continue
+    for index, parts in whole.items():
         rows = parts["q"].shape[0]
         if rows % num_heads:
             raise SparsePruneError("num_heads", f"a divisor of the {rows} rows of q", num_heads, "pass the model's own")

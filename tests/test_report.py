@@ -464,6 +464,8 @@ def test_collect_heads_of_separate_and_shared_projections():
     heads = collect_heads(model, {"layers.0.self_attn.k_proj": mask}, (8, 8), num_heads=4)
     assert [head["alive"] for head in heads] == [True, True, False, False]
     assert [head["kept"] for head in heads] == [1, 1, 0.75, 0.75]
+    del attention["o_proj"]
+    assert collect_heads(model, {}) == []
 
 
 @pytest.mark.parametrize("curve", [True, False])
