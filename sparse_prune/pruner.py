@@ -160,8 +160,9 @@ class Pruner:
     config.regrow. Its weights are 0, and so is every saliency that has the weight as a factor: it could only compete with values
     remembered from before.
 
-    Under scope "global" the blocks of highest saliency per element stay, whatever layer they are in. Criteria that estimate a change
-    of the loss (taylor, movement, fisher) compare as they are; the others are divided by their layer's mean when pruning begins.
+    Under scope "global" the blocks of highest saliency per element stay, whatever layer they are in. Criteria that estimate a
+    change of the loss (taylor, movement, fisher) compare as they are; the others are divided by their layer's mean when pruning
+    begins.
 
     Under torch.distributed, saliencies are averaged over ranks before they are compared, so that all ranks choose the same masks;
     override reduce_saliency for another layout.
@@ -310,7 +311,7 @@ class Pruner:
                 f"a difference at {differing}",
                 "resume with the model, filter and config of the run that saved it",
             )
-        for key, unit in self._units.items():
+        for key in self._units:
             device = self._kept[key].device
             self._kept[key] = state["kept"][key].to(device, copy=True)
             self._saliency[key] = parts["saliency"][key].to(device, copy=True)

@@ -19,7 +19,7 @@ LAYERS = [
     ("layers", "pruner", "distill"),
     ("ops",),
     ("backends",),
-    ("reference", "criteria", "bsr", "heads"),
+    ("reference", "criteria", "bsr", "heads", "refit"),
     ("masks", "schedules"),
     ("errors",),
 ]
