@@ -141,7 +141,7 @@ def train(args: TrainArgs, report: Report | None = None) -> dict:
     arguments, files or models.
     """
     check_task(args.task)
-    parts = _load_parts(args)
+    parts = load_parts(args)
     out = Path(args.out)
     mark = _mark("train", args)
     earlier = finished(out, mark)
@@ -157,7 +157,7 @@ def train(args: TrainArgs, report: Report | None = None) -> dict:
         model, tokenizer = load_model(args.model, args.task, labels_of(parts["train"]))
     _check_labels(args, parts, label_names(model))
     fitted = _fit("train", args, recipe, model, tokenizer, parts, mark, report)
-    scored = _score(model, tokenizer, parts["eval"], args.max_length)
+    scored = score_examples(model, tokenizer, parts["eval"], args.max_length)
     result = {
         "task": args.task,
         "score": _plain(scored),
@@ -180,7 +180,7 @@ def prune(args: PruneArgs, report: Report | None = None) -> dict:
     metrics.json. Raises SparsePruneError for bad arguments, files or models.
     """
     check_prune_args(args)
-    parts, out = _load_parts(args), Path(args.out)
+    parts, out = load_parts(args), Path(args.out)
     mark = _mark("prune", args)
     earlier = finished(out, mark)
     if earlier:
@@ -192,9 +192,9 @@ def prune(args: PruneArgs, report: Report | None = None) -> dict:
     rows = pack_(packed, masks, args.block).layers
     tell = report or (lambda *_: None)
     tell("measure", 0, 4, "scoring the dense model")
-    dense_score = _score(teacher, tokenizer, parts["eval"], args.max_length)
+    dense_score = score_examples(teacher, tokenizer, parts["eval"], args.max_length)
     tell("measure", 1, 4, "scoring the packed model")
-    sparse_score = _score(packed, tokenizer, parts["eval"], args.max_length)
+    sparse_score = score_examples(packed, tokenizer, parts["eval"], args.max_length)
     tell("measure", 2, 4, "timing both")
     latency = measure_latency(teacher, packed, tokenizer, parts["eval"], pruned.length)
     tell("measure", 3, 4, "looking inside")
@@ -300,7 +300,7 @@ def evaluate(model_dir: Path, task: str, file: Path | None = None, max_length: i
     if file is not None:
         examples = load_examples(task, file, label_names(model))
     started = time.perf_counter()
-    scored = _score(model, tokenizer, examples, max_length)
+    scored = score_examples(model, tokenizer, examples, max_length)
     return {
         "task": task,
         "score": _plain(scored),
@@ -427,6 +427,11 @@ def _fit(
     if pruner is not None:
         pruner.attach(trainer.create_optimizer())
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    # The Trainer has put an autocast around model.forward, which copies of the model would share; take it off.
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    model.__dict__.pop("forward", None)
+    if pruner is not None:
+        pruner.remove_hooks()
     log = trainer.state.log_history
     curve = [row["curve"] for row in log if "curve" in row]
     if pruning and args.curve:
@@ -438,7 +443,7 @@ def _fit(
     return Fitted(pruner, history(phase, log), curve, seconds_spent(log))
 
 
-def _load_parts(args: TrainArgs | PruneArgs) -> dict[str, list[Example]]:
+def load_parts(args: TrainArgs | PruneArgs) -> dict[str, list[Example]]:
     """The examples of "train", "eval" and (perhaps) "dev": files where given, else the built-in parts."""
     shipped = builtin(args.task) if args.train is None or args.eval is None else None
     parts = {
@@ -464,13 +469,13 @@ def _mark(kind: str, args: TrainArgs | PruneArgs) -> str:
     return fingerprint(kind, args, {name: getattr(args, name) for name in ("train", "eval", "dev", "model")}, ("out",))
 
 
-def _score(model: nn.Module, tokenizer, examples: Sequence[Example], max_length: int) -> Score:
+def score_examples(model: nn.Module, tokenizer, examples: Sequence[Example], max_length: int) -> Score:
     return score(examples, predict(model, tokenizer, examples, max_length_of(model, tokenizer, max_length)))
 
 
 def _plain(scored: Score) -> dict:
-    rows = [{"name": name, "support": support, "score": value} for name, (support, value) in scored.per_class.items()]
-    return {"name": scored.name, "value": scored.value, "per_class": rows}
+    classes = {name: {"support": support, "score": value} for name, (support, value) in scored.per_class.items()}
+    return {"name": scored.name, "value": scored.value, "per_class": classes}
 
 
 def _save_dense(model: nn.Module, tokenizer, directory: Path) -> None:
