@@ -15,11 +15,11 @@ PACKAGE = Path(sparse_prune.__file__).parent
 LAYERS = [
     ("cli", "__main__"),
     ("tasks", "models", "integrations"),
-    ("convert", "serialization", "report", "benchmark"),
+    ("convert", "serialization", "report", "charts", "benchmark"),
     ("layers", "pruner", "distill"),
     ("ops",),
     ("backends",),
-    ("reference", "criteria", "bsr"),
+    ("reference", "criteria", "bsr", "heads"),
     ("masks", "schedules"),
     ("errors",),
 ]

@@ -1,0 +1,558 @@
+"""Pruner: lowers the density of a model's linear layers while it trains, and keeps what it pruned exactly zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .criteria import (
+    CRITERIA,
+    GRANULARITIES,
+    at_least_float32,
+    check_criterion,
+    element_saliency,
+    granularity_blocksize,
+)
+from .errors import SparsePruneError
+from .heads import HeadGroup, find_heads
+from .masks import block_sum, check_blocksize, check_density, element_density, expand_mask, grid_shape, top_mask
+from .schedules import Schedule
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """How a Pruner prunes.
+
+    criterion     a name of CRITERIA
+    schedule      "oneshot", "linear", "cubic" or "iterative"
+    scope         "global": blocks of all layers compete; "local": each layer keeps the same share
+    density       final kept fraction, in (0, 1]
+    blocksize     (R, C), for granularity "block"
+    granularity   "element", "block", "row", "column" or "head"
+    floor         share of its blocks that each layer keeps at least under scope "global"; one block always stays
+    total_steps   optimizer steps of the whole training
+    warmup        steps before the first block goes: a count (int), or a share of total_steps (float below 1)
+    cooldown      steps at the end with final masks: a count (int), or a share of total_steps (float below 1)
+    rounds        how often schedule "iterative" prunes
+    update_every  steps between two choices of masks
+    smoothing     b in S <- b S + (1 - b) s, the running saliency, so that early and single noisy steps fade
+    regrow        True: a pruned block keeps competing with the weights it had, and returns with them if it wins
+    alpha         the article's rule in place of a density, for criterion "threshold" (|w|) or "gradient" (|grad|): prune where the
+                  value is below alpha * max|r|; alpha grows along the schedule from 0
+    relative_to   r of that rule: "grad", as in the article, or "weight"
+    seed          of criterion "random"
+
+    Raises SparsePruneError when a field is out of range or two contradict each other.
+    """
+
+    criterion: str = "movement"
+    schedule: str = "cubic"
+    scope: str = "global"
+    density: float = 0.2
+    blocksize: tuple[int, int] = (32, 32)
+    granularity: str = "block"
+    floor: float = 0.05
+    total_steps: int = 1000
+    warmup: int | float = 0.1
+    cooldown: int | float = 0.4
+    rounds: int = 5
+    update_every: int = 10
+    smoothing: float = 0.98
+    regrow: bool = False
+    alpha: float | None = None
+    relative_to: str = "grad"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_criterion(self.criterion)
+        check_density(self.density)
+        object.__setattr__(self, "blocksize", check_blocksize(self.blocksize))
+        for name, allowed in (
+            ("scope", ("global", "local")),
+            ("granularity", GRANULARITIES),
+            ("relative_to", ("grad", "weight")),
+        ):
+            if getattr(self, name) not in allowed:
+                remedy = "choose one of these"
+                raise SparsePruneError(name, f"one of {', '.join(allowed)}", repr(getattr(self, name)), remedy)
+        if not isinstance(self.update_every, int) or self.update_every < 1:
+            raise SparsePruneError("update_every", "an integer of at least 1", self.update_every, "count it in steps")
+        if not 0 <= self.floor < 1:
+            raise SparsePruneError("floor", "a share in [0, 1)", self.floor, "pass for example 0.05")
+        if not 0 <= self.smoothing < 1:
+            raise SparsePruneError(
+                "smoothing", "a number in [0, 1)", self.smoothing, "pass 0 to use the last step only"
+            )
+        if self.alpha is not None and (self.criterion not in ("threshold", "gradient") or not self.alpha >= 0):
+            raise SparsePruneError(
+                "alpha",
+                "a number of at least 0, with criterion 'threshold' or 'gradient'",
+                f"{self.alpha} with criterion {self.criterion!r}",
+                "leave alpha out to prune to a density",
+            )
+        if self.alpha is not None and self.regrow:
+            raise SparsePruneError("regrow", "False with alpha", True, "a threshold prunes without competition")
+        self.timetable  # noqa: B018  a Schedule checks itself
+
+    @property
+    def timetable(self) -> Schedule:
+        """The schedule with warm-up and cool-down in steps."""
+        return Schedule(
+            self.schedule,
+            self.density,
+            self.total_steps,
+            self._steps("warmup"),
+            self._steps("cooldown"),
+            self.rounds,
+        )
+
+    def _steps(self, name: str) -> int:
+        value = getattr(self, name)
+        if isinstance(value, float):
+            if not 0 <= value < 1:
+                raise SparsePruneError(
+                    name, "a count of steps (int) or a share in [0, 1) (float)", value, "pass an int for a count"
+                )
+            return int(value * self.total_steps)
+        return value
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A weight inside a unit: its grid, flattened, is `repeats` copies of the unit's vector of decisions."""
+
+    name: str
+    blocksize: tuple[int, int]
+    grid: tuple[int, int]
+    repeats: int
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What is decided together: a layer's blocks, or the heads of one attention; `size` decisions of `cost` elements each."""
+
+    members: tuple[_Member, ...]
+    size: int
+    cost: int
+
+
+class Pruner:
+    """Prunes the linear layers of a model in training.
+
+        pruner = Pruner(model, PruneConfig(density=0.2, total_steps=len(loader) * epochs))
+        pruner.attach(optimizer)
+        for batch in loader:
+            loss(model, batch).backward()
+            optimizer.step()
+            pruner.step()
+            optimizer.zero_grad()
+
+    model      any nn.Module
+    config     a PruneConfig
+    filter_fn  filter_fn(name, module) -> bool says which nn.Linear modules are pruned; default: all
+    heads      for granularity "head", the HeadGroups; default: find_heads(model)
+
+    A pruned weight is exactly 0 after step(), and with attach() also straight after optimizer.step(): neither momentum nor weight
+    decay revives it. Saliency accumulates over steps as a running mean (config.smoothing). A pruned block stays pruned, unless
+    config.regrow. Its weights are 0, and so is every saliency that has the weight as a factor: it could only compete with values
+    remembered from before.
+
+    Under scope "global" the blocks of highest saliency per element stay, whatever layer they are in. Criteria that estimate a change
+    of the loss (taylor, movement, fisher) compare as they are; the others are divided by their layer's mean when pruning begins.
+
+    Under torch.distributed, saliencies are averaged over ranks before they are compared, so that all ranks choose the same masks;
+    override reduce_saliency for another layout.
+
+    Raises SparsePruneError where nothing is left to prune, blocks do not fit, or weights or gradients are not finite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PruneConfig | None = None,
+        filter_fn: Callable[[str, nn.Module], bool] | None = None,
+        heads: Sequence[HeadGroup] | None = None,
+    ) -> None:
+        self.model, self.config = model, config or PruneConfig()
+        self.steps, self.done = 0, False
+        self._timetable = self.config.timetable
+        self._criterion = CRITERIA[self.config.criterion]
+        self._modules = _linear_modules(model, filter_fn)
+        self._units = self._make_units(heads)
+        names = [member.name for unit in self._units.values() for member in unit.members]
+        self._modules = {name: self._modules[name] for name in names}
+        self._kept = {key: self._new(unit, True, torch.bool) for key, unit in self._units.items()}
+        self._saliency = {key: self._new(unit, 0.0, torch.float32) for key, unit in self._units.items()}
+        self._scale: dict[str, float] = {}
+        self._memory: dict[str, Tensor] = {}
+        self._dropped: dict[str, Tensor] = {}
+        self._square_sum: dict[str, Tensor] = {}
+        self._rows: dict[str, int] = {}
+        self._handles: list = []
+        if self.config.criterion == "random":
+            generator = torch.Generator().manual_seed(self.config.seed)
+            self._saliency = self._unit_saliency(lambda name, weight: {"generator": generator})
+        if "activation_norm" in self._criterion.needs:
+            for name, module in self._modules.items():
+                self._square_sum[name] = torch.zeros(module.weight.shape[1], device=module.weight.device)
+                self._rows[name] = 0
+                self._handles.append(module.register_forward_pre_hook(self._norm_hook(name)))
+
+    # -- what a caller uses ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Count one optimizer step: take up the gradients, choose new masks when due, and put pruned weights back to 0.
+
+        Call it after optimizer.step() and before zero_grad(). Saliency uses the weights after the optimizer's step.
+        """
+        self.steps += 1
+        if not self.done:
+            density = self._timetable.density_at(self.steps)
+            last = self.steps >= self._timetable.end
+            due = last or (density < 1.0 and self.steps % self.config.update_every == 0)
+            if self.config.alpha is None:
+                self._accumulate(due)
+                if due and density < 1.0:
+                    self._choose(self._select(self.reduce_saliency(dict(self._saliency)), density))
+            elif due:
+                self._choose(self._above_threshold(self.config.alpha * self._timetable.progress_at(self.steps)))
+            if last:
+                self.done = True
+                self.remove_hooks(optimizer=False)
+        self.apply_()
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> Pruner:
+        """Re-apply the masks to weights and momentum at the end of every optimizer.step(); returns self."""
+
+        def after_step(stepped: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+            self.apply_()
+            for name, dropped in self._dropped.items():
+                state = stepped.state.get(self._modules[name].weight, {})
+                for value in state.values():
+                    if isinstance(value, Tensor) and value.shape == dropped.shape:
+                        value.masked_fill_(dropped, 0)
+
+        self._optimizer_handle = optimizer.register_step_post_hook(after_step)
+        return self
+
+    @torch.no_grad()
+    def apply_(self) -> None:
+        """Set every pruned weight to exactly 0."""
+        for name, dropped in self._dropped.items():
+            self._modules[name].weight.masked_fill_(dropped, 0)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Module name -> bool block mask, True = kept, on the grid of blocksizes[name]."""
+        return {
+            member.name: self._kept[key].repeat(member.repeats).view(member.grid)
+            for key, unit in self._units.items()
+            for member in unit.members
+        }
+
+    @property
+    def blocksizes(self) -> dict[str, tuple[int, int]]:
+        """Module name -> (R, C) of its mask."""
+        return {member.name: member.blocksize for unit in self._units.values() for member in unit.members}
+
+    def block_masks(self, blocksize: Sequence[int]) -> dict[str, Tensor]:
+        """The masks on the grid of another block size, such as the one to pack with: a block stays if any element in it does."""
+        blocksize, found = check_blocksize(blocksize), {}
+        for name, mask in self.masks.items():
+            elements = expand_mask(mask, self.blocksizes[name], self._modules[name].weight.shape)
+            found[name] = block_sum(elements.float(), blocksize) > 0
+        return found
+
+    def density(self) -> float:
+        """Kept elements over all elements of the pruned layers."""
+        sizes = {name: module.weight.numel() for name, module in self._modules.items()}
+        kept = sum(
+            element_density(mask, self.blocksizes[name], self._modules[name].weight.shape) * sizes[name]
+            for name, mask in self.masks.items()
+        )
+        return kept / sum(sizes.values())
+
+    def state_dict(self) -> dict:
+        """Everything that a resumed run needs beside weights and optimizer, as tensors and numbers in plain dicts."""
+        return {
+            "steps": self.steps,
+            "done": self.done,
+            "kept": {key: value.clone() for key, value in self._kept.items()},
+            "saliency": {key: value.clone() for key, value in self._saliency.items()},
+            "scale": dict(self._scale),
+            "memory": {key: value.clone() for key, value in self._memory.items()},
+            "square_sum": {key: value.clone() for key, value in self._square_sum.items()},
+            "rows": dict(self._rows),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a state_dict of a Pruner with the same model and config; raises SparsePruneError where they do not fit."""
+        expected = {key: tuple(value.shape) for key, value in self._kept.items()}
+        try:
+            got = {key: tuple(value.shape) for key, value in state["kept"].items()}
+            parts = {
+                name: state[name] for name in ("steps", "done", "saliency", "scale", "memory", "square_sum", "rows")
+            }
+        except (KeyError, AttributeError, TypeError) as error:
+            raise SparsePruneError(
+                "state", "a Pruner.state_dict()", repr(error), "save it with pruner.state_dict()"
+            ) from None
+        if got != expected:
+            differing = sorted(set(got.items()) ^ set(expected.items()))[0]
+            raise SparsePruneError(
+                "state",
+                "masks of this model's layers in these blocks",
+                f"a difference at {differing}",
+                "resume with the model, filter and config of the run that saved it",
+            )
+        for key, unit in self._units.items():
+            device = self._kept[key].device
+            self._kept[key] = state["kept"][key].to(device, copy=True)
+            self._saliency[key] = parts["saliency"][key].to(device, copy=True)
+        self.steps, self.done = parts["steps"], parts["done"]
+        self._scale, self._rows = dict(parts["scale"]), dict(parts["rows"])
+        for own, name in ((self._memory, "memory"), (self._square_sum, "square_sum")):
+            own.clear()
+            for key, value in parts[name].items():
+                own[key] = value.to(self._modules[key].weight.device, copy=True)
+        self._refresh_dropped()
+        self.apply_()
+
+    def reduce_saliency(self, saliency: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Mean over the ranks of torch.distributed, where that is initialised; the one place to override for another layout."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            flat = torch.cat(list(saliency.values()))
+            torch.distributed.all_reduce(flat)
+            flat /= torch.distributed.get_world_size()
+            parts = flat.split([value.numel() for value in saliency.values()])
+            return dict(zip(saliency, parts, strict=True))
+        return saliency
+
+    def remove_hooks(self, optimizer: bool = True) -> None:
+        """Take the hooks off the model, and off the attached optimizer too unless optimizer=False."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if optimizer and self._optimizer_handle is not None:
+            self._optimizer_handle.remove()
+            self._optimizer_handle = None
+
+    _optimizer_handle = None
+
+    # -- saliency -------------------------------------------------------------------------------------------------------------
+
+    def _accumulate(self, due: bool) -> None:
+        """Fold this step's saliency into the running one; criteria without gradients are only computed when due."""
+        needs = self._criterion.needs
+        if self.config.criterion == "random":
+            return
+        if "grad" in needs:
+            self._check_grads()
+            self._saliency = {
+                key: self._saliency[key] * self.config.smoothing + new * (1 - self.config.smoothing)
+                for key, new in self._unit_saliency(lambda name, weight: {"grad": self._grad(name)}).items()
+            }
+        elif "activation_norm" in needs:
+            if due:
+                self._saliency = self._unit_saliency(lambda name, weight: {"activation_norm": self._norm(name)})
+        elif due:
+            self._saliency = self._unit_saliency(lambda name, weight: {})
+
+    def _unit_saliency(self, extras: Callable[[str, Tensor], dict]) -> dict[str, Tensor]:
+        """Summed saliency of each decision, [size] per unit; extras gives what the criterion needs beside the weight."""
+        found = {}
+        for key, unit in self._units.items():
+            total = 0.0
+            for member in unit.members:
+                weight = self._competing_weight(member.name)
+                try:
+                    element = element_saliency(weight, self.config.criterion, **extras(member.name, weight))
+                except SparsePruneError as error:
+                    raise SparsePruneError(
+                        f"{member.name}: {error.argument}", error.expected, error.got, error.remedy
+                    ) from None
+                total = total + block_sum(element, member.blocksize).view(member.repeats, unit.size).sum(0)
+            found[key] = total
+        return found
+
+    def _competing_weight(self, name: str) -> Tensor:
+        """The weight, with what pruned blocks remember in their place."""
+        weight = self._modules[name].weight.detach()
+        if name in self._memory and name in self._dropped:
+            return torch.where(self._dropped[name], self._memory[name], weight)
+        return weight
+
+    def _check_grads(self) -> None:
+        if all(module.weight.grad is None for module in self._modules.values()):
+            raise SparsePruneError(
+                "grad",
+                f"gradients, which criterion {self.config.criterion!r} needs",
+                "None in every pruned layer",
+                "call step() after backward() and before zero_grad()",
+            )
+
+    def _grad(self, name: str) -> Tensor:
+        """The gradient; zeros for a layer that took no part in this step."""
+        weight = self._modules[name].weight
+        return torch.zeros_like(weight) if weight.grad is None else weight.grad
+
+    def _norm_hook(self, name: str) -> Callable:
+        def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if module.training:
+                rows = at_least_float32(inputs[0]).reshape(-1, inputs[0].shape[-1])  # [M, K]
+                self._square_sum[name] += rows.square().sum(0)
+                self._rows[name] += rows.shape[0]
+
+        return collect
+
+    def _norm(self, name: str) -> Tensor:
+        """Root mean square of each input feature since training began: the L2 norm without the number of tokens."""
+        if not self._rows[name]:
+            raise SparsePruneError(
+                "activations", "a forward pass in training mode", "none", "run the model before step()"
+            )
+        return (self._square_sum[name] / self._rows[name]).sqrt()
+
+    # -- masks ----------------------------------------------------------------------------------------------------------------
+
+    def _select(self, saliency: dict[str, Tensor], density: float) -> dict[str, Tensor]:
+        """What to keep at this density, by config.scope."""
+        if not self.config.regrow:
+            saliency = {key: value.masked_fill(~self._kept[key], -torch.inf) for key, value in saliency.items()}
+        if self.config.scope == "local":
+            return {key: top_mask(value, density) for key, value in saliency.items()}
+        scores, costs = [], []
+        for key, unit in self._units.items():
+            if key not in self._scale:
+                mean = float(saliency[key].mean()) / unit.cost
+                self._scale[key] = 1.0 if self._criterion.loss_units or mean <= 0 else mean
+            score = saliency[key] / (unit.cost * self._scale[key])
+            floor = min(self.config.floor, density)
+            least = top_mask(score, max(floor, 1 / unit.size))
+            scores.append(score.masked_fill(least, torch.inf))
+            costs.append(torch.full((unit.size,), unit.cost, dtype=torch.float64, device=score.device))
+        score, cost = torch.cat(scores), torch.cat(costs)
+        order = torch.sort(score, descending=True, stable=True).indices
+        spent = cost[order].cumsum(0)
+        kept = torch.zeros_like(score, dtype=torch.bool)
+        kept[order] = spent - cost[order] / 2 <= density * spent[-1]
+        kept |= torch.isposinf(score)
+        parts = kept.split([unit.size for unit in self._units.values()])
+        return dict(zip(self._units, parts, strict=True))
+
+    def _above_threshold(self, alpha: float) -> dict[str, Tensor]:
+        """The article's rule on this step's weights and gradients: mean |v| of a block >= alpha * max|r|."""
+        self._check_grads()
+        means, largest = {}, {}
+        for key, unit in self._units.items():
+            total = 0.0
+            for member in unit.members:
+                tensors = {"weight": self._modules[member.name].weight, "grad": self._grad(member.name)}
+                values = element_saliency(tensors["weight"], self.config.criterion, grad=tensors["grad"])
+                count = block_sum(torch.ones_like(values), member.blocksize)
+                both = torch.stack((block_sum(values, member.blocksize), count))
+                total = total + both.view(2, member.repeats, unit.size).sum(1)
+                reference = at_least_float32(tensors[self.config.relative_to]).abs().max()
+                largest[key] = torch.maximum(largest.get(key, reference), reference)
+            means[key] = total[0] / total[1]
+        means = self.reduce_saliency(means)
+        if self.config.scope == "global":
+            largest = dict.fromkeys(largest, torch.stack(list(largest.values())).max())
+        return {key: self._kept[key] & (means[key] >= alpha * largest[key]) for key in self._units}
+
+    def _choose(self, kept: dict[str, Tensor]) -> None:
+        """Make these the masks; with regrow, remember what goes and put back what returns."""
+        if self.config.regrow:
+            for name in self._modules:
+                self._memory[name] = self._competing_weight(name).clone()
+        self._kept = kept
+        self._refresh_dropped()
+        for name, memory in self._memory.items():
+            self._modules[name].weight.copy_(memory)
+
+    def _refresh_dropped(self) -> None:
+        sizes = self.blocksizes
+        self._dropped = {
+            name: ~expand_mask(mask, sizes[name], self._modules[name].weight.shape)
+            for name, mask in self.masks.items()
+            if not mask.all()
+        }
+
+    # -- units ----------------------------------------------------------------------------------------------------------------
+
+    def _make_units(self, heads: Sequence[HeadGroup] | None) -> dict[str, _Unit]:
+        granularity = self.config.granularity
+        if granularity == "head":
+            return self._head_units(find_heads(self.model) if heads is None else heads)
+        if heads is not None:
+            raise SparsePruneError("heads", "None unless granularity is 'head'", granularity, "set granularity='head'")
+        units = {}
+        for name, module in self._modules.items():
+            shape = tuple(module.weight.shape)
+            blocksize = granularity_blocksize(granularity, shape, self.config.blocksize)
+            check_blocksize(blocksize, shape)
+            grid = grid_shape(shape, blocksize)
+            cost = min(blocksize[0], shape[0]) * min(blocksize[1], shape[1])
+            units[name] = _Unit((_Member(name, blocksize, grid, 1),), grid[0] * grid[1], cost)
+        return units
+
+    def _head_units(self, groups: Sequence[HeadGroup]) -> dict[str, _Unit]:
+        units = {}
+        for group in groups:
+            members = []
+            for name, repeats, axis in group.parts():
+                if name not in self._modules:
+                    continue
+                shape = tuple(self._modules[name].weight.shape)
+                pieces = group.num_heads * repeats
+                if shape[axis] % pieces:
+                    raise SparsePruneError(
+                        "heads",
+                        f"a number of heads that divides the {shape[axis]} {('rows', 'columns')[axis]} of {name}",
+                        group.num_heads,
+                        "pass HeadGroups with the model's number of heads",
+                    )
+                size = shape[axis] // pieces
+                blocksize = (size, shape[1]) if axis == 0 else (shape[0], size)
+                members.append(_Member(name, blocksize, grid_shape(shape, blocksize), repeats))
+            if members:
+                elements = sum(self._modules[member.name].weight.numel() for member in members)
+                units[members[0].name] = _Unit(tuple(members), group.num_heads, elements // group.num_heads)
+        if not units:
+            raise SparsePruneError(
+                "heads",
+                "at least one attention module whose linear layers are pruned",
+                "none found",
+                "pass heads=[HeadGroup(num_heads, rows=(...), columns=(...))]",
+            )
+        return units
+
+    def _new(self, unit: _Unit, value: object, dtype: torch.dtype) -> Tensor:
+        device = self._modules[unit.members[0].name].weight.device
+        return torch.full((unit.size,), value, dtype=dtype, device=device)
+
+
+def _linear_modules(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None) -> dict[str, nn.Linear]:
+    """The nn.Linear modules that the filter lets through, each weight once; NaN weights are refused here."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if not linears:
+        raise SparsePruneError("model", "a module with nn.Linear inside", type(model).__name__, "pass the model itself")
+    chosen: dict[int, tuple[str, nn.Linear]] = {}
+    for name, module in linears.items():
+        if filter_fn is None or filter_fn(name, module):
+            chosen.setdefault(id(module.weight), (name, module))
+    if not chosen:
+        raise SparsePruneError(
+            "filter_fn", f"at least one of {len(linears)} nn.Linear modules to pass", "none", "loosen the filter"
+        )
+    for name, module in chosen.values():
+        if not torch.isfinite(module.weight).all():
+            raise SparsePruneError(
+                f"{name}.weight", "finite numbers", "NaN or infinity", "load or train the model again"
+            )
+    return dict(chosen.values())
