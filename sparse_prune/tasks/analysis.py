@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import __version__, backends
 from ..convert import LayerReport
-from ..masks import element_density, expand_mask
+from ..report import collect_heads, collect_layers
 from .data import Example, TagExample, TextExample
 from .evaluation import Score, label_names, predict
 from .models import native_bf16
@@ -57,9 +57,9 @@ def analyse(
         "task": task,
         "title": TITLES[task],
         "classes": label_names(model),
-        "layers": [_layer(name, mask, blocksize, model) for name, mask in masks.items()],
+        "layers": collect_layers(model, masks, blocksize),
         "per_class": classes,
-        "heads": heads_kept(model, masks, blocksize),
+        "heads": collect_heads(model, masks, blocksize),
         "attention": attention_example(teacher, model, tokenizer, examples, max_length),
         "history": history,
         "curve": curve,
@@ -80,51 +80,6 @@ def analyse(
         "latency": latency,
     }
     return {key: value for key, value in analysis.items() if value not in (None, [], {})}
-
-
-def _layer(name: str, mask: Tensor, blocksize: tuple[int, int], model: nn.Module) -> dict:
-    shape = tuple(model.get_submodule(name).weight.shape)
-    return {
-        "name": name,
-        "shape": list(shape),
-        "blocksize": list(blocksize),
-        "density": element_density(mask, blocksize, shape),
-        "mask": ["".join("1" if kept else "0" for kept in row) for row in mask.tolist()],
-    }
-
-
-def heads_kept(model: nn.Module, masks: dict[str, Tensor], blocksize: tuple[int, int]) -> list[dict]:
-    """Per layer and head, the kept share of its rows of q, k, v and its columns of the output projection; alive: v and output are.
-
-    Knows Garlic (fused qkv) and models that name their layers as BERT does; an empty list for others.
-    """
-    hidden, heads = model.config.hidden_size, model.config.num_attention_heads
-    size = hidden // heads
-    elements = {
-        name: expand_mask(mask, blocksize, model.get_submodule(name).weight.shape) for name, mask in masks.items()
-    }
-    result = []
-    for name, kept in elements.items():
-        if name.endswith("attention.qkv"):
-            q, k, v = kept.split(hidden)
-            out = elements.get(name.removesuffix("qkv") + "out")
-        elif name.endswith("attention.self.query"):
-            stem = name.removesuffix("self.query")
-            q, k, v, out = (
-                elements.get(stem + part) for part in ("self.query", "self.key", "self.value", "output.dense")
-            )
-        else:
-            continue
-        if any(part is None for part in (q, k, v, out)):
-            continue
-        layer = int(next(part for part in name.split(".") if part.isdigit()))
-        for head in range(heads):
-            span = slice(head * size, (head + 1) * size)
-            parts = [q[span], k[span], v[span], out[:, span]]
-            share = sum(int(part.sum()) for part in parts) / sum(part.numel() for part in parts)
-            alive = bool(parts[2].any() and parts[3].any())
-            result.append({"layer": layer, "head": head, "kept": share, "alive": alive})
-    return result
 
 
 def attention_example(
