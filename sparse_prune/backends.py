@@ -1,15 +1,117 @@
-"""Which kernels work on this machine, and why the others do not."""
+"""Which kernels work on this machine, and why the others do not.
+
+The CPU kernels are a library beside this file (`_C_cpu*.so`, built by setup.py) that registers itself with PyTorch when loaded.
+They hold one path per instruction set and choose at run time; SPARSE_PRUNE_ISA, or `force_isa`, holds them to a lower one.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
+
+from .errors import SparsePruneError
+
+ISAS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "portable")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # numbered as DType in csrc/cpu/kernels.h
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One line of `sp.show_config()`: a backend, whether it can run here, and if not why; detail names what it would use."""
+
+    name: str
+    available: bool
+    reason: str
+    detail: str
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The loaded extension and "", or None and the reason. Importing the package must work without it, so nothing is raised."""
+    files = sorted(Path(__file__).parent.glob("_C_cpu*.so"))
+    if not files:
+        return (
+            None,
+            "the C++ extension was not built (a C++20 compiler at install time, SPARSE_PRUNE_CPU=1 to see why it fails)",
+        )
+    try:
+        torch.ops.load_library(str(files[0]))
+        library = ctypes.CDLL(str(files[0]))
+        library.sparse_prune_cpu_isas.restype = ctypes.c_char_p
+        library.sparse_prune_cpu_isa.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:
+        return None, f"the C++ extension {files[0].name} does not load: {error}"
+    wanted = os.environ.get("SPARSE_PRUNE_ISA", "")
+    if not library.sparse_prune_force_isa(wanted.encode()):
+        offered = library.sparse_prune_cpu_isas().decode().replace(",", ", ")
+        return None, f"SPARSE_PRUNE_ISA={wanted} is not an instruction set of this processor, which has {offered}"
+    return library, ""
+
+
+_library, _reason = _load()
+_forced: list[str] = [os.environ.get("SPARSE_PRUNE_ISA", "")]
 
 
 def cpu_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None where the C++ kernels can run, else the reason in words."""
-    return "the C++ extension was not built"
+    """None where the C++ kernels run for tensors of that device and dtype, else the reason in words."""
+    if device.type != "cpu":
+        return f"the C++ kernels run on the CPU, not on {device.type}"
+    if dtype not in _DTYPES:
+        return f"the C++ kernels are made for float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return None if _library is not None else _reason
+
+
+def cpu_isas() -> tuple[str, ...]:
+    """The instruction sets that the kernels can use on this machine, best first; empty without the extension."""
+    return () if _library is None else tuple(_library.sparse_prune_cpu_isas().decode().split(","))
 
 
 def cpu_isa(dtype: torch.dtype) -> str:
-    """Instruction set that the C++ kernels use for dtype."""
-    return "portable"
+    """The instruction set that runs for dtype: bfloat16 may use all of ISAS, float32 and float16 up to avx512.
+
+    Raises SparsePruneError where the kernels cannot run, with the reason.
+    """
+    reason = cpu_unavailable(torch.device("cpu"), dtype)
+    if reason is not None:
+        raise SparsePruneError("dtype", "one that the CPU kernels run", dtype, reason)
+    return _library.sparse_prune_cpu_isa(_DTYPES[dtype]).decode()
+
+
+@contextlib.contextmanager
+def force_isa(name: str) -> Iterator[None]:
+    """Use no instruction set above `name` inside the block, in every thread of the process.
+
+    Raises SparsePruneError for a name that is not in cpu_isas().
+    """
+    if _library is None or not name or not _library.sparse_prune_force_isa(name.encode()):
+        offered = ", ".join(cpu_isas()) or f"none here: {_reason}"
+        raise SparsePruneError("name", f"an instruction set of this machine ({offered})", repr(name), "see cpu_isas()")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+        _library.sparse_prune_force_isa(_forced[-1].encode())
+
+
+def status() -> list[BackendStatus]:
+    """Every backend, best first, with the reason where one cannot run."""
+    detail = (
+        f"instruction sets {', '.join(cpu_isas())}; {torch.get_num_threads()} threads" if _library is not None else ""
+    )
+    return [
+        BackendStatus("cpu", _library is not None, _reason, detail),
+        BackendStatus("reference", True, "", f"plain PyTorch {torch.__version__}, any device"),
+    ]
+
+
+def show_config() -> None:
+    """Print which backends work here, and why the others do not."""
+    for backend in status():
+        verdict = f"yes: {backend.detail}" if backend.available else f"no: {backend.reason}"
+        print(f"{backend.name:<10} {verdict}")

@@ -33,11 +33,15 @@ def make(m, n, k, r, c, density, dtype=torch.float32):
 
 
 def tolerance(dense64: torch.Tensor, dense: torch.Tensor, dtype: torch.dtype) -> float:
-    """At most twice the error of PyTorch's dense op in the same dtype, and never less than two roundings of the largest output."""
+    """At most twice the error of PyTorch's dense op in the same dtype, and never less than two roundings of the largest output.
+
+    In float64 the reference rounds as often as the kernel does, so a few more are granted.
+    """
     if not dense.numel():
         return 0.0
-    rounding = torch.finfo(dtype).eps * dense64.abs().max().item()
-    return max(2 * (dense64 - dense.double()).abs().max().item(), 2 * rounding)
+    roundings = 16 if dtype == torch.float64 else 2
+    rounding = roundings * torch.finfo(dtype).eps * dense64.abs().max().item()
+    return max(2 * (dense64 - dense.double()).abs().max().item(), rounding)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

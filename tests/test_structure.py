@@ -15,7 +15,7 @@ PACKAGE = Path(sparse_prune.__file__).parent
 LAYERS = [
     ("cli", "__main__"),
     ("tasks", "models", "integrations"),
-    ("convert", "serialization", "report", "benchmark"),
+    ("convert", "serialization", "report", "charts", "benchmark"),
     ("layers", "pruner", "distill"),
     ("ops",),
     ("backends",),

@@ -1,0 +1,73 @@
+// fp32 and converted 16-bit products in 256-bit registers.
+#include "kernels.h"
+#include "target.h"
+
+#if SPARSE_PRUNE_X86
+#include <immintrin.h>
+SPARSE_PRUNE_TARGET("avx2,fma,f16c,prfchw")
+
+namespace sparse_prune {
+namespace {
+#include "activations.h"
+
+struct Avx2 {
+  using Elem = float;
+  using F = __m256;
+  static constexpr int W = 8, registers = 16;
+  static inline F zero() { return _mm256_setzero_ps(); }
+  static inline F set1(float v) { return _mm256_set1_ps(v); }
+  static inline F load(const float* p) { return _mm256_loadu_ps(p); }
+  static inline void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static inline F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static inline F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static inline F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static inline F min(F a, F b) { return _mm256_min_ps(a, b); }  // a NaN in b stays
+  static inline F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static inline F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+  static inline F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static inline F pow2(F n) {
+    const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+  }
+  static inline F less_select(F a, F b, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+  static inline F load_bf16(const uint16_t* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  static inline void store_bf16(uint16_t* p, F v) {  // round to nearest even; NaN stays a quiet NaN
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+  }
+  static inline F load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static inline void store_f16(uint16_t* p, F v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static inline void bf16_pairs(const uint16_t* p, F& first, F& second) {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));  // [8][2]
+    first = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    second = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  static inline F activate(F v, Activation a) { return vector_activate<Avx2>(v, a); }
+};
+
+#include "tile_kernel.h"
+}  // namespace
+
+const Kernels* avx2_kernels() {
+  static const Kernels kernels = {"avx2", false, linear_any<Avx2>, sdd_any<Avx2>, panels_any<Avx2>};
+  return &kernels;
+}
+
+}  // namespace sparse_prune
+SPARSE_PRUNE_TARGET_END
+#else
+const sparse_prune::Kernels* sparse_prune::avx2_kernels() { return nullptr; }
+#endif

@@ -1,0 +1,44 @@
+// 16 floats in a zmm register; for the files whose target has AVX-512 F, BW, VL and DQ. Included inside their namespace.
+
+struct Avx512 {
+  using Elem = float;
+  using F = __m512;
+  static constexpr int W = 16, registers = 32;
+  static inline F zero() { return _mm512_setzero_ps(); }
+  static inline F set1(float v) { return _mm512_set1_ps(v); }
+  static inline F load(const float* p) { return _mm512_loadu_ps(p); }
+  static inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static inline F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static inline F min(F a, F b) { return _mm512_min_ps(a, b); }  // a NaN in b stays
+  static inline F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static inline F abs(F a) { return _mm512_abs_ps(a); }
+  static inline F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static inline F pow2(F n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
+  static inline F less_select(F a, F b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
+  static inline F load_bf16(const uint16_t* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  static inline void store_bf16(uint16_t* p, F v) {  // round to nearest even; NaN stays a quiet NaN
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+  }
+  static inline F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static inline void store_f16(uint16_t* p, F v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static inline void bf16_pairs(const uint16_t* p, F& first, F& second) {
+    const __m512i pairs = _mm512_loadu_si512(p);  // [16][2]
+    first = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    second = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  static inline F activate(F v, Activation a) { return vector_activate<Avx512>(v, a); }
+};

@@ -1,0 +1,239 @@
+#include "dispatch.h"
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "target.h"
+
+#if SPARSE_PRUNE_X86
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
+namespace sparse_prune {
+namespace {
+
+enum Isa : int { portable, avx2, avx512, avx512_bf16, amx_bf16, isa_count };
+constexpr const char* kIsaNames[isa_count] = {"portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
+
+#if SPARSE_PRUNE_X86
+uint64_t enabled_state() {  // XCR0: the register files that the operating system saves
+  uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return static_cast<uint64_t>(high) << 32 | low;
+}
+
+bool amx_permission() {  // Linux hands out the 8 KiB of tile state per process, on request
+#ifdef __linux__
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+Isa detect() {
+#if SPARSE_PRUNE_X86
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return portable;
+  const bool osxsave = c >> 27 & 1, fma = c >> 12 & 1, f16c = c >> 29 & 1;
+  if (!osxsave || !fma || !f16c) return portable;
+  const uint64_t state = enabled_state();
+  constexpr uint64_t kYmm = 0x6, kZmm = 0xe6, kTiles = 0x60000;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return portable;
+  if ((state & kYmm) != kYmm || !(b >> 5 & 1)) return portable;
+  const bool foundation = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1;
+  if ((state & kZmm) != kZmm || !(foundation && dq && bw && vl)) return avx2;
+  const bool tile = d >> 24 & 1, tile_bf16 = d >> 22 & 1;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return avx512;
+  if ((state & kTiles) != kTiles || !tile || !tile_bf16 || !amx_permission()) return avx512_bf16;
+  return amx_bf16;
+#else
+  return portable;
+#endif
+}
+
+Isa best() {
+  static const Isa isa = detect();
+  return isa;
+}
+
+std::atomic<int> allowed{isa_count};
+
+const Kernels* kernels_of(Isa isa) {
+  switch (isa) {
+    case amx_bf16:
+      return amx_bf16_kernels();
+    case avx512_bf16:
+      return avx512_bf16_kernels();
+    case avx512:
+      return avx512_kernels();
+    case avx2:
+      return avx2_kernels();
+    default:
+      return portable_kernels();
+  }
+}
+
+// Below 2^18 multiply-adds (a few microseconds) handing work to another thread costs more than it saves.
+int64_t useful_threads(int64_t threads, int64_t multiply_adds) {
+  return std::max<int64_t>(1, std::min(threads, multiply_adds >> 18));
+}
+
+template <class Body>
+void for_each_task(int64_t tasks, ParallelFor parallel, const Body& body) {
+  if (tasks == 1) return body(0);
+  parallel(tasks, [](void* context, int64_t task) { (*static_cast<const Body*>(context))(task); }, const_cast<Body*>(&body));
+}
+
+// Work before block-row i, in inputs per output: its blocks' columns, and about 16 for writing y.
+int64_t work_before(const int32_t* crow, int64_t block_cols, int64_t i) { return crow[i] * block_cols + i * 16; }
+
+int64_t first_row_at(const int32_t* crow, int64_t rows, int64_t block_cols, int64_t work) {
+  int64_t low = 0, high = rows;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (work_before(crow, block_cols, middle) >= work)
+      high = middle;
+    else
+      low = middle + 1;
+  }
+  return low;
+}
+
+// Rows of x per pass over the weights: about 384 KiB of x, so that it stays in a 1 MiB L2 beside the weights of one block-row; at
+// least 64, so that weights are read once per 64 rows; whole tiles of 32.
+int64_t rows_per_pass(const LinearArgs& a) {
+  const int64_t bytes = a.dtype == DType::f64 ? 8 : (a.dtype == DType::f32 ? 4 : 2);
+  const int64_t most = std::min<int64_t>(256, std::max<int64_t>(64, (384 << 10) / std::max<int64_t>(1, a.K * bytes)));
+  const int64_t passes = (a.M + most - 1) / most;
+  return ((a.M + passes - 1) / passes + 31) / 32 * 32;
+}
+
+// One block, [outputs][inputs] with the given strides -> [ceil(inputs / step)][outputs][step].
+template <class T, int step>
+void prepack_block(const T* from, int64_t inputs, int64_t outputs, int64_t input_stride, int64_t output_stride, T* to) {
+  for (int64_t k = 0; k < inputs; k += step)
+    for (int64_t n = 0; n < outputs; ++n, to += step)
+      for (int s = 0; s < step; ++s) to[s] = k + s < inputs ? from[(k + s) * input_stride + n * output_stride] : T(0);
+}
+
+template <class T, int step>
+void prepack_as(const void* values, int64_t nnzb, int64_t R, int64_t C, bool transposed, void* out, int64_t threads,
+                ParallelFor parallel) {
+  const int64_t inputs = transposed ? R : C, outputs = transposed ? C : R;
+  const int64_t size = (inputs + step - 1) / step * step * outputs;
+  const int64_t tasks = useful_threads(threads, nnzb * size * 8);  // moving an element costs about 8 multiply-adds
+  for_each_task(tasks, parallel, [=](int64_t t) {
+    for (int64_t e = nnzb * t / tasks; e < nnzb * (t + 1) / tasks; ++e)
+      prepack_block<T, step>(static_cast<const T*>(values) + e * R * C, inputs, outputs, transposed ? C : 1, transposed ? 1 : C,
+                             static_cast<T*>(out) + e * size);
+  });
+  std::fill_n(static_cast<T*>(out) + nnzb * size, kSlack, T(0));
+}
+
+}  // namespace
+
+const Kernels& kernels_for(DType dtype) {
+  if (dtype == DType::f64) return *portable_f64_kernels();
+  int isa = std::min<int>(best(), allowed.load(std::memory_order_relaxed));
+  if (dtype != DType::bf16) isa = std::min<int>(isa, avx512);
+  return *kernels_of(static_cast<Isa>(isa));
+}
+
+std::string available_isas() {
+  std::string names;
+  for (int isa = best(); isa >= 0; --isa) names += (names.empty() ? "" : ",") + std::string(kIsaNames[isa]);
+  return names;
+}
+
+bool force_isa(const std::string& name) {
+  if (name.empty()) {
+    allowed.store(isa_count, std::memory_order_relaxed);
+    return true;
+  }
+  for (int isa = 0; isa <= best(); ++isa)
+    if (name == kIsaNames[isa]) {
+      allowed.store(isa, std::memory_order_relaxed);
+      return true;
+    }
+  return false;
+}
+
+int64_t prepacked_elements(DType dtype, int64_t nnzb, int64_t R, int64_t C) {
+  return nnzb * R * (dtype == DType::bf16 ? (C + 1) / 2 * 2 : C) + kSlack;
+}
+
+void prepack(DType dtype, const void* values, int64_t nnzb, int64_t R, int64_t C, bool transposed, void* out, int64_t threads,
+             ParallelFor parallel) {
+  if (dtype == DType::f64)
+    prepack_as<double, 1>(values, nnzb, R, C, transposed, out, threads, parallel);
+  else if (dtype == DType::f32)
+    prepack_as<float, 1>(values, nnzb, R, C, transposed, out, threads, parallel);
+  else if (dtype == DType::f16)
+    prepack_as<uint16_t, 1>(values, nnzb, R, C, transposed, out, threads, parallel);
+  else
+    prepack_as<uint16_t, 2>(values, nnzb, R, C, transposed, out, threads, parallel);
+}
+
+void transpose_index(const int32_t* crow, const int32_t* col, int64_t rows, int64_t columns, int32_t* col_start, int32_t* row,
+                     int32_t* block) {
+  std::fill_n(col_start, columns + 1, 0);
+  for (int64_t e = 0; e < crow[rows]; ++e) ++col_start[col[e] + 1];
+  for (int64_t j = 0; j < columns; ++j) col_start[j + 1] += col_start[j];
+  std::vector<int32_t> next(col_start, col_start + columns);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t e = crow[i]; e < crow[i + 1]; ++e) {
+      const int32_t at = next[col[e]]++;
+      row[at] = static_cast<int32_t>(i);
+      block[at] = static_cast<int32_t>(e);
+    }
+}
+
+void run_linear(const LinearArgs& a, int64_t threads, ParallelFor parallel) {
+  if (a.M == 0 || a.N == 0) return;
+  const Kernels& kernels = kernels_for(a.dtype);
+  const int64_t rows = (a.N + a.R - 1) / a.R;
+  const int64_t pass = rows_per_pass(a), passes = (a.M + pass - 1) / pass;
+  const int64_t row_work = work_before(a.crow, a.C, rows);
+  const int64_t tasks = useful_threads(threads, row_work * a.R * a.M);
+  // The work of all passes laid end to end and cut into equal parts; a block-row belongs to the part in which it begins.
+  for_each_task(tasks, parallel, [&](int64_t t) {
+    const int64_t total = row_work * passes, low = total * t / tasks, high = total * (t + 1) / tasks;
+    for (int64_t p = low / row_work; p * row_work < high; ++p) {
+      const int64_t i0 = first_row_at(a.crow, rows, a.C, low - p * row_work), i1 = first_row_at(a.crow, rows, a.C, high - p * row_work);
+      if (i0 < i1) kernels.linear(a, p * pass, std::min(a.M, (p + 1) * pass), i0, i1);
+    }
+  });
+}
+
+bool panels_are_float(DType dtype) { return dtype == DType::f16 || (dtype == DType::bf16 && !kernels_for(dtype).bf16_pairs); }
+
+int64_t panel_elements(DType dtype, int64_t M, int64_t width, int64_t block) {
+  const int64_t rows = dtype == DType::bf16 ? (M + 1) / 2 * 2 : M;
+  return (width + block - 1) / block * block * rows + kSlack;
+}
+
+void run_panels(const PanelArgs& a, int64_t threads, ParallelFor parallel) {
+  const Kernels& kernels = kernels_for(a.dtype);
+  const int64_t panels = (a.width + a.block - 1) / a.block;
+  const int64_t tasks = useful_threads(threads, a.M * a.width * 8);
+  for_each_task(tasks, parallel, [&](int64_t t) { kernels.panels(a, panels * t / tasks, panels * (t + 1) / tasks); });
+}
+
+void run_sdd(const SddArgs& a, int64_t threads, ParallelFor parallel) {
+  const Kernels& kernels = kernels_for(a.dtype);
+  const int64_t rows = (a.N + a.R - 1) / a.R, blocks = a.crow[rows];
+  const int64_t tasks = useful_threads(threads, blocks * a.R * a.C * a.M);
+  for_each_task(tasks, parallel, [&](int64_t t) {
+    const int64_t total = work_before(a.crow, a.C, rows), low = total * t / tasks, high = total * (t + 1) / tasks;
+    kernels.sdd(a, first_row_at(a.crow, rows, a.C, low), first_row_at(a.crow, rows, a.C, high));
+  });
+}
+
+}  // namespace sparse_prune

@@ -1,0 +1,42 @@
+// Which instruction set runs, and how work is shared between threads.
+#pragma once
+
+#include <string>
+
+#include "kernels.h"
+
+namespace sparse_prune {
+
+// Runs body(context, t) for t in [0, tasks), in any order and on any threads.
+using ParallelFor = void (*)(int64_t tasks, void (*body)(void* context, int64_t task), void* context);
+
+// The best allowed kernels for a dtype: bf16 may use all instruction sets, float32 and float16 stop at avx512, float64 is portable.
+const Kernels& kernels_for(DType dtype);
+
+// Names of the instruction sets that this processor and operating system offer, best first.
+std::string available_isas();
+
+// Allow no instruction set above `name` ("" allows all); false, changing nothing, if it is unknown or not available here.
+bool force_isa(const std::string& name);
+
+// Elements of the prepacked form of nnzb blocks [R, C], slack included.
+int64_t prepacked_elements(DType dtype, int64_t nnzb, int64_t R, int64_t C);
+
+// values[nnzb, R, C] -> the layout of LinearArgs::w for y = x @ W^T, or, transposed, for dx = dy @ W (inputs and outputs swap).
+void prepack(DType dtype, const void* values, int64_t nnzb, int64_t R, int64_t C, bool transposed, void* out, int64_t threads,
+             ParallelFor parallel);
+
+// CSC index of a BSR pattern: col_start[columns + 1], row[nnzb] and block[nnzb], by block-column, rows ascending.
+void transpose_index(const int32_t* crow, const int32_t* col, int64_t rows, int64_t columns, int32_t* col_start, int32_t* row,
+                     int32_t* block);
+
+// The result does not depend on threads: each output element is computed by one task, in one fixed order.
+void run_linear(const LinearArgs& args, int64_t threads, ParallelFor parallel);
+
+// Elements (of float for 16-bit dtypes without native pairs, else of the dtype) of the panels of a [M, width] matrix, slack included.
+int64_t panel_elements(DType dtype, int64_t M, int64_t width, int64_t block);
+bool panels_are_float(DType dtype);
+void run_panels(const PanelArgs& args, int64_t threads, ParallelFor parallel);
+void run_sdd(const SddArgs& args, int64_t threads, ParallelFor parallel);
+
+}  // namespace sparse_prune

@@ -1,0 +1,121 @@
+// The kernels for any processor: vectors of the compiler's own, 16 bytes wide, which SSE2 and NEON both have.
+#include "kernels.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace sparse_prune {
+namespace {
+
+template <class T>
+T activate_one(T z, Activation activation) {
+  switch (activation) {
+    case Activation::relu:
+      return z < 0 ? T(0) : z;
+    case Activation::gelu:
+      return z * T(0.5) * std::erfc(-z * T(0.70710678118654752440));
+    case Activation::gelu_tanh:
+      return z * T(0.5) * (1 + std::tanh(T(0.79788456080286535588) * (z + T(0.044715) * z * z * z)));
+    case Activation::silu:
+      return z / (1 + std::exp(-z));
+    default:
+      return z;
+  }
+}
+
+float float_of_bits(uint32_t bits) {
+  float v;
+  memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+uint32_t bits_of_float(float v) {
+  uint32_t bits;
+  memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+
+float float_of_half(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, magnitude = h & 0x7fff;
+  if (magnitude >= 0x7c00) return float_of_bits(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);  // infinity, NaN
+  // Exponents differ by 112; multiplying by 2^112 also places subnormal halves exactly.
+  return float_of_bits(sign | bits_of_float(float_of_bits(magnitude << 13) * float_of_bits(239u << 23)));
+}
+
+uint16_t half_of_float(float v) {  // round to nearest even
+  const uint32_t bits = bits_of_float(v), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);   // NaN
+  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // 65520 and above round to infinity
+  if (magnitude < 0x38800000) {  // subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
+    return static_cast<uint16_t>(sign | (bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000));
+  }
+  return static_cast<uint16_t>(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+}
+
+uint16_t bf16_of_float(float v) {  // round to nearest even; NaN stays a quiet NaN
+  const uint32_t bits = bits_of_float(v);
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+template <class T>
+struct Lanes {
+  using Elem = T;
+  typedef T F __attribute__((vector_size(16)));
+  static constexpr int W = 16 / sizeof(T), registers = 16;
+  static inline F zero() { return F{}; }
+  static inline F set1(T v) { return F{} + v; }
+  static inline F load(const T* p) {
+    F v;
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static inline void store(T* p, F v) { memcpy(p, &v, sizeof v); }
+  static inline F add(F a, F b) { return a + b; }
+  static inline F fma(F a, F b, F c) { return a * b + c; }
+  static inline F load_bf16(const uint16_t* p) {
+    F v;
+    for (int j = 0; j < W; ++j) v[j] = float_of_bits(static_cast<uint32_t>(p[j]) << 16);
+    return v;
+  }
+  static inline void store_bf16(uint16_t* p, F v) {
+    for (int j = 0; j < W; ++j) p[j] = bf16_of_float(v[j]);
+  }
+  static inline F load_f16(const uint16_t* p) {
+    F v;
+    for (int j = 0; j < W; ++j) v[j] = float_of_half(p[j]);
+    return v;
+  }
+  static inline void store_f16(uint16_t* p, F v) {
+    for (int j = 0; j < W; ++j) p[j] = half_of_float(v[j]);
+  }
+  static inline void bf16_pairs(const uint16_t* p, F& first, F& second) {
+    for (int j = 0; j < W; ++j) {
+      first[j] = float_of_bits(static_cast<uint32_t>(p[2 * j]) << 16);
+      second[j] = float_of_bits(static_cast<uint32_t>(p[2 * j + 1]) << 16);
+    }
+  }
+  static inline F activate(F v, Activation activation) {
+    if (activation != Activation::none)
+      for (int j = 0; j < W; ++j) v[j] = activate_one<T>(v[j], activation);
+    return v;
+  }
+};
+
+#include "tile_kernel.h"
+
+}  // namespace
+
+const Kernels* portable_kernels() {
+  static const Kernels kernels = {"portable", false, linear_any<Lanes<float>>, sdd_any<Lanes<float>>,
+                                  panels_any<Lanes<float>>};
+  return &kernels;
+}
+
+const Kernels* portable_f64_kernels() {
+  static const Kernels kernels = {"portable", false, linear_plain<Lanes<double>>, sdd_range<Plain<Lanes<double>>, Plain<Lanes<double>>>,
+                                  panels_of<Plain<Lanes<double>>>};
+  return &kernels;
+}
+
+}  // namespace sparse_prune

@@ -1,0 +1,265 @@
+// Registration of the CPU operators, and the checks that keep a kernel inside its arrays. The schemas of bsr_linear, bsr_linear_dx and
+// bsr_sdd are defined in Python (sparse_prune/ops.py); here are their CPU implementations.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+
+#include "cpu/dispatch.h"
+
+namespace sp = sparse_prune;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+std::string shape_of(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
+  return text + "]";
+}
+
+sp::DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return sp::DType::f32;
+    case ScalarType::BFloat16:
+      return sp::DType::bf16;
+    case ScalarType::Half:
+      return sp::DType::f16;
+    case ScalarType::Double:
+      return sp::DType::f64;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected dtype float32, bfloat16, float16 or float64, got ",
+                      torch::headeronly::toString(t.scalar_type()));
+  }
+}
+
+void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> expected) {
+  bool same = t.dim() == static_cast<int64_t>(expected.size());
+  std::string text;
+  int64_t d = 0;
+  for (int64_t size : expected) {
+    same = same && t.size(d) == size;
+    text += (d++ ? ", " : "") + std::to_string(size);
+  }
+  STD_TORCH_CHECK(same, name, ": expected shape [", text, "], got ", shape_of(t));
+}
+
+void check_matrix(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2, name, ": expected a matrix, got shape ", shape_of(t));
+}
+
+void check_like(const Tensor& t, const char* name, const Tensor& other, const char* other_name) {
+  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor, got one on another device");
+  STD_TORCH_CHECK(t.scalar_type() == other.scalar_type(), name, ": expected dtype ", torch::headeronly::toString(other.scalar_type()),
+                  " like ", other_name, ", got ", torch::headeronly::toString(t.scalar_type()));
+}
+
+// Unit inner stride and rows that do not overlap; anything else is copied.
+Tensor with_dense_rows(const Tensor& t) {
+  const bool dense = t.size(1) <= 1 || t.stride(1) == 1;
+  const bool apart = t.size(0) <= 1 || t.stride(0) >= t.size(1);
+  return dense && apart ? t : torch::stable::contiguous(t);
+}
+
+int64_t row_stride(const Tensor& t) { return t.size(0) > 1 ? t.stride(0) : t.size(1); }
+
+struct Index {
+  const int32_t* crow;
+  const int32_t* col;
+  int64_t nnzb;
+};
+
+// Index arrays of a pattern of rows x columns blocks. They may come from a file that nobody validated, so every entry is looked at.
+Index checked_index(const Tensor& crow_indices, const Tensor& col_indices, int64_t rows, int64_t columns) {
+  for (auto [t, name] : {std::pair{&crow_indices, "crow_indices"}, std::pair{&col_indices, "col_indices"}}) {
+    STD_TORCH_CHECK(t->is_cpu(), name, ": expected a CPU tensor, got one on another device");
+    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int, name, ": expected dtype int32, got ",
+                    torch::headeronly::toString(t->scalar_type()));
+    STD_TORCH_CHECK(t->dim() == 1 && t->is_contiguous(), name, ": expected a contiguous vector, got shape ", shape_of(*t));
+  }
+  check_shape(crow_indices, "crow_indices", {rows + 1});
+  const int64_t nnzb = col_indices.size(0);
+  const auto* crow = static_cast<const int32_t*>(crow_indices.const_data_ptr());
+  const auto* col = static_cast<const int32_t*>(col_indices.const_data_ptr());
+  bool ascending = crow[0] == 0 && crow[rows] == nnzb;
+  for (int64_t i = 0; i < rows; ++i) ascending &= crow[i] <= crow[i + 1];
+  STD_TORCH_CHECK(ascending, "crow_indices: expected entries that rise from 0 to ", nnzb, " (the number of blocks), got others");
+  bool inside = true;
+  for (int64_t e = 0; e < nnzb; ++e) inside &= static_cast<uint32_t>(col[e]) < static_cast<uint64_t>(columns);
+  STD_TORCH_CHECK(inside, "col_indices: expected entries in [0, ", columns, "), got one outside");
+  return {crow, col, nnzb};
+}
+
+int64_t blocks_along(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+void check_values(const Tensor& values) {
+  STD_TORCH_CHECK(values.dim() == 3 && values.size(1) > 0 && values.size(2) > 0,
+                  "values: expected shape [nnzb, R, C] with R, C >= 1, got ", shape_of(values));
+  STD_TORCH_CHECK(values.is_cpu(), "values: expected a CPU tensor, got one on another device");
+}
+
+sp::Activation activation_of(const std::string& name) {
+  if (name == "none") return sp::Activation::none;
+  if (name == "relu") return sp::Activation::relu;
+  if (name == "gelu") return sp::Activation::gelu;
+  if (name == "gelu_tanh") return sp::Activation::gelu_tanh;
+  if (name == "silu") return sp::Activation::silu;
+  STD_TORCH_CHECK(false, "activation: expected none, relu, gelu, gelu_tanh or silu, got ", name);
+}
+
+void parallel(int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) body(context, t);
+  });
+}
+
+int64_t threads() { return torch::stable::get_num_threads(); }
+
+Tensor prepacked(const Tensor& values, sp::DType dtype, bool transposed) {
+  const Tensor source = torch::stable::contiguous(values);
+  const int64_t nnzb = source.size(0), R = source.size(1), C = source.size(2);
+  const int64_t elements = transposed ? sp::prepacked_elements(dtype, nnzb, C, R) : sp::prepacked_elements(dtype, nnzb, R, C);
+  Tensor out = torch::stable::new_empty(source, {elements});
+  sp::prepack(dtype, source.const_data_ptr(), nnzb, R, C, transposed, out.mutable_data_ptr(), threads(), parallel);
+  return out;
+}
+
+Tensor cpu_prepack(const Tensor& values) {
+  check_values(values);
+  return prepacked(values, dtype_of(values, "values"), false);
+}
+
+Tensor bsr_linear(const Tensor& x_any, const Tensor& crow_indices, const Tensor& col_indices, const Tensor& values,
+                  std::optional<Tensor> packed, int64_t out_features, std::optional<Tensor> bias, std::string activation,
+                  std::optional<Tensor> residual) {
+  check_values(values);
+  check_matrix(x_any, "x");
+  check_like(x_any, "x", values, "values");
+  const Tensor x = with_dense_rows(x_any);
+  sp::LinearArgs a = {};
+  a.dtype = dtype_of(x, "x");
+  a.M = x.size(0), a.N = out_features, a.K = x.size(1);
+  a.R = values.size(1), a.C = values.size(2);
+  STD_TORCH_CHECK(a.N >= 0, "out_features: expected a number from 0, got ", a.N);
+  const Index index = checked_index(crow_indices, col_indices, blocks_along(a.N, a.R), blocks_along(a.K, a.C));
+  check_shape(values, "values", {index.nnzb, a.R, a.C});
+  a.crow = index.crow, a.col = index.col;
+  a.x = x.const_data_ptr(), a.ldx = row_stride(x);
+  a.activation = activation_of(activation);
+  if (packed) {
+    check_like(*packed, "prepacked", values, "values");
+    check_shape(*packed, "prepacked", {sp::prepacked_elements(a.dtype, index.nnzb, a.R, a.C)});
+    STD_TORCH_CHECK(packed->is_contiguous(), "prepacked: expected what cpu_prepack(values) gives, got a strided view");
+  }
+  if (bias) {
+    check_like(*bias, "bias", values, "values");
+    check_shape(*bias, "bias", {a.N});
+    bias = torch::stable::contiguous(*bias);
+    a.bias = bias->const_data_ptr();
+  }
+  if (residual) {
+    check_like(*residual, "residual", values, "values");
+    check_shape(*residual, "residual", {a.M, a.N});
+    residual = torch::stable::contiguous(*residual);
+    a.residual = residual->const_data_ptr();
+  }
+  const Tensor weights = packed ? *packed : prepacked(values, a.dtype, false);
+  a.w = weights.const_data_ptr();
+  Tensor y = torch::stable::new_empty(x, {a.M, a.N});
+  a.y = y.mutable_data_ptr();
+  sp::run_linear(a, threads(), parallel);
+  return y;
+}
+
+// dx[M, K] = dy[M, N] @ W[N, K]: the same product, with W^T described by a transposed index over the same blocks.
+Tensor bsr_linear_dx(const Tensor& dy_any, const Tensor& crow_indices, const Tensor& col_indices, const Tensor& values,
+                     int64_t in_features) {
+  check_values(values);
+  check_matrix(dy_any, "dy");
+  check_like(dy_any, "dy", values, "values");
+  const Tensor dy = with_dense_rows(dy_any);
+  sp::LinearArgs a = {};
+  a.dtype = dtype_of(dy, "dy");
+  a.M = dy.size(0), a.N = in_features, a.K = dy.size(1);
+  a.R = values.size(2), a.C = values.size(1);
+  STD_TORCH_CHECK(a.N >= 0, "in_features: expected a number from 0, got ", a.N);
+  const int64_t rows = blocks_along(a.K, a.C), columns = blocks_along(a.N, a.R);
+  const Index index = checked_index(crow_indices, col_indices, rows, columns);
+  check_shape(values, "values", {index.nnzb, a.C, a.R});
+  Tensor transposed = torch::stable::new_empty(crow_indices, {columns + 1 + 2 * index.nnzb});
+  auto* col_start = static_cast<int32_t*>(transposed.mutable_data_ptr());
+  int32_t* row = col_start + columns + 1;
+  int32_t* block = row + index.nnzb;
+  sp::transpose_index(index.crow, index.col, rows, columns, col_start, row, block);
+  a.crow = col_start, a.col = row, a.block = block;
+  a.x = dy.const_data_ptr(), a.ldx = row_stride(dy);
+  const Tensor weights = prepacked(values, a.dtype, true);
+  a.w = weights.const_data_ptr();
+  Tensor dx = torch::stable::new_empty(dy, {a.M, a.N});
+  a.y = dx.mutable_data_ptr();
+  sp::run_linear(a, threads(), parallel);
+  return dx;
+}
+
+Tensor panels_of(const Tensor& matrix, sp::DType dtype, int64_t block) {
+  const ScalarType type = sp::panels_are_float(dtype) ? ScalarType::Float : matrix.scalar_type();
+  const int64_t elements = sp::panel_elements(dtype, matrix.size(0), matrix.size(1), block);
+  Tensor panels = torch::stable::new_empty(matrix, {elements}, type);
+  sp::run_panels({dtype, matrix.size(0), matrix.size(1), block, matrix.const_data_ptr(), row_stride(matrix), panels.mutable_data_ptr()},
+                 threads(), parallel);
+  return panels;
+}
+
+// dvalues[nnzb, R, C]: the stored blocks of dW[N, K] = dy[M, N]^T @ x[M, K].
+Tensor bsr_sdd(const Tensor& dy_any, const Tensor& x_any, const Tensor& crow_indices, const Tensor& col_indices, int64_t block_rows,
+               int64_t block_cols) {
+  check_matrix(dy_any, "dy");
+  check_matrix(x_any, "x");
+  check_like(x_any, "x", dy_any, "dy");
+  check_like(dy_any, "dy", x_any, "x");
+  STD_TORCH_CHECK(x_any.size(0) == dy_any.size(0), "x: expected ", dy_any.size(0), " rows like dy, got ", x_any.size(0));
+  STD_TORCH_CHECK(block_rows > 0 && block_cols > 0, "block_rows, block_cols: expected numbers from 1, got ", block_rows, " and ",
+                  block_cols);
+  const Tensor dy = with_dense_rows(dy_any), x = with_dense_rows(x_any);
+  sp::SddArgs a = {};
+  a.dtype = dtype_of(dy, "dy");
+  a.M = dy.size(0), a.N = dy.size(1), a.K = x.size(1);
+  a.R = block_rows, a.C = block_cols;
+  const Index index = checked_index(crow_indices, col_indices, blocks_along(a.N, a.R), blocks_along(a.K, a.C));
+  a.crow = index.crow, a.col = index.col;
+  const Tensor dy_panels = panels_of(dy, a.dtype, a.R), x_panels = panels_of(x, a.dtype, a.C);
+  a.dy_panels = dy_panels.const_data_ptr(), a.x_panels = x_panels.const_data_ptr();
+  Tensor dvalues = torch::stable::new_empty(dy, {index.nnzb, a.R, a.C});
+  a.dvalues = dvalues.mutable_data_ptr();
+  sp::run_sdd(a, threads(), parallel);
+  return dvalues;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sparse_prune, m) { m.def("cpu_prepack(Tensor values) -> Tensor"); }
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_prune, CPU, m) {
+  m.impl("cpu_prepack", TORCH_BOX(&cpu_prepack));
+  m.impl("bsr_linear", TORCH_BOX(&bsr_linear));
+  m.impl("bsr_linear_dx", TORCH_BOX(&bsr_linear_dx));
+  m.impl("bsr_sdd", TORCH_BOX(&bsr_sdd));
+}
+
+// For sparse_prune/backends.py, through ctypes.
+#define SPARSE_PRUNE_EXPORT extern "C" __attribute__((visibility("default")))
+
+SPARSE_PRUNE_EXPORT const char* sparse_prune_cpu_isas() {
+  static const std::string names = sp::available_isas();
+  return names.c_str();
+}
+
+SPARSE_PRUNE_EXPORT int sparse_prune_force_isa(const char* name) { return sp::force_isa(name); }
+
+// dtype: 0 float32, 1 bfloat16, 2 float16, 3 float64
+SPARSE_PRUNE_EXPORT const char* sparse_prune_cpu_isa(int dtype) { return sp::kernels_for(static_cast<sp::DType>(dtype)).name; }

@@ -1,0 +1,314 @@
+"""The C++ kernels, every instruction set in turn, against a float64 reference; the AMX kernel with emulated tiles as well."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparse_prune import backends, ops, reference  # noqa: F401  (ops defines the schemas)
+from sparse_prune.bsr import BsrWeight
+from sparse_prune.errors import SparsePruneError
+
+ROOT = Path(__file__).resolve().parent.parent
+ISAS = backends.cpu_isas()
+sparse = torch.ops.sparse_prune
+needs_kernels = pytest.mark.skipif(not ISAS, reason=backends._reason or "built")
+each_isa = pytest.mark.parametrize(
+    "isa",
+    [
+        pytest.param(isa, marks=pytest.mark.skipif(isa not in ISAS, reason=f"this processor or build has no {isa}"))
+        for isa in backends.ISAS
+    ],
+)
+
+# M, N, K, R, C, density of blocks: M of 0 and 1, cut edges, odd and rectangular blocks, no and all blocks, strips of 16 to 64.
+PROBLEMS = [
+    (0, 64, 64, 32, 32, 0.5),
+    (1, 100, 75, 16, 8, 0.5),
+    (2, 48, 97, 48, 33, 0.7),
+    (5, 64, 96, 32, 32, 0.4),
+    (17, 128, 64, 64, 16, 0.5),
+    (20, 33, 31, 1, 1, 0.3),
+    (29, 96, 64, 32, 32, 1.0),
+    (33, 70, 50, 7, 5, 0.4),
+    (40, 64, 64, 32, 32, 0.0),
+    (47, 80, 128, 16, 48, 0.5),
+    (67, 100, 96, 80, 24, 0.6),
+    (300, 160, 72, 128, 16, 0.5),
+]
+ACTIVATIONS = list(reference.ACTIVATIONS)
+
+
+class Problem:
+    """Random operands of one product; x is a view with a row stride of its own, and one block-row is empty."""
+
+    def __init__(self, m, n, k, r, c, density, dtype):
+        grid = -(-n // r), -(-k // c)
+        mask = torch.rand(grid) < density
+        if density < 1:
+            mask[grid[0] // 2] = False
+        packed = BsrWeight.from_dense((torch.randn(n, k) / k**0.5).to(dtype), mask, (r, c))
+        self.n, self.k, self.packed, self.weight = n, k, packed, packed.to_dense()
+        self.bsr = packed.crow_indices, packed.col_indices, packed.values
+        self.x = torch.randn(m, k + 3).to(dtype)[:, :k]
+        self.dy = torch.randn(m, n).to(dtype)
+        self.bias = torch.randn(n).to(dtype)
+        self.residual = torch.randn(m, n).to(dtype)
+
+    def linear(self, activation="none", prepacked=None, bias=True, residual=True):
+        return sparse.bsr_linear(
+            self.x,
+            *self.bsr,
+            prepacked,
+            self.n,
+            self.bias if bias else None,
+            activation,
+            self.residual if residual else None,
+        )
+
+    def dense_linear(self, activation="none", dtype=None, bias=True, residual=True):
+        x, weight, b, res = (t.to(dtype or t.dtype) for t in (self.x, self.weight, self.bias, self.residual))
+        y = reference.ACTIVATIONS[activation](F.linear(x, weight, b if bias else None))
+        return y + res if residual else y
+
+
+def assert_close(got, exact, dense):
+    """got may be at most twice as far from exact (float64) as PyTorch's dense result in its dtype, by norm and at worst."""
+    assert got.shape == exact.shape and got.dtype == dense.dtype and got.is_contiguous()
+    assert not got.isnan().any()
+    if got.numel() == 0:
+        return
+    ours, theirs = got.double() - exact, dense.double() - exact
+    eps = torch.finfo(got.dtype).eps
+    assert ours.norm() <= 2 * max(theirs.norm(), eps / 4 * exact.norm())
+    assert ours.abs().max() <= 2 * max(theirs.abs().max(), eps / 2 * exact.abs().max())
+
+
+@needs_kernels
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_linear_matches_float64(isa, dtype, problem):
+    p = Problem(*problem, dtype)
+    with backends.force_isa(isa):
+        best = isa if dtype is torch.bfloat16 or isa not in ("amx_bf16", "avx512_bf16") else "avx512"
+        assert backends.cpu_isa(dtype) == best
+        prepacked = sparse.cpu_prepack(p.packed.values)
+        for activation in ACTIVATIONS:
+            got = p.linear(activation, prepacked)
+            assert_close(got, p.dense_linear(activation, torch.float64), p.dense_linear(activation))
+            assert torch.equal(got, p.linear(activation)), "packing on the fly gives the same bits"
+        for bias, residual in ((False, False), (True, False), (False, True)):
+            got = p.linear("none", prepacked, bias, residual)
+            assert_close(
+                got, p.dense_linear("none", torch.float64, bias, residual), p.dense_linear("none", None, bias, residual)
+            )
+
+
+@needs_kernels
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("problem", [*PROBLEMS, (1300, 64, 64, 32, 32, 0.5)], ids=str)
+def test_gradient_products_match_float64(isa, dtype, problem):
+    p = Problem(*problem, dtype)
+    r, c = p.packed.blocksize
+    with backends.force_isa(isa):
+        dx = sparse.bsr_linear_dx(p.dy, *p.bsr, p.k)
+        dvalues = sparse.bsr_sdd(p.dy, p.x, *p.bsr[:2], r, c)
+    assert_close(dx, p.dy.double() @ p.weight.double(), p.dy @ p.weight)
+    exact = reference.bsr_sdd(p.dy.double(), p.x.double(), *p.bsr[:2], r, c)
+    assert_close(dvalues, exact, reference.bsr_sdd(p.dy, p.x, *p.bsr[:2], r, c))
+
+
+@needs_kernels
+def test_float64_products_are_exact_to_rounding():
+    p = Problem(33, 70, 50, 7, 5, 0.4, torch.float64)
+    for activation in ACTIVATIONS:
+        assert torch.allclose(p.linear(activation), p.dense_linear(activation), rtol=1e-12, atol=1e-13)
+    assert torch.allclose(sparse.bsr_linear_dx(p.dy, *p.bsr, p.k), p.dy @ p.weight, rtol=1e-12, atol=1e-13)
+    got = sparse.bsr_sdd(p.dy, p.x, *p.bsr[:2], 7, 5)
+    assert torch.allclose(got, reference.bsr_sdd(p.dy, p.x, *p.bsr[:2], 7, 5), rtol=1e-12, atol=1e-13)
+
+
+@needs_kernels
+@each_isa
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_is_as_accurate_as_pytorch(isa, activation):
+    """A 1x1 weight of 1 leaves act(x); the floats tried are dense near 0 and reach past where exp over- and underflows."""
+    x = torch.cat([torch.linspace(-12, 12, 60_001), torch.logspace(-30, 38, 2001), -torch.logspace(-30, 38, 2001)])[
+        :, None
+    ]
+    one = BsrWeight.from_dense(torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), (1, 1))
+    exact = reference.ACTIVATIONS[activation](x.double())
+    with backends.force_isa(isa):
+        got = sparse.bsr_linear(x, one.crow_indices, one.col_indices, one.values, None, 1, None, activation, None)
+        odd = torch.tensor([[torch.nan], [torch.inf], [0.0]])
+        special = sparse.bsr_linear(odd, one.crow_indices, one.col_indices, one.values, None, 1, None, activation, None)
+    theirs = reference.ACTIVATIONS[activation](x)
+    assert_close(got, exact, theirs)
+    ordinary = x.abs() <= 12
+    assert_close(got[ordinary], exact[ordinary], theirs[ordinary])
+    if activation == "gelu":
+        assert (got - exact)[ordinary].abs().max() <= (theirs - exact)[ordinary].abs().max()
+    assert special[0].isnan() and special[1] == torch.inf and special[2] == 0
+
+
+@needs_kernels
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_threads_do_not_change_the_bits(isa, dtype):
+    p = Problem(
+        300, 640, 256, 32, 32, 0.5, dtype
+    )  # about 12 million multiply-adds: more than enough work for 3 threads
+    before = torch.get_num_threads()
+    results = []
+    try:
+        with backends.force_isa(isa):
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                dvalues = sparse.bsr_sdd(p.dy, p.x, *p.bsr[:2], 32, 32)
+                results.append((p.linear("gelu"), sparse.bsr_linear_dx(p.dy, *p.bsr, p.k), dvalues))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for one, many in zip(results[0], other, strict=True):
+            assert torch.equal(one, many)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_concurrent_calls_agree(dtype):
+    problems = [Problem(m, 192, 160, 32, 32, 0.5, dtype) for m in (3, 40, 130)]
+    want = [p.linear("silu") for p in problems]
+
+    def call(i):
+        return i, problems[i].linear("silu")
+
+    with ThreadPoolExecutor(8) as pool:
+        for i, got in pool.map(call, [n % 3 for n in range(240)]):
+            assert torch.equal(got, want[i])
+
+
+def _bad_calls():
+    p = Problem(4, 64, 96, 32, 32, 0.5, torch.float32)
+    crow, col, values = p.bsr
+    beyond, negative, falling = col.clone(), col.clone(), crow.clone()
+    beyond[0], negative[0], falling[1] = 3, -1, 99
+    good = dict(
+        x=p.x, crow=crow, col=col, values=values, packed=None, n=64, bias=p.bias, act="none", residual=p.residual
+    )
+    cases = {
+        "x: expected a matrix": dict(x=p.x[0]),
+        "x: expected dtype Float like values, got BFloat16": dict(x=p.x.bfloat16()),
+        "x: expected dtype Float like values, got Int": dict(x=p.x.int()),
+        r"crow_indices: expected shape \[4\], got \[3\]": dict(n=65, bias=None, residual=None),
+        "crow_indices: expected dtype int32, got Long": dict(crow=crow.long()),
+        "crow_indices: expected entries that rise from 0": dict(crow=falling),
+        r"col_indices: expected entries in \[0, 3\), got one outside": dict(col=beyond),
+        r"col_indices: expected entries in \[0, 3\)": dict(col=negative),
+        r"values: expected shape \[nnzb, R, C\]": dict(values=values.flatten()),
+        r"values: expected shape \[\d+, 32, 32\], got \[\d+, 32, 32\]": dict(values=values[:-1]),
+        r"prepacked: expected shape \[\d+\], got \[7\]": dict(packed=values.new_zeros(7)),
+        r"bias: expected shape \[64\], got \[63\]": dict(bias=p.bias[1:]),
+        "bias: expected dtype Float like values, got Double": dict(bias=p.bias.double()),
+        r"residual: expected shape \[4, 64\], got \[3, 64\]": dict(residual=p.residual[1:]),
+        "activation: expected none, relu, gelu, gelu_tanh or silu, got tanh": dict(act="tanh"),
+    }
+    return [pytest.param(message, {**good, **change}, id=message) for message, change in cases.items()]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("message", "a"), _bad_calls() if ISAS else [])
+def test_bad_calls_name_argument_expected_and_got(message, a):
+    with pytest.raises(RuntimeError, match=message):
+        sparse.bsr_linear(
+            a["x"], a["crow"], a["col"], a["values"], a["packed"], a["n"], a["bias"], a["act"], a["residual"]
+        )
+
+
+@needs_kernels
+def test_force_isa_is_undone_and_refuses_the_unknown():
+    best = backends.cpu_isa(torch.bfloat16)
+    with backends.force_isa("portable"):
+        assert backends.cpu_isa(torch.bfloat16) == backends.cpu_isa(torch.float32) == "portable"
+        with backends.force_isa(ISAS[0]):
+            assert backends.cpu_isa(torch.bfloat16) == best
+        assert backends.cpu_isa(torch.bfloat16) == "portable"
+    assert backends.cpu_isa(torch.bfloat16) == best
+    for name in ("sse9", ""):
+        with (
+            pytest.raises(SparsePruneError, match="name: expected an instruction set of this machine"),
+            backends.force_isa(name),
+        ):
+            pass
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [("portable", "cpu:portable"), ("sse9", "SPARSE_PRUNE_ISA=sse9 is not an instruction set of this processor")],
+)
+def test_isa_from_the_environment(value, says):
+    code = "import torch\nfrom sparse_prune import backends, ops\n"
+    code += "print(ops.backend_for('cpu', torch.bfloat16), backends.status()[0].reason)"
+    env = {**os.environ, "SPARSE_PRUNE_ISA": value, "PYTHONPATH": str(ROOT)}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout
+    assert says in out
+
+
+@pytest.mark.parametrize(("mode", "code"), [("auto", 0), ("1", 1)])
+def test_setup_without_a_compiler(mode, code):
+    env = {**os.environ, "SPARSE_PRUNE_CPU": mode, "CXX": "no-such-compiler"}
+    result = subprocess.run([sys.executable, "setup.py", "--name"], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert result.returncode == code, result.stderr
+    assert "no C++ compiler" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def amx(tmp_path_factory):
+    """The AMX kernel with its tiles emulated in plain C++."""
+    if "avx512_bf16" not in ISAS:
+        pytest.skip("the AMX kernel leaves rows below a tile to avx512_bf16, which this processor or build lacks")
+    compiler = os.environ.get("CXX") or shutil.which("c++")
+    if not compiler:
+        pytest.skip("no C++ compiler")
+    out = tmp_path_factory.mktemp("amx") / "amx.so"
+    sources = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("amx_bf16", "avx512_bf16", "scratch")]
+    command = [
+        *compiler.split(),
+        "-std=c++20",
+        "-O1",
+        "-w",
+        "-fPIC",
+        "-shared",
+        "-DSPARSE_PRUNE_EMULATE_AMX",
+        "-o",
+        out,
+    ]
+    subprocess.run([*command, ROOT / "tests" / "amx_harness.cpp", *sources], check=True)
+    return ctypes.CDLL(str(out))
+
+
+@needs_kernels
+@pytest.mark.parametrize("problem", [*PROBLEMS, (70, 50, 80, 16, 16, 0.6), (65, 96, 100, 96, 20, 0.5)], ids=str)
+def test_emulated_amx_matches_float64(amx, problem):
+    p = Problem(*problem, torch.bfloat16)
+    m, n, k, r, c, _ = problem
+    prepacked = sparse.cpu_prepack(p.packed.values)
+    for number, activation in enumerate(ACTIVATIONS):
+        got = torch.full((m, n), torch.nan, dtype=torch.bfloat16)
+        crow, col, x, w, bias, res, y = (
+            ctypes.c_void_p(t.data_ptr()) for t in (*p.bsr[:2], p.x, prepacked, p.bias, p.residual, got)
+        )
+        sizes = [ctypes.c_int64(v) for v in (m, n, k, r, c)]
+        amx.amx_linear(*sizes, crow, col, x, ctypes.c_int64(p.x.stride(0)), w, bias, number, res, y)
+        assert_close(got, p.dense_linear(activation, torch.float64), p.dense_linear(activation))
