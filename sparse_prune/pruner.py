@@ -93,8 +93,6 @@ class PruneConfig:
                 f"{self.alpha} with criterion {self.criterion!r}",
                 "leave alpha out to prune to a density",
             )
-        if self.alpha is not None and self.regrow:
-            raise SparsePruneError("regrow", "False with alpha", True, "a threshold prunes without competition")
         _ = self.timetable  # a Schedule checks itself
 
     @property
@@ -225,6 +223,7 @@ class Pruner:
                 self._choose(self._above_threshold(self.config.alpha * self._timetable.progress_at(self.steps)))
             if last:
                 self.done = True
+                self._memory.clear()
                 self.remove_hooks(optimizer=False)
         self.apply_()
 
@@ -451,7 +450,7 @@ class Pruner:
         for key, unit in self._units.items():
             total = 0.0
             for member in unit.members:
-                tensors = {"weight": self._modules[member.name].weight, "grad": self._grad(member.name)}
+                tensors = {"weight": self._competing_weight(member.name), "grad": self._grad(member.name)}
                 values = element_saliency(tensors["weight"], self.config.criterion, grad=tensors["grad"])
                 count = block_sum(torch.ones_like(values), member.blocksize)
                 both = torch.stack((block_sum(values, member.blocksize), count))
@@ -462,7 +461,8 @@ class Pruner:
         means = self.reduce_saliency(means)
         if self.config.scope == "global":
             largest = dict.fromkeys(largest, torch.stack(list(largest.values())).max())
-        return {key: self._kept[key] & (means[key] >= alpha * largest[key]) for key in self._units}
+        kept = {key: means[key] >= alpha * largest[key] for key in self._units}
+        return kept if self.config.regrow else {key: self._kept[key] & kept[key] for key in kept}
 
     def _choose(self, kept: dict[str, Tensor]) -> None:
         """Make these the masks; with regrow, remember what goes and put back what returns."""

@@ -232,6 +232,7 @@ def test_regrown_blocks_return_with_their_weights():
     start = model[0].weight.detach().clone()
     returned = 0
     for step in range(4):
+        assert bool(pruner.state_dict()["memory"]) == (step > 0)
         for layer in (model[0], model[2]):
             layer.weight.grad = torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(step))
         before = pruner.masks["0"]
@@ -239,7 +240,7 @@ def test_regrown_blocks_return_with_their_weights():
         returned += int((pruner.masks["0"] & ~before).sum())
         kept = expand_mask(pruner.masks["0"], (2, 2), start.shape)
         assert torch.equal(model[0].weight, start * kept)
-    assert returned > 0
+    assert returned > 0 and pruner.done and not pruner.state_dict()["memory"]
 
 
 @pytest.mark.parametrize(
@@ -347,6 +348,20 @@ def test_alpha_under_global_scope_takes_the_models_largest_gradient():
     expected = threshold_mask(model[0].weight, None, 0.5, relative_to="weight", blocksize=(4, 4), reference=largest)
     pruner.step()
     assert torch.equal(pruner.masks["0"], expected)
+
+
+@pytest.mark.parametrize("regrow", [True, False])
+def test_weights_pass_a_threshold_that_falls_again_only_with_regrow(regrow):
+    model = nn.Sequential(nn.Linear(2, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[0.5, 1.0]]))
+    steps = {"total_steps": 9, "warmup": 0, "cooldown": 0, "update_every": 1}
+    config = PruneConfig("threshold", "oneshot", alpha=1.0, granularity="element", regrow=regrow, **steps)
+    pruner = Pruner(model, config)
+    for largest, expected in ((0.7, [0.0, 1.0]), (0.3, [0.5 * regrow, 1.0])):
+        model[0].weight.grad = torch.tensor([[largest, 0.0]])
+        pruner.step()
+        assert model[0].weight.tolist() == [expected]
 
 
 def test_alpha_found_for_a_density_gives_that_density():
@@ -543,7 +558,6 @@ def test_ranks_agree(tmp_path):
         ({"rounds": 0}, "^rounds"),
         ({"alpha": 0.1}, "^alpha: .*got 0.1 with criterion 'movement'"),
         ({"alpha": -0.1, "criterion": "threshold"}, "^alpha"),
-        ({"alpha": 0.1, "criterion": "threshold", "regrow": True}, "^regrow"),
         ({"relative_to": "loss"}, "^relative_to"),
     ],
 )
