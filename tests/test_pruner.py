@@ -109,14 +109,14 @@ def test_global_scope_compares_layers_by_loss():
 
 def test_global_scope_takes_the_scale_of_a_layer_out_of_magnitude():
     masks = []
-    for factor in (1.0, 64.0):
+    for factor in (1.0, 64.0, 1 / 64):
         model = network()
         with torch.no_grad():
             model[0].weight.mul_(factor)
         pruner = Pruner(model, PruneConfig("magnitude", blocksize=(4, 4), density=0.4, **ONE_SHOT))
         pruner.step()
         masks.append(pruner.masks)
-    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+    assert all(torch.equal(masks[0][name], other[name]) for name in masks[0] for other in masks[1:])
     assert not torch.equal(masks[0]["0"].float().mean(), masks[0]["2"].float().mean())
 
 
@@ -146,6 +146,9 @@ def test_global_density_counts_elements_where_rows_differ_in_length():
     pruner = Pruner(model, PruneConfig("random", granularity="row", density=0.3, **ONE_SHOT))
     pruner.step()
     assert pruner.density() == pytest.approx(0.3, abs=0.006)
+    assert all(
+        0.1 < mask.float().mean() < 0.5 for mask in pruner.masks.values()
+    )  # neither long nor short rows win for their length
     kept = sum(
         element_density(m, pruner.blocksizes[n], (50, 400) if n == "0" else (400, 50)) for n, m in pruner.masks.items()
     )
