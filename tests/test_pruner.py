@@ -158,7 +158,9 @@ def test_global_density_counts_elements_where_rows_differ_in_length():
 def test_pruned_blocks_stay_pruned_and_the_density_follows_the_schedule():
     model = network()
     optimizer = make_optimizer("adamw", model)
-    config = PruneConfig(density=0.25, total_steps=40, warmup=4, cooldown=10, update_every=3, blocksize=(2, 2))
+    config = PruneConfig(
+        density=0.25, total_steps=40, warmup=4, cooldown=10, update_every=3, blocksize=(2, 2), regrow=False
+    )
     pruner, before = Pruner(model, config).attach(optimizer), None
     for step in range(1, 41):
         train_step(model, step)
@@ -249,8 +251,8 @@ def test_regrown_blocks_return_with_their_weights():
 @pytest.mark.parametrize(
     "config",
     [
+        PruneConfig(density=0.3, blocksize=(8, 8), total_steps=24, update_every=3, regrow=False),
         PruneConfig(density=0.3, blocksize=(8, 8), total_steps=24, update_every=3),
-        PruneConfig(density=0.3, blocksize=(8, 8), total_steps=24, update_every=3, regrow=True),
         PruneConfig("magnitude", "iterative", density=0.3, blocksize=(8, 8), total_steps=24, update_every=2),
         PruneConfig("wanda", "linear", density=0.3, granularity="row", total_steps=24, update_every=2),
         PruneConfig("random", density=0.3, blocksize=(4, 4), total_steps=24, update_every=2, seed=3),
@@ -348,9 +350,23 @@ def test_alpha_under_global_scope_takes_the_models_largest_gradient():
     pruner = Pruner(model, PruneConfig("threshold", alpha=0.5, blocksize=(4, 4), **ONE_SHOT))
     train_step(model, 0)
     largest = max(float(model[i].weight.grad.abs().max()) for i in (0, 2))
-    expected = threshold_mask(model[0].weight, None, 0.5, relative_to="weight", blocksize=(4, 4), reference=largest)
+    assert model[0].weight.grad.abs().max() < 0.9 * model[2].weight.grad.abs().max()  # so that layer 0 sees the other's
+    rule = {"relative_to": "weight", "blocksize": (4, 4), "reference": largest}
+    expected = {name: threshold_mask(model.get_submodule(name).weight, None, 0.5, **rule) for name in ("0", "2")}
     pruner.step()
-    assert torch.equal(pruner.masks["0"], expected)
+    assert all(torch.equal(pruner.masks[name], expected[name]) for name in expected)
+
+
+def test_alpha_grows_along_the_schedule():
+    model = network()
+    steps = {"total_steps": 4, "warmup": 0, "cooldown": 0, "update_every": 1}
+    config = PruneConfig("threshold", "linear", alpha=0.4, granularity="element", relative_to="weight", **steps)
+    pruner = Pruner(model, config, filter_fn=lambda name, module: name == "0")
+    start = model[0].weight.detach().clone()
+    for step in range(1, 5):
+        train_step(model, step)
+        pruner.step()
+        assert torch.equal(pruner.masks["0"], start.abs() >= 0.1 * step * start.abs().max())
 
 
 @pytest.mark.parametrize("regrow", [True, False])
