@@ -118,10 +118,11 @@ def collect_heads(
 ) -> list[dict[str, Any]]:
     """The "heads" of analysis.json: for each layer and head, the share of its weights that is kept, and whether it is alive.
 
-    Head h owns rows h*d..(h+1)*d of its layer's q, k and v (each a linear layer, or a third of a fused `qkv` [3H, H]) and the same
-    columns of `out`; with fewer k and v heads than q heads, neighbours share. It is dead, adding the same to every text, when
-    all it owns of v or of out is pruned; without q or k it still averages over positions. A linear layer without a mask counts
-    as kept whole. Layers are told apart by the first number in a module's name; num_heads is model.config.num_attention_heads unless given. Empty where no layer has all four.
+    Head h owns rows h*d..(h+1)*d of its layer's q, k and v (each a linear layer, or a third of a fused `qkv` [3H, H]) and the
+    same columns of `out`; with fewer k and v heads than q heads, neighbours share. It is dead, adding the same to every text,
+    when all it owns of v or of out is pruned; without q or k it still averages over positions. A linear layer without a mask
+    counts as kept whole. Layers are told apart by the first number in a module's name; num_heads is
+    model.config.num_attention_heads unless given. Empty where no layer has all four.
 
     Raises SparsePruneError where the number of heads is unknown or does not divide the rows of q.
     """
