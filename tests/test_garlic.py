@@ -24,6 +24,7 @@ from sparse_prune.models.garlic import (
     GarlicForSequenceClassification,
     GarlicForTokenClassification,
     GarlicModel,
+    SequenceDropout,
     train_tokenizer,
 )
 
@@ -173,3 +174,12 @@ def test_the_tokenizer_counts_characters_and_joins_widths(tmp_path):
 def test_the_vocabulary_is_capped_by_frequency():
     tokenizer = train_tokenizer(["中中中国国人"], max_vocabulary=7, min_count=1)
     assert set(tokenizer.get_vocab()) == {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "中", "国"}
+
+
+def test_sequence_dropout_drops_features_of_a_whole_row():
+    torch.manual_seed(0)
+    dropout, x = SequenceDropout(0.5), torch.ones(64, 5, 32)
+    dropped = dropout.train()(x)
+    assert torch.equal(dropped, dropped[:, :1].expand_as(x)) and set(dropped.unique().tolist()) == {0.0, 2.0}
+    assert float(dropped.mean()) == pytest.approx(1.0, abs=0.1)
+    assert dropout.eval()(x) is x
