@@ -48,9 +48,6 @@ def assert_exact(pruner: Pruner) -> None:
         assert (weight[pruned_entries(pruner, name)] == 0).all() and torch.isfinite(weight).all()
 
 
-# -- what is kept -----------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("granularity", ["element", "block", "row", "column"])
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
 def test_one_step_is_block_mask(criterion, granularity):
@@ -112,14 +109,14 @@ def test_global_scope_compares_layers_by_loss():
 
 def test_global_scope_takes_the_scale_of_a_layer_out_of_magnitude():
     masks = []
-    for factor in (1.0, 64.0):
+    for factor in (1.0, 64.0, 1 / 64):
         model = network()
         with torch.no_grad():
             model[0].weight.mul_(factor)
         pruner = Pruner(model, PruneConfig("magnitude", blocksize=(4, 4), density=0.4, **ONE_SHOT))
         pruner.step()
         masks.append(pruner.masks)
-    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+    assert all(torch.equal(masks[0][name], other[name]) for name in masks[0] for other in masks[1:])
     assert not torch.equal(masks[0]["0"].float().mean(), masks[0]["2"].float().mean())
 
 
@@ -149,6 +146,9 @@ def test_global_density_counts_elements_where_rows_differ_in_length():
     pruner = Pruner(model, PruneConfig("random", granularity="row", density=0.3, **ONE_SHOT))
     pruner.step()
     assert pruner.density() == pytest.approx(0.3, abs=0.006)
+    assert all(
+        0.1 < mask.float().mean() < 0.5 for mask in pruner.masks.values()
+    )  # neither long nor short rows win for their length
     kept = sum(
         element_density(m, pruner.blocksizes[n], (50, 400) if n == "0" else (400, 50)) for n, m in pruner.masks.items()
     )
@@ -182,9 +182,6 @@ def test_a_layer_without_gradient_this_step_counts_as_zero():
     model[2].weight.grad = None
     pruner.step()
     assert pruner.masks["2"].sum() == round(0.05 * 220) < pruner.masks["0"].sum()
-
-
-# -- exact zeros ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attached", [True, False])
@@ -238,6 +235,7 @@ def test_regrown_blocks_return_with_their_weights():
     start = model[0].weight.detach().clone()
     returned = 0
     for step in range(4):
+        assert bool(pruner.state_dict()["memory"]) == (step > 0)
         for layer in (model[0], model[2]):
             layer.weight.grad = torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(step))
         before = pruner.masks["0"]
@@ -245,10 +243,7 @@ def test_regrown_blocks_return_with_their_weights():
         returned += int((pruner.masks["0"] & ~before).sum())
         kept = expand_mask(pruner.masks["0"], (2, 2), start.shape)
         assert torch.equal(model[0].weight, start * kept)
-    assert returned > 0
-
-
-# -- resuming ---------------------------------------------------------------------------------------------------------------------
+    assert returned > 0 and pruner.done and not pruner.state_dict()["memory"]
 
 
 @pytest.mark.parametrize(
@@ -330,9 +325,6 @@ def test_equal_runs_are_equal():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-# -- the article's threshold ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("relative_to", ["grad", "weight"])
 @pytest.mark.parametrize("criterion", ["threshold", "gradient"])
 def test_alpha_is_the_articles_rule(criterion, relative_to):
@@ -361,6 +353,20 @@ def test_alpha_under_global_scope_takes_the_models_largest_gradient():
     assert torch.equal(pruner.masks["0"], expected)
 
 
+@pytest.mark.parametrize("regrow", [True, False])
+def test_weights_pass_a_threshold_that_falls_again_only_with_regrow(regrow):
+    model = nn.Sequential(nn.Linear(2, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[0.5, 1.0]]))
+    steps = {"total_steps": 9, "warmup": 0, "cooldown": 0, "update_every": 1}
+    config = PruneConfig("threshold", "oneshot", alpha=1.0, granularity="element", regrow=regrow, **steps)
+    pruner = Pruner(model, config)
+    for largest, expected in ((0.7, [0.0, 1.0]), (0.3, [0.5 * regrow, 1.0])):
+        model[0].weight.grad = torch.tensor([[largest, 0.0]])
+        pruner.step()
+        assert model[0].weight.tolist() == [expected]
+
+
 def test_alpha_found_for_a_density_gives_that_density():
     model = network()
     train_step(model, 0)
@@ -369,9 +375,6 @@ def test_alpha_found_for_a_density_gives_that_density():
     pruner = Pruner(model, config, filter_fn=lambda name, module: name == "0")
     pruner.step()
     assert pruner.density() == pytest.approx(0.3, abs=1e-3) and list(pruner.masks) == ["0"]
-
-
-# -- heads ------------------------------------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -487,9 +490,6 @@ def test_masks_on_another_grid():
         assert torch.equal(mask, torch.nn.functional.max_pool2d((weight != 0).float()[None], (2, 4))[0] > 0)
 
 
-# -- ranks ------------------------------------------------------------------------------------------------------------------------
-
-
 def _rank(rank: int, file: str, results) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
@@ -541,9 +541,6 @@ def test_ranks_agree(tmp_path):
     assert {name: mask.tolist() for name, mask in pruner.masks.items()} != results[0]
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -564,7 +561,6 @@ def test_ranks_agree(tmp_path):
         ({"rounds": 0}, "^rounds"),
         ({"alpha": 0.1}, "^alpha: .*got 0.1 with criterion 'movement'"),
         ({"alpha": -0.1, "criterion": "threshold"}, "^alpha"),
-        ({"alpha": 0.1, "criterion": "threshold", "regrow": True}, "^regrow"),
         ({"relative_to": "loss"}, "^relative_to"),
     ],
 )
