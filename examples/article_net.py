@@ -136,7 +136,9 @@ def main(arguments: list[str] | None = None) -> None:
     table.add_row("dense", "", f"{density(model):.3f}", "", f"{accuracy(model, data):.3f}")
     for criterion, name in (("threshold", "threshold pruning, |w|"), ("gradient", "gradient-based pruning, |grad|")):
         row = prune(model, data, criterion, options.density, options.seed)
-        table.add_row(name, f"{row['alpha']:.4g}", f"{row['density']:.3f}", f"{row['pruned']:.3f}", f"{row['tuned']:.3f}")
+        table.add_row(
+            name, f"{row['alpha']:.4g}", f"{row['density']:.3f}", f"{row['pruned']:.3f}", f"{row['tuned']:.3f}"
+        )
     Console().print(table)
 
 

@@ -203,9 +203,8 @@ def pack(
 
     result = tasks.pack(model, out, parse_block(block) if block else None)
     console.print(str(result.layers), markup=False, highlight=False)
-    console.print(
-        f"{result.dense_bytes:,} -> {result.packed_bytes:,} bytes ({result.packed_bytes / result.dense_bytes:.2f}x)\npacked      {out}"
-    )
+    ratio = result.packed_bytes / result.dense_bytes
+    console.print(f"{result.dense_bytes:,} -> {result.packed_bytes:,} bytes ({ratio:.2f}x)\npacked      {out}")
     _write_json(
         json_file,
         {"dense_bytes": result.dense_bytes, "packed_bytes": result.packed_bytes, "density": result.layers.density},
@@ -268,7 +267,7 @@ def bench_linear(
     picture: Annotated[Optional[Path], typer.Option(help="draw speed-up over density to this PNG")] = None,  # noqa: UP045
     json_file: Json = None,
 ) -> None:
-    """Time one sparse layer against dense PyTorch (plain and prepacked), torch BSR and scipy BSR, after checking against float64."""
+    """Time one sparse layer against dense PyTorch (plain and prepacked), torch BSR and scipy BSR."""
     from . import benchmark
 
     pairs = [parse_pair(text) for text in shapes.split(",")]

@@ -118,10 +118,11 @@ def collect_heads(
 ) -> list[dict[str, Any]]:
     """The "heads" of analysis.json: for each layer and head, the share of its weights that is kept, and whether it is alive.
 
-    Head h owns rows h*d..(h+1)*d of its layer's q, k and v (each a linear layer, or a third of a fused `qkv` [3H, H]) and the same
-    columns of `out`; with fewer k and v heads than q heads, neighbours share. It is dead when all it owns of any of the four is
-    pruned. A linear layer without a mask counts as kept whole. Layers are told apart by the first number in a module's name;
-    num_heads is model.config.num_attention_heads unless given. Empty where no layer has all four.
+    Head h owns rows h*d..(h+1)*d of its layer's q, k and v (each a linear layer, or a third of a fused `qkv` [3H, H]) and the
+    same columns of `out`; with fewer k and v heads than q heads, neighbours share. It is dead, adding the same to every text,
+    when all it owns of v or of out is pruned; without q or k it still averages over positions. A linear layer without a mask
+    counts as kept whole. Layers are told apart by the first number in a module's name; num_heads is
+    model.config.num_attention_heads unless given. Empty where no layer has all four.
 
     Raises SparsePruneError where the number of heads is unknown or does not divide the rows of q.
     """
@@ -153,12 +154,12 @@ def collect_heads(
             raise SparsePruneError("num_heads", f"a divisor of the {rows} rows of q", num_heads, "pass the model's own")
         size = rows // num_heads
         for head in range(num_heads):
-            owned = []
-            for kept in parts.values():
+            owned = {}
+            for part, kept in parts.items():
                 first = head * kept.shape[0] // rows * size  # a shared k or v has fewer rows than q
-                owned.append(kept[first : first + size])
-            share = sum(int(kept.sum()) for kept in owned) / sum(kept.numel() for kept in owned)
-            alive = all(bool(kept.any()) for kept in owned)
+                owned[part] = kept[first : first + size]
+            share = sum(int(kept.sum()) for kept in owned.values()) / sum(kept.numel() for kept in owned.values())
+            alive = bool(owned["v"].any() and owned["out"].any())
             heads.append({"layer": index, "head": head, "kept": share, "alive": alive})
     return heads
 

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: help, the whole path on a tiny file, and mistakes told in one sentence with exit code 2."""
+"""The command line as a person meets it: help, the whole path on a tiny file, and mistakes told in one sentence."""
 
 from __future__ import annotations
 

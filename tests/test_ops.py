@@ -147,7 +147,7 @@ BAD_CALLS = {
         dict(activation="swish"),
         r"activation: expected one of none, relu, gelu, gelu_tanh, silu, got 'swish'",
     ),
-    "backend": (dict(backend="tpu"), r"backend: expected one of auto, cpu, reference, got 'tpu'"),
+    "backend": (dict(backend="tpu"), r"backend: expected one of auto, cpu, triton, reference, got 'tpu'"),
 }
 
 
@@ -161,5 +161,6 @@ def test_bad_calls_name_the_argument(case):
 
 def test_backend_that_cannot_run_says_why():
     assert sp.backend_for("meta", torch.float32) == "reference"
-    with pytest.raises(sp.SparsePruneError, match="backend: expected a backend that can run here, got 'cpu'"):
-        sp.backend_for("meta", torch.float32, backend="cpu")
+    for name in ("cpu", "triton"):
+        with pytest.raises(sp.SparsePruneError, match=f"backend: expected a backend that can run here, got '{name}'"):
+            sp.backend_for("meta", torch.float32, backend=name)

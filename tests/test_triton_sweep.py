@@ -15,10 +15,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU and TRITON_INTERPRET is not 1: test_triton_kernels.py runs this file", allow_module_level=True)
 
+from sparse_prune_kernels import launch, support
+
 import sparse_prune as sp
 from sparse_prune import reference
 from sparse_prune.masks import expand_mask, grid_shape
-from sparse_prune_kernels import launch, support
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -119,6 +119,13 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
   for (int u = 0; u < KU; ++u)
     for (int m = 0; m < MR; ++m)
       for (int v = 0; v < NV; ++v) acc[u][m][v] = V::zero();
+  // Where y keeps the sum's full precision, sums are closed every 256 inputs, as a blocked matmul does, to keep their error; a 16-bit
+  // y hides that error, so its sums run through.
+  constexpr bool in_parts = sizeof(typename Fmt::Y) == sizeof(typename V::Elem);
+  constexpr int64_t part = 256;
+  alignas(64) typename V::Elem z[MR * NV * V::W];  // [MR][NV * W]
+  bool closed = false;
+  int64_t open = 0;                                                 // inputs summed since the last closing
   const int64_t ldw = a.R * step;                                   // weights of one step
   const int64_t block_size = (a.C + step - 1) / step * ldw;
   for (int64_t e = begin; e < end; ++e) {
@@ -130,6 +137,19 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
       const typename Fmt::X* next = x + a.col[e + 1] * a.C;
       for (int64_t j = 0; j < a.C; j += x_line)
         for (int m = 0; m < MR; ++m) prefetch(next + m * ldx + j);
+    }
+    if (in_parts && (open += inputs) > part) {
+      for (int m = 0; m < MR; ++m)
+        for (int v = 0; v < NV; ++v) {
+          F sum = closed ? V::load(z + (m * NV + v) * V::W) : V::zero();
+          for (int u = 0; u < KU; ++u) {
+            sum = V::add(sum, acc[u][m][v]);
+            acc[u][m][v] = V::zero();
+          }
+          V::store(z + (m * NV + v) * V::W, sum);
+        }
+      closed = true;
+      open = inputs;
     }
     int64_t k = 0;
     for (; k + KU * step <= inputs; k += KU * step)
@@ -148,6 +168,9 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
   for (int u = 1; u < KU; ++u)
     for (int m = 0; m < MR; ++m)
       for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], acc[u][m][v]);
+  if (in_parts && closed)
+    for (int m = 0; m < MR; ++m)
+      for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], V::load(z + (m * NV + v) * V::W));
   // The bias comes last: a sum that starts from it would round every product to the bias's magnitude.
   if (bias)
     for (int v = 0; v < NV; ++v) {
@@ -163,7 +186,6 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
       }
     return;
   }
-  alignas(64) typename V::Elem z[MR * NV * V::W];
   for (int m = 0; m < MR; ++m)
     for (int v = 0; v < NV; ++v) V::store(z + (m * NV + v) * V::W, acc[0][m][v]);
   finish<Fmt>(z, NV * V::W, nullptr, residual, y, s);

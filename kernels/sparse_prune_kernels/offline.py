@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import triton
@@ -23,7 +23,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 class Compiled:
     """What one kernel became: its PTX, registers per thread, stack bytes per thread (spills lie there), shared bytes."""
 
-    ptx: str
+    ptx: str = field(repr=False)
     registers: int
     stack: int
     shared: int

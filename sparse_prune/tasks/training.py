@@ -68,10 +68,10 @@ SENTIMENT = {  # some ten thousand texts: what is not held back is learnt by hea
 }
 NER = {"embedding_dropout_prob": 0.25, "classifier_dropout": 0.1}
 TRAIN_RECIPES = {
-    ("sentiment", False): Recipe(3, 7e-4, 64, 1.5, 0.05, SENTIMENT),
-    ("sentiment", True): Recipe(5, 7e-4, 64, 1.5, 0.05, SENTIMENT),
-    ("ner", False): Recipe(2, 1e-3, 32, 2.0, 0.02, NER),
-    ("ner", True): Recipe(5, 1e-3, 32, 2.0, 0.02, NER),
+    ("sentiment", False): Recipe(2, 7e-4, 64, 1.5, 0.05, SENTIMENT),
+    ("sentiment", True): Recipe(4, 7e-4, 64, 1.5, 0.05, SENTIMENT),
+    ("ner", False): Recipe(2, 1e-3, 16, 2.0, 0.02, NER),
+    ("ner", True): Recipe(5, 1e-3, 16, 2.0, 0.02, NER),
 }
 PRUNE_RECIPES = {
     ("sentiment", False): Recipe(2, 5e-4, 64, 1.0, 0.01),
