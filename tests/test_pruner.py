@@ -169,12 +169,31 @@ def test_pruned_blocks_stay_pruned_and_the_density_follows_the_schedule():
         optimizer.zero_grad()
         if before is not None:
             assert all((pruner.masks[name] <= before[name]).all() for name in before)
+            if step % 3 and step < 30:
+                assert all(torch.equal(pruner.masks[name], before[name]) for name in before)
         before = pruner.masks
         if step <= 4:
             assert pruner.density() == 1.0
         if step % 3 == 0 and step > 4 or step >= 30:
             assert pruner.density() == pytest.approx(config.timetable.density_at(step), abs=2 / 550)
         assert pruner.done == (step >= 30)
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_without_regrow_a_large_gradient_brings_nothing_back(scope):
+    model = network()
+    steps = {"total_steps": 6, "warmup": 0, "cooldown": 0, "update_every": 1, "smoothing": 0.0}
+    pruner = Pruner(
+        model, PruneConfig("gradient", "linear", scope, density=0.3, blocksize=(2, 2), regrow=False, **steps)
+    )
+    for _ in range(6):
+        before = pruner.masks
+        for name, mask in before.items():
+            dropped = ~expand_mask(mask, (2, 2), model.get_submodule(name).weight.shape)
+            model.get_submodule(name).weight.grad = torch.rand(dropped.shape) + 10.0 * dropped
+        pruner.step()
+        assert all((pruner.masks[name] <= before[name]).all() for name in before)
+    assert pruner.density() == pytest.approx(0.3, abs=0.01)
 
 
 def test_a_layer_without_gradient_this_step_counts_as_zero():
@@ -347,14 +366,16 @@ def test_alpha_is_the_articles_rule(criterion, relative_to):
 
 def test_alpha_under_global_scope_takes_the_models_largest_gradient():
     model = network()
-    pruner = Pruner(model, PruneConfig("threshold", alpha=0.5, blocksize=(4, 4), **ONE_SHOT))
     train_step(model, 0)
+    alpha = float(model[0].weight.detach().abs().mean() / model[2].weight.grad.abs().max())
+    pruner = Pruner(model, PruneConfig("threshold", alpha=alpha, blocksize=(4, 4), **ONE_SHOT))
     largest = max(float(model[i].weight.grad.abs().max()) for i in (0, 2))
     assert model[0].weight.grad.abs().max() < 0.9 * model[2].weight.grad.abs().max()  # so that layer 0 sees the other's
     rule = {"relative_to": "weight", "blocksize": (4, 4), "reference": largest}
-    expected = {name: threshold_mask(model.get_submodule(name).weight, None, 0.5, **rule) for name in ("0", "2")}
+    expected = {name: threshold_mask(model.get_submodule(name).weight, None, alpha, **rule) for name in ("0", "2")}
     pruner.step()
     assert all(torch.equal(pruner.masks[name], expected[name]) for name in expected)
+    assert 0.1 < pruner.masks["0"].float().mean() < 0.9
 
 
 def test_alpha_grows_along_the_schedule():
@@ -632,6 +653,9 @@ def test_hooks_leave_the_model():
     model = network()
     pruner = Pruner(model, PruneConfig("wanda", blocksize=(8, 8), **ONE_SHOT))
     assert model[0]._forward_pre_hooks
-    train_step(model, 0)
+    model.eval()(torch.randn(7, 30))
+    assert pruner.state_dict()["rows"] == {"0": 0, "2": 0}  # scoring is not training
+    train_step(model.train(), 0)
+    assert pruner.state_dict()["rows"] == {"0": 16, "2": 16}
     pruner.step()
     assert not model[0]._forward_pre_hooks
