@@ -178,7 +178,7 @@ class GarlicLayer(nn.Module):
 
 
 def local_bias(config: GarlicConfig) -> Tensor:
-    """Where the bias by distance starts, [2 * max_distance + 1, heads], so that minutes of training are not spent on finding neighbours.
+    """Where the bias by distance starts, [2 * max_distance + 1, heads], so that training need not find neighbours first.
 
     In each four heads one prefers the token before, one the token after, one what is near (ALiBi, Press et al. 2022), and one has
     no preference.
