@@ -183,3 +183,10 @@ def test_sequence_dropout_drops_features_of_a_whole_row():
     assert torch.equal(dropped, dropped[:, :1].expand_as(x)) and set(dropped.unique().tolist()) == {0.0, 2.0}
     assert float(dropped.mean()) == pytest.approx(1.0, abs=0.1)
     assert dropout.eval()(x) is x
+
+
+def test_heads_start_with_a_sense_of_place():
+    torch.manual_seed(0)
+    start = GarlicModel(GarlicConfig(**TINY | {"num_attention_heads": 4})).encoder.distances.weight.detach()
+    assert start[:, 0].argmax() == 3 and start[:, 1].argmax() == 5 and start[:, 2].argmax() == 4
+    assert not start[:, 3].any()

@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput, TokenClassifierOutput
 
 from ..layers import fused_linear
@@ -176,6 +177,18 @@ class GarlicLayer(nn.Module):
         return fused_linear(linear, y, residual=x)
 
 
+def local_bias(config: GarlicConfig) -> Tensor:
+    """Where the bias by distance starts, [2 * max_distance + 1, heads], so that training need not find neighbours first.
+
+    In each four heads one prefers the token before, one the token after, one what is near (ALiBi, Press et al. 2022), and one has
+    no preference.
+    """
+    distance = torch.arange(-config.max_distance, config.max_distance + 1)
+    before, after = 3.0 * (distance == -1), 3.0 * (distance == 1)
+    kinds = torch.stack((before, after, -0.25 * distance.abs(), torch.zeros(len(distance))), -1)  # [2 max_distance + 1, 4]
+    return kinds.repeat(1, -(-config.num_attention_heads // 4))[:, : config.num_attention_heads]
+
+
 class GarlicEncoder(nn.Module):
     """The layers, the relative-position bias they share, and the closing norm."""
 
@@ -183,6 +196,7 @@ class GarlicEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.distances = nn.Embedding(2 * config.max_distance + 1, config.num_attention_heads)
+        self.distances.of_distances = True
         self.layers = nn.ModuleList(GarlicLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
@@ -234,6 +248,9 @@ class GarlicPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
+            if getattr(module, "of_distances", False):
+                init.copy_(module.weight, local_bias(self.config))
+                return
             nn.init.normal_(module.weight, std=deviation)
             if module.padding_idx is not None:
                 nn.init.zeros_(module.weight[module.padding_idx])

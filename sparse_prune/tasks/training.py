@@ -76,7 +76,7 @@ SENTIMENT = {  # some ten thousand texts: what is not held back is learnt by hea
     "classifier_dropout": 0.3,
     "label_smoothing": 0.1,
 }
-NER = {"embedding_dropout_prob": 0.25, "classifier_dropout": 0.1}
+NER = {"embedding_dropout_prob": 0.2, "classifier_dropout": 0.1}
 TRAIN_RECIPES = {
     ("sentiment", False): Recipe(2, 7e-4, 64, 1.5, 0.05, SENTIMENT),
     ("sentiment", True): Recipe(4, 7e-4, 64, 1.5, 0.05, SENTIMENT),
