@@ -9,6 +9,7 @@ result = sp.sparsify_(model, sp.BlockSparseConfig(blocksize=(32, 32), density=0.
 
 from __future__ import annotations
 
+from .backends import show_config
 from .bsr import BsrWeight
 from .convert import BlockSparseConfig, SparsifyResult, sparsify_
 from .criteria import block_mask
@@ -33,5 +34,6 @@ __all__ = [
     "fused_linear",
     "load_packed",
     "save_packed",
+    "show_config",
     "sparsify_",
 ]

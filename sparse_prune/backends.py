@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
+try:
+    import sparse_prune_kernels as _kernels
+except ModuleNotFoundError:
+    _kernels = None
 _library, _reason = _load()
 _forced: list[str] = [os.environ.get("SPARSE_PRUNE_ISA", "")]
 
@@ -64,6 +68,19 @@ def cpu_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in _DTYPES:
         return f"the C++ kernels are made for float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     return None if _library is not None else _reason
+
+
+def triton_unavailable(device: torch.device, dtype: torch.dtype, blocksize: tuple[int, int]) -> str | None:
+    """None where the Triton kernels run a weight of that dtype and blocksize on that device, else the reason in words."""
+    if _kernels is None:
+        return "the package sparse_prune_kernels is not installed beside sparse_prune"
+    return _kernels.unavailable(device, dtype, blocksize)
+
+
+def register_triton(library: torch.library.Library, fallbacks: dict[str, Callable]) -> None:
+    """Make the Triton kernels the CUDA implementation of the operators, where they are installed; imports no Triton."""
+    if _kernels is not None:
+        _kernels.register(library, fallbacks)
 
 
 def cpu_isas() -> tuple[str, ...]:
@@ -104,7 +121,16 @@ def status() -> list[BackendStatus]:
     detail = (
         f"instruction sets {', '.join(cpu_isas())}; {torch.get_num_threads()} threads" if _library is not None else ""
     )
+    triton = triton_unavailable(torch.device("cuda"), torch.float16, (32, 32))
     return [
+        BackendStatus("triton", triton is None, triton or "", "" if triton else torch.cuda.get_device_name()),
         BackendStatus("cpu", _library is not None, _reason, detail),
         BackendStatus("reference", True, "", f"plain PyTorch {torch.__version__}, any device"),
     ]
+
+
+def show_config() -> None:
+    """Print which backends work here, and why the others do not."""
+    for backend in status():
+        verdict = f"yes: {backend.detail}" if backend.available else f"no: {backend.reason}"
+        print(f"{backend.name:<10} {verdict}")

@@ -41,8 +41,8 @@ def movement(weight: Tensor, grad: Tensor) -> Tensor:
 def fisher(weight: Tensor, grad: Tensor) -> Tensor:
     """(w * dL/dw)^2 / 2: the loss's second-order change with the diagonal of the empirical Fisher matrix as the Hessian.
 
-    grad is the gradient of the batch's mean loss, so summed over steps this is the batch form of the Fisher matrix, E[g_batch^2], not
-    the mean over single examples. LeCun et al. 1990 (Optimal Brain Damage), Theis et al. 2018.
+    grad is the gradient of the batch's mean loss, so averaged over steps this is the batch form of the Fisher matrix, E[g_batch^2],
+    not the mean over single examples. LeCun et al. 1990 (Optimal Brain Damage), Theis et al. 2018.
     """
     return (weight * grad).square() / 2
 
@@ -59,7 +59,7 @@ def random(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Criterion:
-    """A saliency function and what it takes: weight always comes first unless `needs` names only the gradient.
+    """A saliency function and what it takes.
 
     saliency     function of the tensors in `needs`, in that order, to [N, K]
     needs        names out of "weight", "grad", "activation_norm", "generator"

@@ -56,18 +56,19 @@ def distillation_loss(
     _same_shape("teacher_logits", teacher_logits, student_logits)
     if not temperature > 0:
         raise SparsePruneError("temperature", "a number above 0", temperature, "pass for example 2.0")
-    student = F.log_softmax(student_logits.float() / temperature, -1)
-    teacher = F.log_softmax(teacher_logits.detach().float() / temperature, -1)
-    rows = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-    counted = torch.ones_like(rows, dtype=torch.bool)
+    shape = student_logits.shape[:-1]
+    counted = torch.ones(shape, dtype=torch.bool, device=student_logits.device)
     for name, condition in (("mask", mask), ("labels", labels)):
         if condition is not None:
-            if condition.shape != rows.shape:
+            if condition.shape != shape:
                 raise SparsePruneError(
-                    name, f"shape {tuple(rows.shape)}, one entry a row", tuple(condition.shape), "match the logits"
+                    name, f"shape {tuple(shape)}, one entry a row", tuple(condition.shape), "match the logits"
                 )
             counted = counted & (condition.bool() if name == "mask" else condition != IGNORED_LABEL)
-    return temperature**2 * _masked_mean(rows, counted)
+    student = F.log_softmax(student_logits[counted].float() / temperature, -1)  # [rows, classes]
+    teacher = F.log_softmax(teacher_logits.detach()[counted].float() / temperature, -1)  # [rows, classes]
+    total = F.kl_div(student, teacher, reduction="sum", log_target=True)
+    return temperature**2 * total / max(1, student.shape[0])
 
 
 def hidden_loss(
@@ -88,26 +89,18 @@ def hidden_loss(
             len(teacher_hiddens),
             "distil from the dense model that the student came from",
         )
+    tokens = student_hiddens[0].shape[:-1]
+    if attention_mask is not None and attention_mask.shape != tokens:
+        raise SparsePruneError(
+            "attention_mask", f"shape {tuple(tokens)}", tuple(attention_mask.shape), "match the hidden states"
+        )
+    counted = slice(None) if attention_mask is None else attention_mask.bool()
     total = student_hiddens[0].new_zeros((), dtype=torch.float32)
     for student, teacher in zip(student_hiddens, teacher_hiddens, strict=True):
         _same_shape("teacher_hiddens", teacher, student)
-        teacher = teacher.detach().float()
-        error, size = (student.float() - teacher).square().mean(-1), teacher.square().mean(-1)
-        if attention_mask is None:
-            counted = torch.ones_like(error, dtype=torch.bool)
-        elif attention_mask.shape == error.shape:
-            counted = attention_mask.bool()
-        else:
-            raise SparsePruneError(
-                "attention_mask", f"shape {tuple(error.shape)}", tuple(attention_mask.shape), "match the hidden states"
-            )
-        total = total + _masked_mean(error, counted) / _masked_mean(size, counted).clamp_min(1e-12)
+        student, teacher = student[counted].float(), teacher.detach()[counted].float()
+        total = total + (student - teacher).square().sum() / teacher.square().sum().clamp_min(1e-12)
     return total / len(student_hiddens)
-
-
-def _masked_mean(values: Tensor, counted: Tensor) -> Tensor:
-    """Mean of values where counted; 0 if that is nowhere. NaN at rows that do not count stays out, of the gradient too."""
-    return torch.where(counted, values, 0.0).sum() / counted.sum().clamp_min(1)
 
 
 def _same_shape(argument: str, got: Tensor, like: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The operators `sparse_prune::bsr_linear`, `bsr_linear_dx` and `bsr_sdd`, and the function people call.
 
 The schema, shape rule and gradient live here once. Devices get their kernels by dispatch key: the C++ extension registers CPU,
-and plain PyTorch (reference.py) serves every device and dtype that has no kernel.
+sparse_prune_kernels (Triton) registers CUDA, and plain PyTorch (reference.py) serves every device and dtype that has no kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .errors import SparsePruneError
 
 Activation = Literal["none", "relu", "gelu", "gelu_tanh", "silu"]
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
-BACKENDS = ("auto", "cpu", "reference")
+BACKENDS = ("auto", "cpu", "triton", "reference")
 
 _LINEAR = (
     "(Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor? prepacked, int out_features, Tensor? bias, "
@@ -37,9 +37,14 @@ def _reference_linear(x, crow_indices, col_indices, values, prepacked, out_featu
     ).contiguous()
 
 
-_library.impl("bsr_linear", _reference_linear, "CompositeExplicitAutograd")
-_library.impl("bsr_linear_dx", reference.bsr_linear_dx, "CompositeExplicitAutograd")
-_library.impl("bsr_sdd", reference.bsr_sdd, "CompositeExplicitAutograd")
+_REFERENCE = {
+    "bsr_linear": _reference_linear,
+    "bsr_linear_dx": reference.bsr_linear_dx,
+    "bsr_sdd": reference.bsr_sdd,
+}
+for _name, _function in _REFERENCE.items():
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+backends.register_triton(_library, _REFERENCE)
 
 
 @torch.library.register_fake("sparse_prune::bsr_linear", lib=_library)
@@ -81,22 +86,30 @@ def _backward(ctx, dy):
 torch.library.register_autograd("sparse_prune::bsr_linear", _backward, setup_context=_save_for_backward, lib=_library)
 
 
-def backend_for(device: torch.device | str, dtype: torch.dtype, backend: str = "auto") -> str:
-    """The backend that bsr_linear runs for that device and dtype: "cpu" (with its instruction set, "cpu:avx512") or "reference".
+def backend_for(
+    device: torch.device | str, dtype: torch.dtype, backend: str = "auto", blocksize: tuple[int, int] = (32, 32)
+) -> str:
+    """The backend that bsr_linear runs: "cpu" (with its instruction set, "cpu:avx512"), "triton" or "reference".
 
     Raises SparsePruneError with the reason when a backend is named that cannot run.
     """
     if backend not in BACKENDS:
         raise SparsePruneError("backend", f"one of {', '.join(BACKENDS)}", repr(backend), "leave it at 'auto'")
-    if backend == "reference":
-        return "reference"
-    reason = backends.cpu_unavailable(torch.device(device), dtype)
-    if reason is None:
-        return f"cpu:{backends.cpu_isa(dtype)}"
-    if backend == "cpu":
-        raise SparsePruneError(
-            "backend", "a backend that can run here", "'cpu'", f"{reason}; backend='auto' uses plain PyTorch"
-        )
+    device = torch.device(device)
+    reasons = {
+        "cpu": lambda: backends.cpu_unavailable(device, dtype),
+        "triton": lambda: backends.triton_unavailable(device, dtype, blocksize),
+    }
+    for name, why_not in reasons.items():
+        if backend not in ("auto", name):
+            continue
+        reason = why_not()
+        if reason is None:
+            return f"cpu:{backends.cpu_isa(dtype)}" if name == "cpu" else name
+        if backend == name:
+            raise SparsePruneError(
+                "backend", "a backend that can run here", repr(name), f"{reason}; backend='auto' uses plain PyTorch"
+            )
     return "reference"
 
 
@@ -118,7 +131,8 @@ def bsr_linear(
     """y[..., N] = act(x[..., K] @ W[N, K]^T + bias[N]) + residual[..., N], accumulated in float32.
 
     x, packed.values, bias and residual share one dtype (float32, bfloat16, float16; float64 by plain PyTorch) and device.
-    Differentiable in x, packed.values, bias and residual. `backend_for(x.device, x.dtype, backend)` tells which backend runs.
+    Differentiable in x, packed.values, bias and residual. `backend_for(x.device, x.dtype, backend, packed.blocksize)` tells which
+    backend runs.
     Raises SparsePruneError for shapes, dtypes or devices that do not agree, and for a backend that cannot run here.
     """
     n, k = packed.shape
@@ -135,7 +149,7 @@ def bsr_linear(
             tensor.device == packed.values.device, name, f"device {packed.values.device} like the weight", tensor.device
         )
         _require(shape is None or tuple(tensor.shape) == shape, name, f"shape {shape}", tuple(tensor.shape))
-    chosen = backend_for(x.device, x.dtype, backend)
+    chosen = backend_for(x.device, x.dtype, backend, packed.blocksize)
     rows = flatten_rows(x)  # [M, K]
     flat_residual = None if residual is None else residual.reshape(-1, n).contiguous()  # [M, N]
     bsr = (packed.crow_indices, packed.col_indices, packed.values)

@@ -33,11 +33,15 @@ def make(m, n, k, r, c, density, dtype=torch.float32):
 
 
 def tolerance(dense64: torch.Tensor, dense: torch.Tensor, dtype: torch.dtype) -> float:
-    """At most twice the error of PyTorch's dense op in the same dtype, and never less than two roundings of the largest output."""
+    """At most twice the error of PyTorch's dense op in the same dtype, and never less than two roundings of the largest output.
+
+    In float64 the reference rounds as often as the kernel does, so a few more are granted.
+    """
     if not dense.numel():
         return 0.0
-    rounding = torch.finfo(dtype).eps * dense64.abs().max().item()
-    return max(2 * (dense64 - dense.double()).abs().max().item(), 2 * rounding)
+    roundings = 16 if dtype == torch.float64 else 2
+    rounding = roundings * torch.finfo(dtype).eps * dense64.abs().max().item()
+    return max(2 * (dense64 - dense.double()).abs().max().item(), rounding)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -143,7 +147,7 @@ BAD_CALLS = {
         dict(activation="swish"),
         r"activation: expected one of none, relu, gelu, gelu_tanh, silu, got 'swish'",
     ),
-    "backend": (dict(backend="tpu"), r"backend: expected one of auto, cpu, reference, got 'tpu'"),
+    "backend": (dict(backend="tpu"), r"backend: expected one of auto, cpu, triton, reference, got 'tpu'"),
 }
 
 
@@ -157,5 +161,6 @@ def test_bad_calls_name_the_argument(case):
 
 def test_backend_that_cannot_run_says_why():
     assert sp.backend_for("meta", torch.float32) == "reference"
-    with pytest.raises(sp.SparsePruneError, match="backend: expected a backend that can run here, got 'cpu'"):
-        sp.backend_for("meta", torch.float32, backend="cpu")
+    for name in ("cpu", "triton"):
+        with pytest.raises(sp.SparsePruneError, match=f"backend: expected a backend that can run here, got '{name}'"):
+            sp.backend_for("meta", torch.float32, backend=name)

@@ -137,7 +137,7 @@ def test_broken_metadata(packed_model, tmp_path, case):
         sp.load_packed(build(), file)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_bytes_load_or_are_refused_in_words(tmp_path, data):
     torch.manual_seed(0)

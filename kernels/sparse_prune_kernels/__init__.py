@@ -1,0 +1,18 @@
+"""Triton kernels for block-sparse linear layers on NVIDIA GPUs.
+
+`register(library, fallbacks)` gives `sparse_prune::bsr_linear`, `bsr_linear_dx` and `bsr_sdd` their CUDA implementations;
+`unavailable(device, dtype, blocksize)` says why a problem does not run here. Neither importing this package nor registering
+imports Triton: the first call on a GPU does.
+
+support.py     which problems run, and the registration
+config.py      tile sizes and the reasons for them
+launch.py      checks, allocation and launches
+offline.py     compilation for a GPU that is not here
+kernels.py     device code
+"""
+
+from __future__ import annotations
+
+from .support import register, unavailable
+
+__all__ = ["register", "unavailable"]

@@ -1,0 +1,91 @@
+"""Which problems the Triton kernels take, and how they become the CUDA implementation of the operators."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BLOCK_SIDES = (
+    16,
+    32,
+    64,
+    128,
+)  # 16 is the shortest side that tensor cores take; beyond 128 an accumulator leaves the registers
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MIN_CAPABILITY = (
+    8,
+    0,
+)  # the oldest that has bfloat16 tensor cores and cp.async, and the oldest these kernels are compiled for
+MIN_TRITON = (3, 6)  # what torch 2.10, the oldest torch we accept, is released with
+
+
+@cache
+def unavailable(device: torch.device, dtype: torch.dtype, blocksize: tuple[int, int]) -> str | None:
+    """None where the kernels run a weight of that dtype and blocksize (R, C) on that device, else the reason in words.
+
+    Imports Triton only for a CUDA device, a dtype and a blocksize that the kernels take.
+    """
+    if device.type != "cuda":
+        return f"the Triton kernels run on CUDA devices, not on {device.type}"
+    if dtype not in DTYPES:
+        return f"the Triton kernels take float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
+    if not set(blocksize) <= set(BLOCK_SIDES):
+        return f"the Triton kernels take blocks with sides 16, 32, 64 or 128, not {blocksize[0]}x{blocksize[1]}"
+    if torch.version.hip is not None:
+        return "the Triton kernels are compiled and tested for NVIDIA GPUs only"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return (
+            f"compute capability {capability[0]}.{capability[1]} is older than {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
+        )
+    return triton_problem()
+
+
+@cache
+def triton_problem() -> str | None:
+    """None where a Triton that the kernels work with can be imported, else what is wrong with it."""
+    try:
+        version = importlib.import_module("triton").__version__
+    except Exception as error:  # a broken installation raises whatever its first line raises: the reason is what counts
+        return f"Triton cannot be imported ({type(error).__name__}: {error})"
+    if tuple(int(part) for part in version.split(".")[:2]) < MIN_TRITON:
+        return f"Triton {version} is older than {MIN_TRITON[0]}.{MIN_TRITON[1]}"
+    return None
+
+
+def register(library: torch.library.Library, fallbacks: Mapping[str, Callable[..., Tensor]]) -> None:
+    """Make the kernels the CUDA implementation of `bsr_linear`, `bsr_linear_dx` and `bsr_sdd` in library's namespace.
+
+    fallbacks maps each of the three names to the function that runs where `unavailable` gives a reason (blocks of 4x8, say); it
+    takes the operator's own arguments.
+    """
+
+    def linear(x, crow_indices, col_indices, values, prepacked, out_features, bias, activation, residual):
+        arguments = (x, crow_indices, col_indices, values, prepacked, out_features, bias, activation, residual)
+        if unavailable(x.device, x.dtype, tuple(values.shape[1:])) is not None:
+            return fallbacks["bsr_linear"](*arguments)
+        return _launch().bsr_linear(x, crow_indices, col_indices, values, out_features, bias, activation, residual)
+
+    def linear_dx(dy, crow_indices, col_indices, values, in_features):
+        runs = unavailable(dy.device, dy.dtype, tuple(values.shape[1:])) is None
+        function = _launch().bsr_linear_dx if runs else fallbacks["bsr_linear_dx"]
+        return function(dy, crow_indices, col_indices, values, in_features)
+
+    def sdd(dy, x, crow_indices, col_indices, block_rows, block_cols):
+        runs = unavailable(dy.device, dy.dtype, (block_rows, block_cols)) is None
+        function = _launch().bsr_sdd if runs else fallbacks["bsr_sdd"]
+        return function(dy, x, crow_indices, col_indices, block_rows, block_cols)
+
+    for name, function in (("bsr_linear", linear), ("bsr_linear_dx", linear_dx), ("bsr_sdd", sdd)):
+        library.impl(name, function, "CUDA")
+
+
+def _launch() -> ModuleType:
+    return importlib.import_module(".launch", __package__)

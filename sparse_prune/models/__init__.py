@@ -1,0 +1,1 @@
+"""Models that come with sparse-prune: import sparse_prune.models.garlic, which needs transformers."""

@@ -1,0 +1,148 @@
+"""Loading and saving the models of the tasks: new Garlic models, Hugging Face directories and names, packed checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from ..errors import SparsePruneError
+from ..models.garlic import GarlicConfig, train_tokenizer
+from ..serialization import is_packed, load_packed, read_json
+from .data import Example, TagExample, check_task
+
+GARLIC = "garlic"
+AUTO_MODELS = {"sentiment": AutoModelForSequenceClassification, "ner": AutoModelForTokenClassification}
+
+
+def labels_of(examples: Sequence[Example]) -> list[str]:
+    """The distinct labels (or tags) of examples: O first, then by name; an entity type that has B- gets I- too."""
+    if not isinstance(examples[0], TagExample):
+        labels = sorted({e.label for e in examples})
+        if len(labels) < 2:
+            raise SparsePruneError("train", "at least two labels", labels[0], "add examples of another label")
+        return labels
+    types = sorted({tag[2:] for e in examples for tag in e.tags if tag != "O"})
+    if not types:
+        raise SparsePruneError("train", "at least one entity", "only O tags", "add sentences with entities")
+    return ["O", *(f"{place}-{kind}" for kind in types for place in "BI")]
+
+
+def new_garlic(task: str, examples: Sequence[Example], max_length: int, settings: dict) -> tuple[nn.Module, object]:
+    """An untrained Garlic and a tokenizer made from the characters of examples; settings go to GarlicConfig."""
+    texts = ("".join(e.tokens) if isinstance(e, TagExample) else e.text for e in examples)
+    tokenizer = train_tokenizer(texts, max_length=max_length)
+    labels = labels_of(examples)
+    config = GarlicConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=max_length, **_label_settings(labels), **settings
+    )
+    return AUTO_MODELS[task].from_config(config), tokenizer
+
+
+def load_model(name: str | Path, task: str, labels: Sequence[str] | None = None) -> tuple[nn.Module, object]:
+    """A model with the task's head, and its tokenizer, from a directory (dense or packed) or a name on the Hugging Face hub.
+
+    labels   the classes of the head; None takes them from the model's config, which must then have been trained for the task
+
+    Raises SparsePruneError where nothing can be loaded, or the model was trained for the other task.
+    """
+    source, auto = str(name), AUTO_MODELS[check_task(task)]
+    if Path(source).is_dir() and not Path(source, "config.json").is_file():
+        raise SparsePruneError(
+            source, "a model directory", "no config.json in it", "pass what `sparse-prune train` wrote"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if Path(source).is_dir() and is_packed(source):
+            settings = read_json(Path(source, "config.json"))
+            settings.pop("quantization_config", None)
+            config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+            return load_packed(auto.from_config(config), source).eval(), tokenizer
+        config = AutoConfig.from_pretrained(source)
+        heads = config.architectures or []
+        trained = any(head.endswith(auto_suffix(task)) for head in heads)
+        if labels is None and not trained:
+            got = ", ".join(heads) or "no architecture in its config"
+            raise SparsePruneError(
+                source, f"a model trained for {task}", got, "train it first with `sparse-prune train`"
+            )
+        options = {} if labels is None else {**_label_settings(labels), "ignore_mismatched_sizes": True}
+        model = auto.from_pretrained(source, dtype=torch.float32, **options)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, SparsePruneError):
+            raise
+        told = " ".join(str(error).split())[:200]
+        expected = "garlic, a model directory or a name on the Hugging Face hub"
+        raise SparsePruneError("model", expected, f"{source} ({told})", "check the path or name") from None
+    if not tokenizer.is_fast:
+        raise SparsePruneError(
+            "model", "a model with a fast tokenizer", type(tokenizer).__name__, "choose another model"
+        )
+    if tokenizer.pad_token_id is None:
+        raise SparsePruneError(
+            "model", "a tokenizer with a padding token", "none", "set pad_token in its tokenizer_config.json"
+        )
+    return model, tokenizer
+
+
+def auto_suffix(task: str) -> str:
+    """How the class names of the task's heads end."""
+    return {"sentiment": "ForSequenceClassification", "ner": "ForTokenClassification"}[task]
+
+
+def encoder_filter(model: nn.Module) -> Callable[[str, nn.Module], bool]:
+    """filter_fn for Pruner and sparsify_: the nn.Linear modules inside the encoder's stack of layers.
+
+    The stack is any nn.ModuleList inside the base model, so embeddings, pooler and head stay out. Raises SparsePruneError where
+    there is no such nn.Linear.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    base = f"{prefix}." if prefix and hasattr(model, prefix) else ""
+    stacks = [f"{name}." for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and name.startswith(base)]
+
+    def inside(name: str, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) and name.startswith(tuple(stacks))
+
+    if not any(inside(name, module) for name, module in model.named_modules()):
+        raise SparsePruneError(
+            "model", "a stack of layers with nn.Linear inside", type(model).__name__, "choose a self-attention encoder"
+        )
+    return inside
+
+
+def max_length_of(model: nn.Module, tokenizer, wanted: int) -> int:
+    """wanted, or less where the model or its tokenizer cannot take as many tokens."""
+    limits = [wanted, getattr(model.config, "max_position_embeddings", wanted) or wanted, tokenizer.model_max_length]
+    return int(min(limits))
+
+
+def native_bf16() -> bool:
+    """Whether this CPU multiplies bf16 natively; elsewhere autocast would be slower than fp32."""
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+def _label_settings(labels: Sequence[str]) -> dict:
+    names = dict(enumerate(labels))
+    return {"num_labels": len(names), "id2label": names, "label2id": {label: i for i, label in names.items()}}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences Hugging Face's logs and bars, which would break into ours: a with statement, or a decorator."""
+    logger = logging.getLogger("transformers")
+    level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,71 @@
+"""pack: from a pruned model directory to a packed checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..convert import BlockSparseConfig, SparsifyResult, nonzero_masks, sparsify_
+from ..errors import SparsePruneError
+from ..serialization import MASKS_NAME, WEIGHTS_NAME, atomic_dir, is_packed, load_masks, read_json, save_packed
+from .data import TASKS
+from .models import auto_suffix, encoder_filter, load_model, quiet
+from .store import check_out, record
+
+
+@dataclass(frozen=True)
+class PackResult:
+    """What packing did: per layer, and to the size of the weights file."""
+
+    layers: SparsifyResult
+    dense_bytes: int
+    packed_bytes: int
+
+
+@quiet()
+def pack(model_dir: Path, out: Path, blocksize: tuple[int, int] | None = None) -> PackResult:
+    """Write the packed twin of a pruned model directory to out, with config and tokenizer.
+
+    The masks are those in masks.safetensors; without that file, blocks of blocksize (default 32x32) that are zero throughout the
+    encoder's layers. Raises SparsePruneError where the directory is not a model, is packed already, or has nothing to pack.
+    """
+    source, out = Path(model_dir), Path(out)
+    if is_packed(source):
+        raise SparsePruneError(str(source), "a dense, pruned model", "a packed one", "use it as it is")
+    check_out(out)
+    model, tokenizer = load_model(source, task_of(source))
+    if (source / MASKS_NAME).is_file():
+        masks, blocksize = load_masks(source / MASKS_NAME)
+    else:
+        blocksize = blocksize or (32, 32)
+        inside = encoder_filter(model)
+        masks = {
+            name: mask
+            for name, mask in nonzero_masks(model, blocksize).items()
+            if inside(name, model.get_submodule(name))
+        }
+    if not masks:
+        got = f"no block of {blocksize[0]}x{blocksize[1]} zeros"
+        raise SparsePruneError(str(source), "a pruned model", got, "prune it first with `sparse-prune prune`")
+    layers = sparsify_(model, BlockSparseConfig(blocksize=blocksize), masks=masks)
+    with atomic_dir(out) as temporary:
+        save_packed(model, temporary)
+        tokenizer.save_pretrained(temporary)
+        packed_bytes = (temporary / WEIGHTS_NAME).stat().st_size
+        record(temporary, "pack", {})
+    return PackResult(layers, (source / WEIGHTS_NAME).stat().st_size, packed_bytes)
+
+
+def task_of(model_dir: Path) -> str:
+    """The task that a model directory was trained for, by the architecture in its config."""
+    path = Path(model_dir, "config.json")
+    if not path.is_file():
+        raise SparsePruneError(
+            str(model_dir), "a model directory", "no config.json", "pass what `sparse-prune prune` wrote"
+        )
+    heads = read_json(path).get("architectures") or []
+    for task in TASKS:
+        if any(head.endswith(auto_suffix(task)) for head in heads):
+            return task
+    got = ", ".join(heads) or "no architecture"
+    raise SparsePruneError(str(path), f"a model for {' or '.join(TASKS)}", got, "train it with `sparse-prune train`")

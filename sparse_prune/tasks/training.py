@@ -1,0 +1,489 @@
+"""train and prune: from examples to a dense model, and from that to its block-sparse twin.
+
+Both run Hugging Face's Trainer with a checkpoint an epoch. Interrupted, they resume from the last one when called again with the
+same arguments and data; finished, they return what they found. Results appear under `out` whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, TrainingArguments, set_seed
+
+from ..convert import BlockSparseConfig, SparsifyResult, sparsify_
+from ..integrations.trainer import (
+    PRUNER_STATE_NAME,
+    CurveCallback,
+    DistillationTrainer,
+    ProgressCallback,
+    PruningCallback,
+    history,
+    seconds_spent,
+)
+from ..masks import check_blocksize, check_density, element_density
+from ..pruner import PruneConfig, Pruner
+from ..serialization import MASKS_NAME, WEIGHTS_NAME, atomic_dir, read_json, save_masks, save_packed, write_json
+from .analysis import analyse, full_batch, measure_latency, timed_in_turns
+from .data import Example, builtin, check_task, load_examples
+from .encoding import Collator, LengthBatches, encode
+from .evaluation import Score, label_names, predict, score
+from .models import GARLIC, encoder_filter, labels_of, load_model, max_length_of, native_bf16, new_garlic, quiet
+from .store import RUN_NAME, check_out, fingerprint, finished, last_checkpoint, record, work_dir
+
+Report = Callable[[str, int, int, str], None]  # report(phase, step, of, text)
+METRICS_NAME, ANALYSIS_NAME, PACKED_NAME = "metrics.json", "analysis.json", "packed"
+CURVE_DENSITIES = (0.75, 0.5, 0.35)  # measured on the way down
+DEV_EXAMPLES = 600  # scored after each epoch, to show; nothing is chosen by it
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run uses where the arguments leave it open; chosen on the dev part of the built-in data.
+
+    embedding_rate is a factor on the learning rate for embedding tables, whose rows rarely see a gradient; garlic holds settings of
+    a new GarlicConfig.
+    """
+
+    epochs: float
+    learning_rate: float
+    batch_size: int
+    embedding_rate: float
+    weight_decay: float
+    garlic: dict = field(default_factory=dict)
+
+
+SENTIMENT = {  # some ten thousand texts: what is not held back is learnt by heart
+    "embedding_dropout_prob": 0.4,
+    "hidden_dropout_prob": 0.15,
+    "token_dropout_prob": 0.2,
+    "classifier_dropout": 0.3,
+    "label_smoothing": 0.1,
+}
+NER = {"embedding_dropout_prob": 0.25, "classifier_dropout": 0.1}
+TRAIN_RECIPES = {
+    ("sentiment", False): Recipe(2, 7e-4, 64, 1.5, 0.05, SENTIMENT),
+    ("sentiment", True): Recipe(4, 7e-4, 64, 1.5, 0.05, SENTIMENT),
+    ("ner", False): Recipe(2, 1e-3, 16, 2.0, 0.02, NER),
+    ("ner", True): Recipe(5, 1e-3, 16, 2.0, 0.02, NER),
+}
+PRUNE_RECIPES = {
+    ("sentiment", False): Recipe(2, 5e-4, 64, 1.0, 0.01),
+    ("sentiment", True): Recipe(5, 5e-4, 64, 1.0, 0.01),
+    ("ner", False): Recipe(1.5, 7e-4, 32, 1.0, 0.01),
+    ("ner", True): Recipe(4, 7e-4, 32, 1.0, 0.01),
+}
+FINE_TUNE = Recipe(3, 5e-5, 32, 1.0, 0.01)  # a model that comes trained: the rate that BERT's authors suggest
+
+
+def _arg(help_text: str, default=None):
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """Arguments of train."""
+
+    out: Path = _arg("directory for the trained model")
+    model: str = _arg("garlic, a model directory, or a name on the Hugging Face hub", GARLIC)
+    task: str = _arg("sentiment or ner", "sentiment")
+    train: Path | None = _arg("training file (TSV, CSV, JSONL; CoNLL for ner); none: the built-in train part")
+    eval: Path | None = _arg("file whose score is reported at the end; none: the built-in test part")
+    dev: Path | None = _arg(
+        "file scored after each epoch, to watch; none: the built-in dev part where --train is built in"
+    )
+    epochs: float | None = _arg("passes over the training file; none: the task's recipe")
+    learning_rate: float | None = _arg("peak learning rate; none: the task's recipe")
+    batch_size: int | None = _arg("examples a step; none: the task's recipe")
+    max_length: int = _arg("tokens a row at most", 128)
+    seed: int = _arg("seed of everything random", 0)
+    full: bool = _arg("the longer recipe", False)
+
+
+@dataclass(frozen=True)
+class PruneArgs:
+    """Arguments of prune."""
+
+    model: Path = _arg("directory of a trained model")
+    out: Path = _arg("directory for the pruned model")
+    task: str = _arg("sentiment or ner", "sentiment")
+    train: Path | None = _arg("training file; none: the built-in train part")
+    eval: Path | None = _arg("file whose score is reported at the end; none: the built-in test part")
+    dev: Path | None = _arg(
+        "file scored after each epoch, to watch; none: the built-in dev part where --train is built in"
+    )
+    density: float = _arg("kept fraction of the encoder's blocks, in (0, 1]", 0.2)
+    block: tuple[int, int] = _arg("block size (rows, columns)", (32, 32))
+    criterion: str = _arg("what makes a block worth keeping", "movement")
+    schedule: str = _arg("how the density falls", "cubic")
+    scope: str = _arg("global: blocks of all layers compete; local: within their layer", "global")
+    distill: bool = _arg("learn from the dense model too", True)
+    curve: bool = _arg("measure score and latency on the way down", True)
+    epochs: float | None = _arg("passes over the training file; none: the task's recipe")
+    learning_rate: float | None = _arg("peak learning rate; none: the task's recipe")
+    batch_size: int | None = _arg("examples a step; none: the task's recipe")
+    max_length: int = _arg("tokens a row at most", 128)
+    seed: int = _arg("seed of everything random", 0)
+    full: bool = _arg("the longer recipe", False)
+
+
+@quiet()
+def train(args: TrainArgs, report: Report | None = None) -> dict:
+    """Train a dense model for the task and write a Hugging Face directory.
+
+    Returns {"task", "score": {"name", "value", "per_class"}, "seconds", "history", "out"}. Raises SparsePruneError for bad
+    arguments, files or models.
+    """
+    check_task(args.task)
+    parts = load_parts(args)
+    out = Path(args.out)
+    mark = _mark("train", args)
+    earlier = finished(out, mark)
+    if earlier:
+        return earlier
+    check_out(out)
+    set_seed(args.seed)
+    if args.model == GARLIC:
+        recipe = TRAIN_RECIPES[args.task, args.full]
+        model, tokenizer = new_garlic(args.task, parts["train"], args.max_length, recipe.garlic)
+    else:
+        recipe = FINE_TUNE
+        model, tokenizer = load_model(args.model, args.task, labels_of(parts["train"]))
+    _check_labels(args, parts, label_names(model))
+    fitted = _fit("train", args, recipe, model, tokenizer, parts, mark, report)
+    scored = score_examples(model, tokenizer, parts["eval"], args.max_length)
+    result = {
+        "task": args.task,
+        "score": _plain(scored),
+        "seconds": fitted.seconds,
+        "history": fitted.history,
+        "out": str(out),
+    }
+    with atomic_dir(out) as temporary:
+        _save_dense(model, tokenizer, temporary)
+        record(temporary, mark, result)
+    shutil.rmtree(work_dir(out, mark))
+    return result
+
+
+@quiet()
+def prune(args: PruneArgs, report: Report | None = None) -> dict:
+    """Prune a trained model to args.density, learning from its dense self, and write the pruned model with its measurements.
+
+    out gets the dense layout with exact zeros, masks.safetensors, packed/, metrics.json and analysis.json. Returns the content of
+    metrics.json. Raises SparsePruneError for bad arguments, files or models.
+    """
+    check_prune_args(args)
+    parts, out = load_parts(args), Path(args.out)
+    mark = _mark("prune", args)
+    earlier = finished(out, mark)
+    if earlier:
+        return earlier
+    check_out(out)
+    pruned = fit_pruned(args, parts, mark, report)
+    teacher, model, tokenizer, masks = pruned.teacher, pruned.model, pruned.tokenizer, pruned.masks
+    packed = copy.deepcopy(model)
+    rows = pack_(packed, masks, args.block).layers
+    tell = report or (lambda *_: None)
+    tell("measure", 0, 4, "scoring the dense model")
+    dense_score = score_examples(teacher, tokenizer, parts["eval"], args.max_length)
+    tell("measure", 1, 4, "scoring the packed model")
+    sparse_score = score_examples(packed, tokenizer, parts["eval"], args.max_length)
+    tell("measure", 2, 4, "timing both")
+    latency = measure_latency(teacher, packed, tokenizer, parts["eval"], pruned.length)
+    tell("measure", 3, 4, "looking inside")
+    before = _trained(args.model)
+    with atomic_dir(out) as temporary:
+        _save_dense(model, tokenizer, temporary)
+        save_masks(masks, tuple(args.block), temporary / MASKS_NAME)
+        save_packed(packed, temporary / PACKED_NAME)
+        tokenizer.save_pretrained(temporary / PACKED_NAME)
+        files = {"dense_file": temporary / WEIGHTS_NAME, "packed_file": temporary / PACKED_NAME / WEIGHTS_NAME}
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        metrics = {
+            "task": args.task,
+            "dense": {
+                dense_score.name: dense_score.value,
+                "latency_ms": latency[0]["dense_ms"],
+                "bytes": sizes["dense_file"],
+            },
+            "sparse": {
+                sparse_score.name: sparse_score.value,
+                "latency_ms": latency[0]["sparse_ms"],
+                "bytes": sizes["packed_file"],
+                "density": overall_density(model, masks, args.block),
+            },
+            "seconds": {"train": before.get("seconds"), "prune": pruned.seconds},
+        }
+        analysis = analyse(
+            task=args.task,
+            teacher=teacher,
+            model=model,
+            packed=packed,
+            tokenizer=tokenizer,
+            masks=masks,
+            blocksize=tuple(args.block),
+            examples=parts["eval"],
+            scores=(dense_score, sparse_score),
+            history=[*before.get("history", []), *pruned.history],
+            curve=pruned.curve,
+            latency=latency,
+            bytes_of=sizes,
+            rows=rows,
+            max_length=pruned.length,
+        )
+        write_json(temporary / METRICS_NAME, metrics)
+        write_json(temporary / ANALYSIS_NAME, analysis)
+        record(temporary, mark, metrics)
+    shutil.rmtree(work_dir(out, mark))
+    tell("measure", 4, 4, "done")
+    return metrics
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A model pruned in the dense layout (exact zeros), the dense one it came from, and how the run went."""
+
+    teacher: nn.Module
+    model: nn.Module
+    tokenizer: object
+    masks: dict[str, torch.Tensor]
+    history: list[dict]
+    curve: list[dict]
+    seconds: float
+    length: int
+
+
+def check_prune_args(args: PruneArgs) -> None:
+    """Raise SparsePruneError for a task, density, block size or criterion that cannot be."""
+    check_task(args.task)
+    check_density(args.density)
+    check_blocksize(args.block)
+
+
+def fit_pruned(args: PruneArgs, parts: dict[str, list[Example]], mark: str, report: Report | None) -> Pruned:
+    """The training part of prune: load args.model twice, prune one while it learns from the other."""
+    set_seed(args.seed)
+    teacher, tokenizer = load_model(args.model, args.task)
+    teacher.eval()
+    model = copy.deepcopy(teacher)
+    _check_labels(args, parts, label_names(model))
+    filter_fn = encoder_filter(model)
+    for name, module in model.named_modules():
+        if filter_fn(name, module):
+            check_blocksize(args.block, module.weight.shape)
+    recipe = PRUNE_RECIPES[args.task, args.full] if model.config.model_type == "garlic" else FINE_TUNE
+    fitted = _fit("prune", args, recipe, model, tokenizer, parts, mark, report, teacher=teacher)
+    fitted.pruner.apply_()
+    masks = {name: mask.cpu() for name, mask in fitted.pruner.masks.items()}
+    model.cpu().eval()
+    teacher.cpu()
+    length = max_length_of(model, tokenizer, args.max_length)
+    return Pruned(teacher, model, tokenizer, masks, fitted.history, fitted.curve, fitted.seconds, length)
+
+
+@quiet()
+def evaluate(model_dir: Path, task: str, file: Path | None = None, max_length: int = 128, seed: int = 0) -> dict:
+    """Score a dense or packed model directory on a file (none: the built-in test part).
+
+    Returns {"task", "score": {"name", "value", "per_class"}, "examples", "seconds"}.
+    """
+    check_task(task)
+    examples = builtin(task, seed).test if file is None else load_examples(task, file)
+    model, tokenizer = load_model(model_dir, task)
+    if file is not None:
+        examples = load_examples(task, file, label_names(model))
+    started = time.perf_counter()
+    scored = score_examples(model, tokenizer, examples, max_length)
+    return {
+        "task": task,
+        "score": _plain(scored),
+        "examples": len(examples),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def pack_(model: nn.Module, masks: dict[str, torch.Tensor], blocksize: tuple[int, int]) -> SparsifyResult:
+    """Replace the masked linear layers of model by packed ones, in place; a layer too full to gain stays dense."""
+    return sparsify_(model, BlockSparseConfig(blocksize=tuple(blocksize)), masks=masks)
+
+
+def overall_density(model: nn.Module, masks: dict[str, torch.Tensor], blocksize: tuple[int, int]) -> float:
+    """Kept elements over all elements of the masked layers."""
+    sizes = {name: model.get_submodule(name).weight.shape for name in masks}
+    kept = sum(element_density(mask, blocksize, sizes[name]) * sizes[name].numel() for name, mask in masks.items())
+    return kept / sum(shape.numel() for shape in sizes.values())
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a run of the Trainer leaves beside the weights: the pruner (if it pruned), the log, and the seconds it took."""
+
+    pruner: Pruner | None
+    history: list[dict]
+    curve: list[dict]
+    seconds: float
+
+
+def _fit(
+    phase: str,
+    args: TrainArgs | PruneArgs,
+    recipe: Recipe,
+    model: nn.Module,
+    tokenizer,
+    parts: dict[str, list[Example]],
+    mark: str,
+    report: Report | None,
+    teacher: nn.Module | None = None,
+) -> Fitted:
+    """Run the Trainer over parts["train"], resuming where an interrupted run left a checkpoint."""
+    labels = label_names(model)
+    length = max_length_of(model, tokenizer, args.max_length)
+    data = encode(tokenizer, parts["train"], labels, length)
+    batch_size = args.batch_size or recipe.batch_size
+    batches = LengthBatches(data.lengths, batch_size, args.seed)
+    epochs = args.epochs or recipe.epochs
+    steps = max(1, int(epochs * len(batches)))
+    pruning = isinstance(args, PruneArgs)
+    work = work_dir(Path(args.out), mark)
+    resume = last_checkpoint(work, (PRUNER_STATE_NAME,) if pruning else ())
+    cpu = not torch.cuda.is_available()
+    settings = TrainingArguments(
+        output_dir=str(work),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=args.learning_rate or recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        adam_beta2=0.98,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 10),
+        bf16=native_bf16() if cpu else torch.cuda.is_bf16_supported(),
+        use_cpu=cpu,
+        logging_steps=max(1, min(20, steps // 10)),
+        save_strategy="epoch",
+        save_total_limit=2,
+        seed=args.seed,
+        data_seed=args.seed,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=not cpu,
+        remove_unused_columns=False,
+    )
+    pruner, callbacks = None, []
+    if pruning:
+        config = PruneConfig(
+            criterion=args.criterion,
+            schedule=args.schedule,
+            scope=args.scope,
+            density=args.density,
+            blocksize=tuple(args.block),
+            total_steps=steps,
+        )
+        pruner = Pruner(model, config, encoder_filter(model))
+        callbacks.append(PruningCallback(pruner, resume))
+        if args.curve:
+            callbacks.append(
+                CurveCallback(pruner, [d for d in CURVE_DENSITIES if d > args.density], lambda: dev_point())
+            )
+
+    watched = parts.get("dev", parts["eval"])[:DEV_EXAMPLES]
+
+    def dev_score() -> float:
+        return score(watched, predict(model, tokenizer, watched, length, autocast=settings.bf16)).value
+
+    def dev_point(net: nn.Module = model) -> dict[str, float]:
+        """Score and latency of the model as it is, packed by the masks as they are."""
+        packed = copy.deepcopy(net).eval()
+        if net is model:
+            pack_(packed, pruner.masks, args.block)
+        inputs = full_batch(tokenizer, watched, 16, length)
+        (seconds,) = timed_in_turns([lambda: packed.base_model(**inputs)], runs=5)
+        value = score(watched, predict(net, tokenizer, watched, length, autocast=settings.bf16)).value
+        return {"score": value, "latency_ms": 1e3 * seconds}
+
+    def step_report(step: int, of: int, text: str) -> None:
+        report(phase, step, of, text)
+
+    progress = ProgressCallback(step_report if report else None, dev_score if "dev" in parts else None)
+    callbacks.append(progress)
+    trainer = DistillationTrainer(
+        model=model,
+        args=settings,
+        train_dataset=data,
+        data_collator=Collator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        batches=batches,
+        embedding_rate=recipe.embedding_rate,
+        teacher=teacher if pruning and args.distill else None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if pruner is not None:
+        pruner.attach(trainer.create_optimizer())
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    # The Trainer has put an autocast around model.forward, which copies of the model would share; take it off.
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    model.__dict__.pop("forward", None)
+    if pruner is not None:
+        pruner.remove_hooks()
+    log = trainer.state.log_history
+    curve = [row["curve"] for row in log if "curve" in row]
+    if pruning and args.curve:
+        curve = [
+            {"density": 1.0, **dev_point(teacher)},
+            *curve,
+            {"density": pruner.density(), **dev_point()},
+        ]
+    return Fitted(pruner, history(phase, log), curve, seconds_spent(log))
+
+
+def load_parts(args: TrainArgs | PruneArgs) -> dict[str, list[Example]]:
+    """The examples of "train", "eval" and (perhaps) "dev": files where given, else the built-in parts."""
+    shipped = builtin(args.task) if args.train is None or args.eval is None else None
+    parts = {
+        "train": shipped.train if args.train is None else load_examples(args.task, args.train),
+        "eval": shipped.test if args.eval is None else load_examples(args.task, args.eval),
+    }
+    if args.dev is not None:
+        parts["dev"] = load_examples(args.task, args.dev)
+    elif args.train is None:
+        parts["dev"] = shipped.dev
+    return parts
+
+
+def _check_labels(args: TrainArgs | PruneArgs, parts: dict[str, list[Example]], labels: Sequence[str]) -> None:
+    """Raise SparsePruneError, with file and line, for a label that the model has no class for."""
+    for part, path in (("train", args.train), ("eval", args.eval), ("dev", args.dev)):
+        if path is not None:
+            parts[part] = load_examples(args.task, path, labels)
+
+
+def _mark(kind: str, args: TrainArgs | PruneArgs) -> str:
+    """The fingerprint of a run: every argument but `out`, and what is in the files and directories they name."""
+    return fingerprint(kind, args, {name: getattr(args, name) for name in ("train", "eval", "dev", "model")}, ("out",))
+
+
+def score_examples(model: nn.Module, tokenizer, examples: Sequence[Example], max_length: int) -> Score:
+    return score(examples, predict(model, tokenizer, examples, max_length_of(model, tokenizer, max_length)))
+
+
+def _plain(scored: Score) -> dict:
+    classes = {name: {"support": support, "score": value} for name, (support, value) in scored.per_class.items()}
+    return {"name": scored.name, "value": scored.value, "per_class": classes}
+
+
+def _save_dense(model: nn.Module, tokenizer, directory: Path) -> None:
+    model.eval().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _trained(model_dir: str | Path) -> dict:
+    """What train recorded in a model directory; empty where another tool made it."""
+    path = Path(model_dir, RUN_NAME)
+    return read_json(path)["result"] if path.is_file() else {}

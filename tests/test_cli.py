@@ -1,0 +1,166 @@
+"""The command line as a person meets it: help, the whole path on a tiny file, and mistakes told in one sentence."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import sparse_prune as sp
+from sparse_prune import cli, serialization
+
+TINY = ("--epochs", "1", "--batch-size", "16", "--max-length", "32")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(*arguments) -> (exit code, what was printed to stdout and stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["sparse-prune", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+            sys.exit(0)
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out + captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "reviews.tsv"
+    lines = [f"{text}{i}\t{label}" for i in range(24) for text, label in (("房间很好", "good"), ("服务太差", "bad"))]
+    path.write_text("text\tlabel\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def dense(reviews, tmp_path_factory) -> Path:
+    from sparse_prune import tasks
+
+    out = tmp_path_factory.mktemp("runs") / "dense"
+    tasks.train(tasks.TrainArgs(out=out, train=reviews, eval=reviews, epochs=1, batch_size=16, max_length=32))
+    return out
+
+
+def test_help_names_every_command(run):
+    code, text = run("--help")
+    assert code == 0
+    for command in ("demo", "train", "prune", "pack", "eval", "bench", "report", "doctor"):
+        assert command in text
+    for command in ("train", "prune"):
+        code, text = run(command, "--help")
+        assert code == 0 and "--density" in text or command == "train"
+
+
+def test_the_whole_path(run, reviews, dense, tmp_path):
+    files = ("--train", reviews, "--eval", reviews)
+    out = tmp_path / "sparse"
+    code, text = run("prune", "--model", dense, *files, "--density", "0.3", *TINY, "--out", out)
+    assert code == 0, text
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert set(metrics) == {"task", "dense", "sparse", "seconds"}
+    assert set(metrics["sparse"]) == {"accuracy", "latency_ms", "bytes", "density"}
+    assert set(metrics["dense"]) == {"accuracy", "latency_ms", "bytes"}
+    assert set(metrics["seconds"]) == {"train", "prune"}
+    assert metrics["sparse"]["density"] == pytest.approx(0.3, abs=0.02)
+    assert "faster" in text and "0.3" in text
+
+    packed = tmp_path / "packed"
+    code, text = run("pack", out, "--out", packed, "--json", tmp_path / "pack.json")
+    assert code == 0 and serialization.is_packed(packed), text
+    assert "linear layers are sparse" in text
+    assert json.loads((tmp_path / "pack.json").read_text())["packed_bytes"] < metrics["dense"]["bytes"]
+
+    scores = {}
+    for directory in (out, out / "packed", packed):
+        code, text = run("eval", directory, "--eval", reviews, "--json", tmp_path / "eval.json")
+        assert code == 0 and "accuracy" in text, text
+        scores[directory] = json.loads((tmp_path / "eval.json").read_text())["score"]["value"]
+    assert len(set(scores.values())) == 1 and scores[out] == pytest.approx(metrics["sparse"]["accuracy"])
+
+    code, text = run("report", out)
+    assert code == 0 and (out / "report.html").is_file(), text
+
+
+def test_doctor(run, tmp_path):
+    code, text = run("doctor", "--json", tmp_path / "doctor.json")
+    assert code == 0 and "reference" in text
+    names = [backend["name"] for backend in json.loads((tmp_path / "doctor.json").read_text())]
+    assert names[0] == "cpu" and "reference" in names
+
+
+MISTAKES = {
+    "missing file": (("train", "--train", "nowhere.tsv", "--eval", "nowhere.tsv", "--out", "o"), "nowhere.tsv"),
+    "unknown task": (("train", "--task", "poetry", "--out", "o"), "task: expected"),
+    "density": (("prune", "--model", "DENSE", "--density", "0", "--out", "o"), "density: expected a kept fraction"),
+    "density above one": (("prune", "--model", "DENSE", "--density", "1.5", "--out", "o"), "density: expected"),
+    "block text": (("prune", "--model", "DENSE", "--block", "a x b", "--out", "o"), "--block: expected ROWSxCOLUMNS"),
+    "block zero": (("prune", "--model", "DENSE", "--block", "0x32", "--out", "o"), "blocksize: expected two positive"),
+    "block too large": (
+        ("prune", "--model", "DENSE", "--block", "4096x4096", "--out", "o"),
+        "blocksize: expected a block",
+    ),
+    "criterion": (("prune", "--model", "DENSE", "--criterion", "luck", "--out", "o"), "criterion: expected one of"),
+    "model": (("prune", "--model", "nowhere", "--out", "o"), "model: expected"),
+    "pack a dense model": (("pack", "DENSE", "--out", "o"), "expected a model with pruned blocks, got none"),
+    "pack nothing": (("pack", "nowhere", "--out", "o"), "expected a model directory"),
+    "eval nothing": (("eval", "nowhere"), "expected"),
+    "report nothing": (("report", "nowhere"), "metrics.json"),
+    "label unknown to the model": (("eval", "DENSE", "--eval", "OTHER"), "line 2"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_one_sentence_and_exit_code_2(case, run, reviews, dense, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "other.tsv"
+    other.write_text("text\tlabel\n房间很好\tso-so\n", encoding="utf-8")
+    arguments, message = MISTAKES[case]
+    places = {"DENSE": dense, "OTHER": other}
+    arguments = [places.get(argument, argument) for argument in arguments]
+    if arguments[0] in ("train", "prune") and "--train" not in arguments:
+        arguments += ["--train", reviews, "--eval", reviews]
+    code, text = run(*arguments)
+    assert code == 2, text
+    assert message in text and "Traceback" not in text
+    assert [path.name for path in tmp_path.iterdir() if path != other] == [], "something was left behind"
+
+
+def test_a_damaged_packed_model(run, reviews, dense, tmp_path):
+    from sparse_prune import tasks
+    from sparse_prune.tasks.models import encoder_filter, load_model
+
+    model, tokenizer = load_model(dense, "sentiment")
+    sp.sparsify_(model, sp.BlockSparseConfig(density=0.2), encoder_filter(model))
+    sp.save_packed(model, tmp_path / "packed")
+    tokenizer.save_pretrained(tmp_path / "packed")
+    assert tasks.evaluate(tmp_path / "packed", "sentiment", reviews)["examples"] == 48
+    file = tmp_path / "packed" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    code, text = run("eval", tmp_path / "packed", "--eval", reviews)
+    assert code == 2 and "model.safetensors" in text and "Traceback" not in text
+
+
+def test_interrupt_says_how_to_go_on(run, monkeypatch, reviews, tmp_path):
+    from sparse_prune import tasks
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tasks, "train", stopped)
+    code, text = run("train", "--train", reviews, "--eval", reviews, "--out", tmp_path / "o")
+    assert code == 130 and "goes on from the last finished epoch" in text
+
+
+def test_block_text():
+    assert (
+        cli.parse_block("32x32") == (32, 32) and cli.parse_block("64X16") == (64, 16) and cli.parse_block("8") == (8, 8)
+    )
+    assert torch.tensor(cli.parse_block("128x16")).tolist() == [128, 16]

@@ -1,0 +1,277 @@
+"""train, prune and what is around them, on tiny models and little data."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification
+
+from sparse_prune import tasks
+from sparse_prune.errors import SparsePruneError
+from sparse_prune.integrations import trainer as bridge
+from sparse_prune.models.garlic import GarlicConfig, train_tokenizer
+from sparse_prune.serialization import load_masks
+from sparse_prune.tasks import training
+from sparse_prune.tasks.ablation import AblationArgs
+from sparse_prune.tasks.data import TagExample, TextExample, save_examples
+from sparse_prune.tasks.models import encoder_filter, load_model
+from sparse_prune.tasks.store import last_checkpoint
+
+TINY = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+    "ngram_buckets": 64,
+    "ngram_size": 8,
+}
+REVIEWS = [
+    TextExample(f"{w}{i}书", label) for i in range(12) for w, label in (("很好喜欢", "good"), ("太差失望", "bad"))
+]
+SENTENCES = [
+    TagExample(tuple("我在北京"), ("O", "O", "B-LOC", "I-LOC")),
+    TagExample(tuple("江泽民说"), ("B-PER", "I-PER", "I-PER", "O")),
+] * 8
+
+
+@pytest.fixture(autouse=True)
+def tiny_recipes(monkeypatch):
+    recipe = training.Recipe(2, 3e-3, 8, 1.0, 0.01, TINY)
+    for table in (training.TRAIN_RECIPES, training.PRUNE_RECIPES):
+        for key in list(table):
+            monkeypatch.setitem(table, key, recipe)
+    monkeypatch.setattr(training, "FINE_TUNE", recipe)
+    monkeypatch.setattr("sparse_prune.tasks.analysis.TIMED_RUNS", 1)
+
+
+@pytest.fixture
+def files(tmp_path):
+    save_examples(REVIEWS, tmp_path / "train.tsv")
+    save_examples(REVIEWS[:8], tmp_path / "eval.tsv")
+    save_examples(SENTENCES, tmp_path / "train.conll")
+    save_examples(SENTENCES[:4], tmp_path / "eval.conll")
+    return tmp_path
+
+
+def arguments(files, task="sentiment", **more):
+    suffix = ".tsv" if task == "sentiment" else ".conll"
+    return {"task": task, "train": files / f"train{suffix}", "eval": files / f"eval{suffix}", "max_length": 16} | more
+
+
+@pytest.mark.parametrize("task", ["sentiment", "ner"])
+def test_from_files_to_packed(files, task):
+    dense, pruned = files / "dense", files / "pruned"
+    trained = tasks.train(tasks.TrainArgs(out=dense, **arguments(files, task)))
+    name = "accuracy" if task == "sentiment" else "f1"
+    assert trained["score"]["name"] == name and trained["history"]
+    metrics = tasks.prune(
+        tasks.PruneArgs(model=dense, out=pruned, density=0.25, block=(16, 16), **arguments(files, task))
+    )
+
+    assert metrics == json.loads((pruned / "metrics.json").read_text())
+    assert set(metrics) == {"task", "dense", "sparse", "seconds"} and metrics["task"] == task
+    assert set(metrics["dense"]) == {name, "latency_ms", "bytes"}
+    assert set(metrics["sparse"]) == {name, "latency_ms", "bytes", "density"}
+    assert metrics["dense"][name] == pytest.approx(trained["score"]["value"])
+    assert metrics["sparse"]["density"] == pytest.approx(0.25, abs=0.02)
+    assert metrics["sparse"]["bytes"] == (pruned / "packed" / "model.safetensors").stat().st_size
+    assert set(metrics["seconds"]) == {"train", "prune"}
+
+    masks, blocksize = load_masks(pruned / "masks.safetensors")
+    weights = load_file(pruned / "model.safetensors")
+    assert blocksize == (16, 16) and len(masks) == 8
+    for layer, mask in masks.items():
+        dropped = ~mask.repeat_interleave(16, 0).repeat_interleave(16, 1)
+        assert not weights[f"{layer}.weight"][dropped].any()
+
+    file = files / ("eval.tsv" if task == "sentiment" else "eval.conll")
+    for directory in (pruned, pruned / "packed"):
+        assert tasks.evaluate(directory, task, file, 16)["score"]["value"] == pytest.approx(metrics["sparse"][name])
+    again = tasks.pack(pruned, files / "repacked")
+    assert again.packed_bytes == metrics["sparse"]["bytes"]
+    assert not list(files.glob(".*.work"))
+
+
+def test_analysis_says_what_the_page_needs(files):
+    dense, pruned = files / "dense", files / "pruned"
+    tasks.train(tasks.TrainArgs(out=dense, **arguments(files)))
+    tasks.prune(tasks.PruneArgs(model=dense, out=pruned, block=(16, 16), dev=files / "eval.tsv", **arguments(files)))
+    analysis = json.loads((pruned / "analysis.json").read_text(encoding="utf-8"))
+    masks, _ = load_masks(pruned / "masks.safetensors")
+    for layer in analysis["layers"]:
+        assert ["".join("01"[kept] for kept in row) for row in masks[layer["name"]].int().tolist()] == layer["mask"]
+    assert [c["name"] for c in analysis["per_class"]] == analysis["classes"] == ["bad", "good"]
+    assert len(analysis["heads"]) == 4 and all(0 <= head["kept"] <= 1 for head in analysis["heads"])
+    example = analysis["attention"][0]
+    assert len(example["tokens"]) == len(example["dense"]) == len(example["sparse"][0])
+    assert analysis["curve"][0]["density"] == 1.0 and analysis["curve"][-1]["density"] == pytest.approx(0.2, abs=0.02)
+    phases = {row["phase"] for row in analysis["history"]}
+    assert phases == {"train", "prune"} and any(row["score"] is not None for row in analysis["history"])
+    assert analysis["bytes"]["packed_encoder"] < 0.3 * analysis["bytes"]["dense_encoder"]
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupted_after(monkeypatch, epochs):
+    """Make the Trainer stop, as Ctrl-C would, in the epoch after `epochs`."""
+    original = bridge.ProgressCallback.on_step_end
+
+    def on_step_end(self, args, state, control, **more):
+        if state.epoch > epochs:
+            raise Interrupted
+        return original(self, args, state, control, **more)
+
+    monkeypatch.setattr(bridge.ProgressCallback, "on_step_end", on_step_end)
+    return lambda: monkeypatch.setattr(bridge.ProgressCallback, "on_step_end", original)
+
+
+@pytest.mark.parametrize("phase", ["train", "prune"])
+def test_an_interrupted_run_resumes_to_the_same_weights(files, monkeypatch, phase):
+    dense = files / "dense"
+    if phase == "prune":
+        tasks.train(tasks.TrainArgs(out=dense, **arguments(files)))
+
+    def run(out):
+        if phase == "train":
+            return tasks.train(tasks.TrainArgs(out=out, epochs=3, **arguments(files)))
+        return tasks.prune(tasks.PruneArgs(model=dense, out=out, block=(16, 16), epochs=3, **arguments(files)))
+
+    run(files / "whole")
+    restore = interrupted_after(monkeypatch, 2)
+    with pytest.raises(Interrupted):
+        run(files / "parts")
+    assert not (files / "parts").exists()
+    assert last_checkpoint(files / ".parts.work").name == "checkpoint-6"
+    restore()
+    steps = []
+    monkeypatch.setattr(
+        bridge.ProgressCallback,
+        "on_step_begin",
+        lambda self, args, state, control, **_: steps.append(state.global_step),
+        raising=False,
+    )
+    run(files / "parts")
+    assert steps == [6, 7, 8]
+    whole, parts = (load_file(files / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    if phase == "prune":
+        assert (files / "whole" / "masks.safetensors").read_bytes() == (
+            files / "parts" / "masks.safetensors"
+        ).read_bytes()
+
+
+def test_a_finished_run_is_not_repeated_but_a_changed_one_is(files, monkeypatch):
+    args = arguments(files)
+    first = tasks.train(tasks.TrainArgs(out=files / "dense", **args))
+    fits = []
+    original = training._fit
+    monkeypatch.setattr(training, "_fit", lambda *a, **k: fits.append(1) or original(*a, **k))
+    assert tasks.train(tasks.TrainArgs(out=files / "dense", **args)) == first and not fits
+    tasks.train(tasks.TrainArgs(out=files / "dense", seed=1, **args))
+    assert fits == [1]
+    save_examples(REVIEWS[2:], args["train"])
+    tasks.train(tasks.TrainArgs(out=files / "dense", seed=1, **args))
+    assert fits == [1, 1]
+
+
+def test_a_directory_that_is_not_ours_is_left_alone(files):
+    (files / "thesis").mkdir()
+    (files / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(SparsePruneError, match="out: expected a new directory"):
+        tasks.train(tasks.TrainArgs(out=files / "thesis", **arguments(files)))
+    assert (files / "thesis" / "chapter.txt").read_text() == "years of work"
+
+
+def test_a_users_own_model_is_fine_tuned_and_pruned(files):
+    tokenizer = train_tokenizer([e.text for e in REVIEWS], min_count=1)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    BertForSequenceClassification(config).save_pretrained(files / "bert")
+    tokenizer.save_pretrained(files / "bert")
+    tasks.train(tasks.TrainArgs(model=str(files / "bert"), out=files / "dense", **arguments(files)))
+    tasks.prune(
+        tasks.PruneArgs(model=files / "dense", out=files / "pruned", density=0.5, block=(16, 16), **arguments(files))
+    )
+    masks, _ = load_masks(files / "pruned" / "masks.safetensors")
+    assert len(masks) == 12 and all(name.startswith("bert.encoder.layer.") for name in masks)
+    analysis = json.loads((files / "pruned" / "analysis.json").read_text(encoding="utf-8"))
+    assert len(analysis["heads"]) == 4 and analysis["attention"]
+
+
+def test_ablation_compares_and_goes_on_where_it_stopped(files, monkeypatch):
+    tasks.train(tasks.TrainArgs(out=files / "dense", **arguments(files)))
+    args = {"model": files / "dense", "out": files / "ablation", "block": (16, 16), "epochs": 1.0, **arguments(files)}
+    first = tasks.ablation(AblationArgs(criteria=("random",), **args))
+    assert [(row["criterion"], row["distilled"]) for row in first] == [("random", False), ("random", True)]
+    fits = []
+    original = training._fit
+    monkeypatch.setattr(training, "_fit", lambda *a, **k: fits.append(a[1].criterion) or original(*a, **k))
+    both = tasks.ablation(AblationArgs(criteria=("random", "movement"), **args))
+    assert both[:2] == first and fits == ["movement"] * 2
+
+
+def test_the_teacher_changes_the_loss_and_stays_as_it_is(files):
+    dense = files / "dense"
+    tasks.train(tasks.TrainArgs(out=dense, **arguments(files)))
+    before = load_file(dense / "model.safetensors")
+    scores = {}
+    for distill in (True, False):
+        tasks.prune(
+            tasks.PruneArgs(model=dense, out=files / f"p{distill}", block=(16, 16), distill=distill, **arguments(files))
+        )
+        scores[distill] = load_file(files / f"p{distill}" / "model.safetensors")
+    assert any(not torch.equal(scores[True][key], scores[False][key]) for key in before)
+    assert all(torch.equal(value, before[key]) for key, value in load_file(dense / "model.safetensors").items())
+
+
+def test_bad_input_is_told_in_one_sentence(files):
+    tasks.train(tasks.TrainArgs(out=files / "dense", **arguments(files)))
+    prune = {"model": files / "dense", "out": files / "p", **arguments(files)}
+    for change, told in [
+        ({"density": 0.0}, "density: expected a kept fraction in"),
+        ({"density": 1.5}, "density: expected a kept fraction in"),
+        ({"block": (512, 512)}, "blocksize: expected a block that fits a weight of shape"),
+        ({"criterion": "luck"}, "criterion"),
+        ({"model": files}, "expected a model directory, got no config.json in it"),
+        (
+            {"task": "ner", "train": files / "train.conll", "eval": files / "eval.conll"},
+            "expected a model trained for ner",
+        ),
+    ]:
+        with pytest.raises(SparsePruneError, match=".") as caught:
+            tasks.prune(tasks.PruneArgs(**prune | change))
+        assert told in str(caught.value)
+        assert not (files / "p").exists()
+    save_examples([*REVIEWS[:3], TextExample("还行", "fair")], files / "eval.tsv")
+    with pytest.raises(SparsePruneError, match=r"eval\.tsv, line 5: expected one of the labels bad, good, got 'fair'"):
+        tasks.prune(tasks.PruneArgs(**prune))
+    save_examples(REVIEWS[:1], files / "train.tsv")
+    with pytest.raises(SparsePruneError, match="train: expected at least two labels, got good"):
+        tasks.train(tasks.TrainArgs(out=files / "d2", **arguments(files)))
+
+
+def test_the_encoder_filter_leaves_embeddings_and_head_out():
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_config(GarlicConfig(**TINY, vocab_size=20))
+    inside = encoder_filter(model)
+    names = [name for name, module in model.named_modules() if inside(name, module)]
+    assert len(names) == 8 and all(name.startswith("garlic.encoder.layers.") for name in names)
+    with pytest.raises(SparsePruneError, match="a stack of layers"):
+        encoder_filter(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+
+
+def test_a_packed_model_computes_what_the_pruned_one_does(files):
+    tasks.train(tasks.TrainArgs(out=files / "dense", **arguments(files)))
+    tasks.prune(tasks.PruneArgs(model=files / "dense", out=files / "p", block=(16, 16), **arguments(files)))
+    nets = [load_model(files / name, "sentiment")[0].eval() for name in ("p", "p/packed")]
+    ids = torch.randint(5, 20, (3, 9))
+    with torch.inference_mode():
+        first, second = (net(input_ids=ids).logits for net in nets)
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
