@@ -265,7 +265,7 @@ def test_force_isa_is_undone_and_refuses_the_unknown():
 )
 def test_isa_from_the_environment(value, says):
     code = "import torch\nfrom sparse_prune import backends, ops\n"
-    code += "print(ops.backend_for('cpu', torch.bfloat16), backends.status()[0].reason)"
+    code += "print(ops.backend_for('cpu', torch.bfloat16), {s.name: s.reason for s in backends.status()}['cpu'])"
     env = {**os.environ, "SPARSE_PRUNE_ISA": value, "PYTHONPATH": str(ROOT)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout
     assert says in out
