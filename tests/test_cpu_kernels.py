@@ -171,6 +171,19 @@ def test_activation_is_as_accurate_as_pytorch(isa, activation):
 
 @needs_kernels
 @each_isa
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_results_are_rounded_to_nearest_even(isa, dtype):
+    """Every normal 16-bit number times 1.25 is exact in float32, so one rounding decides each bit of y."""
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
+    x = x[(x.abs() >= torch.finfo(dtype).tiny) & x.isfinite()][:, None]
+    w = BsrWeight.from_dense(torch.full((1, 1), 1.25, dtype=dtype), torch.ones(1, 1, dtype=torch.bool), (1, 1))
+    with backends.force_isa(isa):
+        got = sparse.bsr_linear(x, w.crow_indices, w.col_indices, w.values, None, 1, None, "none", None)
+    assert torch.equal(got, (x.float() * 1.25).to(dtype))
+
+
+@needs_kernels
+@each_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_threads_do_not_change_the_bits(isa, dtype):
     p = Problem(
