@@ -36,6 +36,7 @@ PROBLEMS = [
     (1, 100, 75, 16, 8, 0.5),
     (2, 48, 97, 48, 33, 0.7),
     (5, 64, 96, 32, 32, 0.4),
+    (1, 64, 1536, 32, 32, 1.0),
     (9, 64, 1536, 32, 32, 1.0),
     (17, 128, 64, 64, 16, 0.5),
     (20, 33, 31, 1, 1, 0.3),
@@ -166,6 +167,19 @@ def test_activation_is_as_accurate_as_pytorch(isa, activation):
     if activation == "gelu":
         assert (got - exact)[ordinary].abs().max() <= (theirs - exact)[ordinary].abs().max()
     assert special[0].isnan() and special[1] == torch.inf and special[2] == 0
+
+
+@needs_kernels
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_results_are_rounded_to_nearest_even(isa, dtype):
+    """Every normal 16-bit number times 1.25 is exact in float32, so one rounding decides each bit of y."""
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
+    x = x[(x.abs() >= torch.finfo(dtype).tiny) & x.isfinite()][:, None]
+    w = BsrWeight.from_dense(torch.full((1, 1), 1.25, dtype=dtype), torch.ones(1, 1, dtype=torch.bool), (1, 1))
+    with backends.force_isa(isa):
+        got = sparse.bsr_linear(x, w.crow_indices, w.col_indices, w.values, None, 1, None, "none", None)
+    assert torch.equal(got, (x.float() * 1.25).to(dtype))
 
 
 @needs_kernels
