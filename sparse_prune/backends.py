@@ -32,7 +32,10 @@ class BackendStatus:
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The loaded extension and "", or None and the reason. Importing the package must work without it, so nothing is raised."""
+    """The loaded extension and "", or None and the reason: importing the package works without it.
+
+    Raises SparsePruneError where SPARSE_PRUNE_ISA asks for what the processor does not have.
+    """
     files = sorted(Path(__file__).parent.glob("_C_cpu*.so"))
     if not files:
         return (
@@ -49,7 +52,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     wanted = os.environ.get("SPARSE_PRUNE_ISA", "")
     if not library.sparse_prune_force_isa(wanted.encode()):
         offered = library.sparse_prune_cpu_isas().decode().replace(",", ", ")
-        return None, f"SPARSE_PRUNE_ISA={wanted} is not an instruction set of this processor, which has {offered}"
+        raise SparsePruneError(
+            "SPARSE_PRUNE_ISA", f"an instruction set of this processor ({offered})", wanted, "unset it for the best one"
+        )
     return library, ""
 
 

@@ -275,14 +275,13 @@ def test_force_isa_is_undone_and_refuses_the_unknown():
 @needs_kernels
 @pytest.mark.parametrize(
     ("value", "says"),
-    [("portable", "cpu:portable"), ("sse9", "SPARSE_PRUNE_ISA=sse9 is not an instruction set of this processor")],
+    [("portable", "cpu:portable"), ("sse9", "SPARSE_PRUNE_ISA: expected an instruction set of this processor (")],
 )
 def test_isa_from_the_environment(value, says):
-    code = "import torch\nfrom sparse_prune import backends, ops\n"
-    code += "print(ops.backend_for('cpu', torch.bfloat16), {s.name: s.reason for s in backends.status()}['cpu'])"
+    code = "import torch\nfrom sparse_prune import ops\nprint(ops.backend_for('cpu', torch.bfloat16))"
     env = {**os.environ, "SPARSE_PRUNE_ISA": value, "PYTHONPATH": str(ROOT)}
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout
-    assert says in out
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert says in result.stdout + result.stderr
 
 
 @pytest.mark.parametrize(("mode", "code"), [("auto", 0), ("1", 1)])
