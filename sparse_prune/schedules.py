@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from .errors import SparsePruneError
 from .masks import check_density
 
 
-def oneshot(progress: float, density: float, rounds: int) -> float:
+def oneshot(progress: float, density: float) -> float:
     """The final density at once: 1 at progress 0, `density` for progress in (0, 1]."""
     return 1.0 if progress <= 0.0 else density
 
 
-def linear(progress: float, density: float, rounds: int) -> float:
+def linear(progress: float, density: float) -> float:
     """1 + (density - 1) * progress, for progress in [0, 1]."""
     return 1.0 + (density - 1.0) * progress
 
 
-def cubic(progress: float, density: float, rounds: int) -> float:
+def cubic(progress: float, density: float) -> float:
     """density + (1 - density) * (1 - progress)^3: fast while much is redundant, slow near the end (Zhu & Gupta 2017)."""
     return density + (1.0 - density) * (1.0 - progress) ** 3
 
@@ -33,12 +32,7 @@ def iterative(progress: float, density: float, rounds: int) -> float:
     return density ** (math.ceil(progress * rounds) / rounds)
 
 
-SCHEDULES: dict[str, Callable[[float, float, int], float]] = {
-    "oneshot": oneshot,
-    "linear": linear,
-    "cubic": cubic,
-    "iterative": iterative,
-}
+SCHEDULES = ("oneshot", "linear", "cubic", "iterative")
 
 
 @dataclass(frozen=True)
@@ -90,7 +84,9 @@ class Schedule:
         if step >= self.end:
             return self.density
         progress = (step - self.warmup) / (self.end - self.warmup)
-        return SCHEDULES[self.kind](progress, self.density, self.rounds)
+        if self.kind == "iterative":
+            return iterative(progress, self.density, self.rounds)
+        return {"oneshot": oneshot, "linear": linear, "cubic": cubic}[self.kind](progress, self.density)
 
     def progress_at(self, step: int) -> float:
         """Share of the pruning done after `step` steps, from 0 to 1: (1 - density_at) / (1 - density); 1 if density is 1."""

@@ -28,6 +28,7 @@ from .errors import SparsePruneError
 from .layers import SparseLinear
 
 VERSION = "1"
+METHOD = "sparse_prune"  # quant_method in the config.json of a packed Hugging Face model
 WEIGHTS_NAME = "model.safetensors"
 MASKS_NAME = "masks.safetensors"
 _DAMAGED = "the file is damaged or was not made by sparse-prune: pack the model again"
@@ -114,7 +115,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> Path:
         save_file(tensors, temporary, metadata)
     config = getattr(model, "config", None)
     if hasattr(config, "to_diff_dict"):
-        layout = {"quant_method": "sparse_prune", "version": VERSION, "layers": describe_layers(model)}
+        layout = {"quant_method": METHOD, "version": VERSION, "layers": describe_layers(model)}
         write_json(path / "config.json", config.to_diff_dict() | {"quantization_config": layout})
     return path / WEIGHTS_NAME
 

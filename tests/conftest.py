@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import hypothesis
 import pytest
 import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: no test asks a hub
 
 # A busy machine makes any deadline a coin toss.
 hypothesis.settings.register_profile("any-speed", deadline=None)

@@ -93,7 +93,7 @@ def test_doctor(run, tmp_path):
     code, text = run("doctor", "--json", tmp_path / "doctor.json")
     assert code == 0 and "reference" in text
     names = [backend["name"] for backend in json.loads((tmp_path / "doctor.json").read_text())]
-    assert names[0] == "cpu" and "reference" in names
+    assert names == ["triton", "cpu", "reference"]
 
 
 MISTAKES = {
@@ -108,10 +108,10 @@ MISTAKES = {
         "blocksize: expected a block",
     ),
     "criterion": (("prune", "--model", "DENSE", "--criterion", "luck", "--out", "o"), "criterion: expected one of"),
-    "model": (("prune", "--model", "nowhere", "--out", "o"), "model: expected"),
-    "pack a dense model": (("pack", "DENSE", "--out", "o"), "expected a model with pruned blocks, got none"),
+    "model": (("prune", "--model", "nowhere", "--out", "o"), "nowhere: expected a model directory"),
+    "pack a dense model": (("pack", "DENSE", "--out", "o"), "expected a pruned model, got no block of 32x32 zeros"),
     "pack nothing": (("pack", "nowhere", "--out", "o"), "expected a model directory"),
-    "eval nothing": (("eval", "nowhere"), "expected"),
+    "eval nothing": (("eval", "nowhere"), "nowhere: expected a model directory"),
     "report nothing": (("report", "nowhere"), "metrics.json"),
     "label unknown to the model": (("eval", "DENSE", "--eval", "OTHER"), "line 2"),
 }

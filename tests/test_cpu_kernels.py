@@ -36,6 +36,7 @@ PROBLEMS = [
     (1, 100, 75, 16, 8, 0.5),
     (2, 48, 97, 48, 33, 0.7),
     (5, 64, 96, 32, 32, 0.4),
+    (9, 64, 1536, 32, 32, 1.0),
     (17, 128, 64, 64, 16, 0.5),
     (20, 33, 31, 1, 1, 0.3),
     (29, 96, 64, 32, 32, 1.0),
@@ -49,7 +50,7 @@ ACTIVATIONS = list(reference.ACTIVATIONS)
 
 
 class Problem:
-    """Random operands of one product; x is a view with a row stride of its own, and one block-row is empty."""
+    """Random operands of one product; x is a view into rows that end in NaN, and one block-row is empty."""
 
     def __init__(self, m, n, k, r, c, density, dtype):
         grid = -(-n // r), -(-k // c)
@@ -59,7 +60,8 @@ class Problem:
         packed = BsrWeight.from_dense((torch.randn(n, k) / k**0.5).to(dtype), mask, (r, c))
         self.n, self.k, self.packed, self.weight = n, k, packed, packed.to_dense()
         self.bsr = packed.crow_indices, packed.col_indices, packed.values
-        self.x = torch.randn(m, k + 3).to(dtype)[:, :k]
+        self.x = torch.full((m, k + 3), torch.nan, dtype=dtype)[:, :k]
+        self.x.copy_(torch.randn(m, k))
         self.dy = torch.randn(m, n).to(dtype)
         self.bias = torch.randn(n).to(dtype)
         self.residual = torch.randn(m, n).to(dtype)
@@ -82,7 +84,11 @@ class Problem:
 
 
 def assert_close(got, exact, dense):
-    """got may be at most twice as far from exact (float64) as PyTorch's dense result in its dtype, by norm and at worst."""
+    """The norm of got's error is at most twice that of PyTorch's dense result in the same dtype, both against exact (float64).
+
+    The single worst element scatters more than a norm (the portable code also rounds twice where an FMA rounds once), so it gets
+    twice that room: a wrong or missing element is off by far more.
+    """
     assert got.shape == exact.shape and got.dtype == dense.dtype and got.is_contiguous()
     assert not got.isnan().any()
     if got.numel() == 0:
@@ -90,7 +96,7 @@ def assert_close(got, exact, dense):
     ours, theirs = got.double() - exact, dense.double() - exact
     eps = torch.finfo(got.dtype).eps
     assert ours.norm() <= 2 * max(theirs.norm(), eps / 4 * exact.norm())
-    assert ours.abs().max() <= 2 * max(theirs.abs().max(), eps / 2 * exact.abs().max())
+    assert ours.abs().max() <= 4 * max(theirs.abs().max(), eps / 2 * exact.abs().max())
 
 
 @needs_kernels
@@ -259,7 +265,7 @@ def test_force_isa_is_undone_and_refuses_the_unknown():
 )
 def test_isa_from_the_environment(value, says):
     code = "import torch\nfrom sparse_prune import backends, ops\n"
-    code += "print(ops.backend_for('cpu', torch.bfloat16), backends.status()[0].reason)"
+    code += "print(ops.backend_for('cpu', torch.bfloat16), {s.name: s.reason for s in backends.status()}['cpu'])"
     env = {**os.environ, "SPARSE_PRUNE_ISA": value, "PYTHONPATH": str(ROOT)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout
     assert says in out

@@ -61,6 +61,14 @@ def plain_mask(saliency: list[list[float]], blocksize: tuple[int, int], density:
     return mask
 
 
+@pytest.mark.parametrize("criterion", sorted(set(CRITERIA) - {"random"}))
+def test_every_criterion_element_by_element(criterion):
+    t = tensors()
+    given = {name: t[name] for name in ("grad", "activation_norm") if name in CRITERIA[criterion].needs}
+    expected = torch.tensor(plain_saliency(criterion, t), dtype=torch.float64)
+    torch.testing.assert_close(element_saliency(t["weight"], criterion, **given), expected)
+
+
 @pytest.mark.parametrize("granularity", ["element", "block", "row", "column", "head"])
 @pytest.mark.parametrize("criterion", sorted(set(CRITERIA) - {"random"}))
 @pytest.mark.parametrize("density", [0.05, 0.3, 1.0])

@@ -48,9 +48,6 @@ def assert_exact(pruner: Pruner) -> None:
         assert (weight[pruned_entries(pruner, name)] == 0).all() and torch.isfinite(weight).all()
 
 
-# -- what is kept -----------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("granularity", ["element", "block", "row", "column"])
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
 def test_one_step_is_block_mask(criterion, granularity):
@@ -112,14 +109,14 @@ def test_global_scope_compares_layers_by_loss():
 
 def test_global_scope_takes_the_scale_of_a_layer_out_of_magnitude():
     masks = []
-    for factor in (1.0, 64.0):
+    for factor in (1.0, 64.0, 1 / 64):
         model = network()
         with torch.no_grad():
             model[0].weight.mul_(factor)
         pruner = Pruner(model, PruneConfig("magnitude", blocksize=(4, 4), density=0.4, **ONE_SHOT))
         pruner.step()
         masks.append(pruner.masks)
-    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+    assert all(torch.equal(masks[0][name], other[name]) for name in masks[0] for other in masks[1:])
     assert not torch.equal(masks[0]["0"].float().mean(), masks[0]["2"].float().mean())
 
 
@@ -149,6 +146,9 @@ def test_global_density_counts_elements_where_rows_differ_in_length():
     pruner = Pruner(model, PruneConfig("random", granularity="row", density=0.3, **ONE_SHOT))
     pruner.step()
     assert pruner.density() == pytest.approx(0.3, abs=0.006)
+    assert all(
+        0.1 < mask.float().mean() < 0.5 for mask in pruner.masks.values()
+    )  # neither long nor short rows win for their length
     kept = sum(
         element_density(m, pruner.blocksizes[n], (50, 400) if n == "0" else (400, 50)) for n, m in pruner.masks.items()
     )
@@ -158,7 +158,9 @@ def test_global_density_counts_elements_where_rows_differ_in_length():
 def test_pruned_blocks_stay_pruned_and_the_density_follows_the_schedule():
     model = network()
     optimizer = make_optimizer("adamw", model)
-    config = PruneConfig(density=0.25, total_steps=40, warmup=4, cooldown=10, update_every=3, blocksize=(2, 2))
+    config = PruneConfig(
+        density=0.25, total_steps=40, warmup=4, cooldown=10, update_every=3, blocksize=(2, 2), regrow=False
+    )
     pruner, before = Pruner(model, config).attach(optimizer), None
     for step in range(1, 41):
         train_step(model, step)
@@ -167,12 +169,31 @@ def test_pruned_blocks_stay_pruned_and_the_density_follows_the_schedule():
         optimizer.zero_grad()
         if before is not None:
             assert all((pruner.masks[name] <= before[name]).all() for name in before)
+            if step % 3 and step < 30:
+                assert all(torch.equal(pruner.masks[name], before[name]) for name in before)
         before = pruner.masks
         if step <= 4:
             assert pruner.density() == 1.0
         if step % 3 == 0 and step > 4 or step >= 30:
             assert pruner.density() == pytest.approx(config.timetable.density_at(step), abs=2 / 550)
         assert pruner.done == (step >= 30)
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_without_regrow_a_large_gradient_brings_nothing_back(scope):
+    model = network()
+    steps = {"total_steps": 6, "warmup": 0, "cooldown": 0, "update_every": 1, "smoothing": 0.0}
+    pruner = Pruner(
+        model, PruneConfig("gradient", "linear", scope, density=0.3, blocksize=(2, 2), regrow=False, **steps)
+    )
+    for _ in range(6):
+        before = pruner.masks
+        for name, mask in before.items():
+            dropped = ~expand_mask(mask, (2, 2), model.get_submodule(name).weight.shape)
+            model.get_submodule(name).weight.grad = torch.rand(dropped.shape) + 10.0 * dropped
+        pruner.step()
+        assert all((pruner.masks[name] <= before[name]).all() for name in before)
+    assert pruner.density() == pytest.approx(0.3, abs=0.01)
 
 
 def test_a_layer_without_gradient_this_step_counts_as_zero():
@@ -182,9 +203,6 @@ def test_a_layer_without_gradient_this_step_counts_as_zero():
     model[2].weight.grad = None
     pruner.step()
     assert pruner.masks["2"].sum() == round(0.05 * 220) < pruner.masks["0"].sum()
-
-
-# -- exact zeros ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attached", [True, False])
@@ -238,6 +256,7 @@ def test_regrown_blocks_return_with_their_weights():
     start = model[0].weight.detach().clone()
     returned = 0
     for step in range(4):
+        assert bool(pruner.state_dict()["memory"]) == (step > 0)
         for layer in (model[0], model[2]):
             layer.weight.grad = torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(step))
         before = pruner.masks["0"]
@@ -245,17 +264,14 @@ def test_regrown_blocks_return_with_their_weights():
         returned += int((pruner.masks["0"] & ~before).sum())
         kept = expand_mask(pruner.masks["0"], (2, 2), start.shape)
         assert torch.equal(model[0].weight, start * kept)
-    assert returned > 0
-
-
-# -- resuming ---------------------------------------------------------------------------------------------------------------------
+    assert returned > 0 and pruner.done and not pruner.state_dict()["memory"]
 
 
 @pytest.mark.parametrize(
     "config",
     [
+        PruneConfig(density=0.3, blocksize=(8, 8), total_steps=24, update_every=3, regrow=False),
         PruneConfig(density=0.3, blocksize=(8, 8), total_steps=24, update_every=3),
-        PruneConfig(density=0.3, blocksize=(8, 8), total_steps=24, update_every=3, regrow=True),
         PruneConfig("magnitude", "iterative", density=0.3, blocksize=(8, 8), total_steps=24, update_every=2),
         PruneConfig("wanda", "linear", density=0.3, granularity="row", total_steps=24, update_every=2),
         PruneConfig("random", density=0.3, blocksize=(4, 4), total_steps=24, update_every=2, seed=3),
@@ -330,9 +346,6 @@ def test_equal_runs_are_equal():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-# -- the article's threshold ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("relative_to", ["grad", "weight"])
 @pytest.mark.parametrize("criterion", ["threshold", "gradient"])
 def test_alpha_is_the_articles_rule(criterion, relative_to):
@@ -353,12 +366,42 @@ def test_alpha_is_the_articles_rule(criterion, relative_to):
 
 def test_alpha_under_global_scope_takes_the_models_largest_gradient():
     model = network()
-    pruner = Pruner(model, PruneConfig("threshold", alpha=0.5, blocksize=(4, 4), **ONE_SHOT))
     train_step(model, 0)
+    alpha = float(model[0].weight.detach().abs().mean() / model[2].weight.grad.abs().max())
+    pruner = Pruner(model, PruneConfig("threshold", alpha=alpha, blocksize=(4, 4), **ONE_SHOT))
     largest = max(float(model[i].weight.grad.abs().max()) for i in (0, 2))
-    expected = threshold_mask(model[0].weight, None, 0.5, relative_to="weight", blocksize=(4, 4), reference=largest)
+    assert model[0].weight.grad.abs().max() < 0.9 * model[2].weight.grad.abs().max()  # so that layer 0 sees the other's
+    rule = {"relative_to": "weight", "blocksize": (4, 4), "reference": largest}
+    expected = {name: threshold_mask(model.get_submodule(name).weight, None, alpha, **rule) for name in ("0", "2")}
     pruner.step()
-    assert torch.equal(pruner.masks["0"], expected)
+    assert all(torch.equal(pruner.masks[name], expected[name]) for name in expected)
+    assert 0.1 < pruner.masks["0"].float().mean() < 0.9
+
+
+def test_alpha_grows_along_the_schedule():
+    model = network()
+    steps = {"total_steps": 4, "warmup": 0, "cooldown": 0, "update_every": 1}
+    config = PruneConfig("threshold", "linear", alpha=0.4, granularity="element", relative_to="weight", **steps)
+    pruner = Pruner(model, config, filter_fn=lambda name, module: name == "0")
+    start = model[0].weight.detach().clone()
+    for step in range(1, 5):
+        train_step(model, step)
+        pruner.step()
+        assert torch.equal(pruner.masks["0"], start.abs() >= 0.1 * step * start.abs().max())
+
+
+@pytest.mark.parametrize("regrow", [True, False])
+def test_weights_pass_a_threshold_that_falls_again_only_with_regrow(regrow):
+    model = nn.Sequential(nn.Linear(2, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[0.5, 1.0]]))
+    steps = {"total_steps": 9, "warmup": 0, "cooldown": 0, "update_every": 1}
+    config = PruneConfig("threshold", "oneshot", alpha=1.0, granularity="element", regrow=regrow, **steps)
+    pruner = Pruner(model, config)
+    for largest, expected in ((0.7, [0.0, 1.0]), (0.3, [0.5 * regrow, 1.0])):
+        model[0].weight.grad = torch.tensor([[largest, 0.0]])
+        pruner.step()
+        assert model[0].weight.tolist() == [expected]
 
 
 def test_alpha_found_for_a_density_gives_that_density():
@@ -369,9 +412,6 @@ def test_alpha_found_for_a_density_gives_that_density():
     pruner = Pruner(model, config, filter_fn=lambda name, module: name == "0")
     pruner.step()
     assert pruner.density() == pytest.approx(0.3, abs=1e-3) and list(pruner.masks) == ["0"]
-
-
-# -- heads ------------------------------------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -487,9 +527,6 @@ def test_masks_on_another_grid():
         assert torch.equal(mask, torch.nn.functional.max_pool2d((weight != 0).float()[None], (2, 4))[0] > 0)
 
 
-# -- ranks ------------------------------------------------------------------------------------------------------------------------
-
-
 def _rank(rank: int, file: str, results) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
@@ -541,9 +578,6 @@ def test_ranks_agree(tmp_path):
     assert {name: mask.tolist() for name, mask in pruner.masks.items()} != results[0]
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -564,7 +598,6 @@ def test_ranks_agree(tmp_path):
         ({"rounds": 0}, "^rounds"),
         ({"alpha": 0.1}, "^alpha: .*got 0.1 with criterion 'movement'"),
         ({"alpha": -0.1, "criterion": "threshold"}, "^alpha"),
-        ({"alpha": 0.1, "criterion": "threshold", "regrow": True}, "^regrow"),
         ({"relative_to": "loss"}, "^relative_to"),
     ],
 )
@@ -620,6 +653,9 @@ def test_hooks_leave_the_model():
     model = network()
     pruner = Pruner(model, PruneConfig("wanda", blocksize=(8, 8), **ONE_SHOT))
     assert model[0]._forward_pre_hooks
-    train_step(model, 0)
+    model.eval()(torch.randn(7, 30))
+    assert pruner.state_dict()["rows"] == {"0": 0, "2": 0}  # scoring is not training
+    train_step(model.train(), 0)
+    assert pruner.state_dict()["rows"] == {"0": 16, "2": 16}
     pruner.step()
     assert not model[0]._forward_pre_hooks

@@ -49,8 +49,8 @@ void configure(int64_t step) {
 
 // MT * 16 rows by NT * 16 outputs, accumulated over the column list of one block-row.
 template <int MT, int NT>
-void amx_tile(const LinearArgs& a, int64_t step, const uint16_t* x, const uint16_t* w, int64_t begin, int64_t end, const float* bias,
-              const uint16_t* residual, uint16_t* y, const Strip& s) {
+void amx_tile(const LinearArgs& a, int64_t step, const uint16_t* x, const uint16_t* w, int64_t begin, int64_t end, const uint16_t* bias,
+              const uint16_t* residual, uint16_t* y, const Finish& f) {
   tile_zero<0>();
   if (NT > 1) tile_zero<1>();
   if (MT > 1) tile_zero<2>();
@@ -79,7 +79,7 @@ void amx_tile(const LinearArgs& a, int64_t step, const uint16_t* x, const uint16
   if (NT > 1) tile_store<1>(z + kTile, 4 * ldz);
   if (MT > 1) tile_store<2>(z + kTile * ldz, 4 * ldz);
   if (MT > 1 && NT > 1) tile_store<3>(z + kTile * ldz + kTile, 4 * ldz);
-  finish<Bf16Weights<Avx512>>(z, ldz, bias, residual, y, s);
+  finish<Bf16Weights<Avx512>>(z, ldz, bias, residual, y, f);
 }
 
 void linear(const LinearArgs& a, int64_t m0, int64_t m1, int64_t i0, int64_t i1) {
@@ -96,24 +96,15 @@ void linear(const LinearArgs& a, int64_t m0, int64_t m1, int64_t i0, int64_t i1)
     for (int64_t r = 0; r < outputs; r += 2 * kTile) {
       const bool two = a.R - r > kTile;
       const int64_t n = i * a.R + r;
-      Strip s;
-      s.cols = two ? 2 * kTile : kTile;
-      if (outputs - r < s.cols) s.cols = outputs - r;
-      s.ldy = a.N;
-      s.activation = a.activation;
-      alignas(64) float bias[2 * kTile] = {};  // [cols]
-      if (bias_all) {
-        uint16_t edge[2 * kTile] = {};
-        memcpy(edge, bias_all + n, s.cols * sizeof *edge);
-        for (int v = 0; v < 2; ++v) Avx512::store(bias + v * kTile, Avx512::load_bf16(edge + v * kTile));
-      }
+      const int64_t wanted = two ? 2 * kTile : kTile;
+      Finish f = {0, outputs - r < wanted ? outputs - r : wanted, a.N, a.activation};
       const auto* w = static_cast<const uint16_t*>(a.w) + 2 * r;
-      for (int64_t m = m0; m < m0 + tiled; m += s.rows) {
-        s.rows = m0 + tiled - m >= 2 * kTile ? 2 * kTile : kTile;
+      for (int64_t m = m0; m < m0 + tiled; m += f.rows) {
+        f.rows = m0 + tiled - m >= 2 * kTile ? 2 * kTile : kTile;
         const auto* x = static_cast<const uint16_t*>(a.x) + m * a.ldx;
-        auto tile = s.rows > kTile ? (two ? amx_tile<2, 2> : amx_tile<2, 1>) : (two ? amx_tile<1, 2> : amx_tile<1, 1>);
-        tile(a, step, x, w, begin, end, bias, residual_all ? residual_all + m * a.N + n : nullptr,
-             static_cast<uint16_t*>(a.y) + m * a.N + n, s);
+        auto tile = f.rows > kTile ? (two ? amx_tile<2, 2> : amx_tile<2, 1>) : (two ? amx_tile<1, 2> : amx_tile<1, 1>);
+        tile(a, step, x, w, begin, end, bias_all ? bias_all + n : nullptr, residual_all ? residual_all + m * a.N + n : nullptr,
+             static_cast<uint16_t*>(a.y) + m * a.N + n, f);
       }
     }
   }

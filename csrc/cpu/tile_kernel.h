@@ -48,36 +48,39 @@ struct Bf16Weights : Plain<V> {
   static inline void store_y(Y* y, F v) { V::store_bf16(y, v); }
 };
 
-struct Strip {
-  int64_t rows, cols;         // valid rows and outputs of this tile
-  int64_t ldy;
+// Where a rectangle of y lies and what happens to it.
+struct Finish {
+  int64_t rows, cols, ldy;
   Activation activation;
 };
 
-// z[rows, cols] in memory -> y = act(z + bias) + residual; serves every tile that the direct store cannot: activations and cut edges.
-// bias is null or holds cols values, rounded up to whole vectors.
+// The edge of a row: count values, and zeros up to a whole vector.
 template <class Fmt>
-void finish(const typename Fmt::Vec::Elem* z, int64_t ldz, const typename Fmt::Vec::Elem* bias, const typename Fmt::Y* residual,
-            typename Fmt::Y* y, const Strip& s) {
+inline typename Fmt::F load_edge(const typename Fmt::Y* from, int64_t count) {
+  typename Fmt::Y edge[Fmt::Vec::W] = {};
+  for (int64_t j = 0; j < count; ++j) edge[j] = from[j];
+  return Fmt::load_y(edge);
+}
+
+// y[rows, cols] = act(z + bias) + residual, along rows; z has whole vectors, bias[cols] and residual may be null.
+template <class Fmt>
+void finish(const typename Fmt::Vec::Elem* z, int64_t ldz, const typename Fmt::Y* bias, const typename Fmt::Y* residual,
+            typename Fmt::Y* y, const Finish& f) {
   using V = typename Fmt::Vec;
   using Y = typename Fmt::Y;
-  for (int64_t m = 0; m < s.rows; ++m) {
-    for (int64_t n = 0; n < s.cols; n += V::W) {
+  for (int64_t m = 0; m < f.rows; ++m) {
+    for (int64_t n = 0; n < f.cols; n += V::W) {
+      const int64_t count = f.cols - n;
       typename V::F v = V::load(z + m * ldz + n);  // [W]
-      if (bias) v = V::add(v, V::load(bias + n));
-      v = V::activate(v, s.activation);
-      Y* to = y + m * s.ldy + n;
-      const Y* from = residual ? residual + m * s.ldy + n : nullptr;
-      const int64_t count = s.cols - n;
+      if (bias) v = V::add(v, count >= V::W ? Fmt::load_y(bias + n) : load_edge<Fmt>(bias + n, count));
+      if (f.activation != Activation::none) v = V::activate(v, f.activation);
+      Y* to = y + m * f.ldy + n;
+      const Y* from = residual ? residual + m * f.ldy + n : nullptr;
+      if (from) v = V::add(v, count >= V::W ? Fmt::load_y(from) : load_edge<Fmt>(from, count));
       if (count >= V::W) {
-        if (from) v = V::add(v, Fmt::load_y(from));
         Fmt::store_y(to, v);
       } else {
-        Y edge[V::W] = {};
-        if (from) {
-          for (int64_t j = 0; j < count; ++j) edge[j] = from[j];
-          v = V::add(v, Fmt::load_y(edge));
-        }
+        Y edge[V::W];
         Fmt::store_y(edge, v);
         for (int64_t j = 0; j < count; ++j) to[j] = edge[j];
       }
@@ -103,18 +106,17 @@ inline void tile_step(const typename Fmt::X* x, int64_t ldx, const typename Fmt:
     }
 }
 
-// One tile of a block-row: x points at its first row, w at the first output of the strip; bias is null or holds NV * W values.
+// One tile of a block-row: x points at its first row, w at the first output of the strip; z[MR][ldz] receives NV * W sums a row.
+// y is where they will go, which is only fetched: two rows a step, since a burst of misses would hold up the loads of x and w.
 template <class Fmt, int MR, int NV>
 void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, const typename Fmt::Wt* w, int64_t begin, int64_t end,
-                 const typename Fmt::Y* bias, const typename Fmt::Y* residual, typename Fmt::Y* y, const Strip& s) {
+                 typename Fmt::Vec::Elem* z, int64_t ldz, typename Fmt::Y* y) {
   using V = typename Fmt::Vec;
   using F = typename V::F;
   // An FMA takes 4 cycles and one or two start per cycle: few accumulators need several independent sums.
   constexpr int KU = MR * NV >= 8 ? 1 : (MR * NV >= 4 ? 2 : 4);
   constexpr int step = Fmt::step;
   constexpr int64_t x_line = 64 / sizeof(typename Fmt::X);
-  for (int m = 0; m < MR; ++m)
-    for (int64_t n = 0; n < s.cols; n += 64 / sizeof(typename Fmt::Y)) prefetch_to_write(y + m * s.ldy + n);
   F acc[KU][MR][NV];  // [KU][MR][NV * W]
   for (int u = 0; u < KU; ++u)
     for (int m = 0; m < MR; ++m)
@@ -123,7 +125,6 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
   // y hides that error, so its sums run through.
   constexpr bool in_parts = sizeof(typename Fmt::Y) == sizeof(typename V::Elem);
   constexpr int64_t part = 256;
-  alignas(64) typename V::Elem z[MR * NV * V::W];  // [MR][NV * W]
   bool closed = false;
   int64_t open = 0;                                                 // inputs summed since the last closing
   const int64_t ldw = a.R * step;                                   // weights of one step
@@ -141,17 +142,25 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
     if (in_parts && (open += inputs) > part) {
       for (int m = 0; m < MR; ++m)
         for (int v = 0; v < NV; ++v) {
-          F sum = closed ? V::load(z + (m * NV + v) * V::W) : V::zero();
+          F sum = closed ? V::load(z + m * ldz + v * V::W) : V::zero();
           for (int u = 0; u < KU; ++u) {
             sum = V::add(sum, acc[u][m][v]);
             acc[u][m][v] = V::zero();
           }
-          V::store(z + (m * NV + v) * V::W, sum);
+          V::store(z + m * ldz + v * V::W, sum);
         }
       closed = true;
       open = inputs;
     }
     int64_t k = 0;
+    if (e == begin && KU == 1)
+      for (int m = 0; m < MR && k + step <= inputs; m += 2, k += step, wb += ldw) {
+        for (int64_t j = 0; j < NV * V::W; j += 64 / sizeof(typename Fmt::Y)) {
+          prefetch_to_write(y + m * a.N + j);
+          prefetch_to_write(y + (m + 1) * a.N + j);
+        }
+        tile_step<Fmt, MR, NV>(xb + k, ldx, wb, acc[0]);
+      }
     for (; k + KU * step <= inputs; k += KU * step)
       for (int u = 0; u < KU; ++u, wb += ldw) tile_step<Fmt, MR, NV>(xb + k + u * step, ldx, wb, acc[u]);
     if (KU > 1)
@@ -168,32 +177,16 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
   for (int u = 1; u < KU; ++u)
     for (int m = 0; m < MR; ++m)
       for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], acc[u][m][v]);
-  if (in_parts && closed)
-    for (int m = 0; m < MR; ++m)
-      for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], V::load(z + (m * NV + v) * V::W));
-  // The bias comes last: a sum that starts from it would round every product to the bias's magnitude.
-  if (bias)
-    for (int v = 0; v < NV; ++v) {
-      const F b = Fmt::load_y(bias + v * V::W);
-      for (int m = 0; m < MR; ++m) acc[0][m][v] = V::add(acc[0][m][v], b);
-    }
-  if (s.activation == Activation::none && s.cols == NV * V::W) {
-    for (int m = 0; m < MR; ++m)
-      for (int v = 0; v < NV; ++v) {
-        F z = acc[0][m][v];
-        if (residual) z = V::add(z, Fmt::load_y(residual + m * s.ldy + v * V::W));
-        Fmt::store_y(y + m * s.ldy + v * V::W, z);
-      }
-    return;
-  }
   for (int m = 0; m < MR; ++m)
-    for (int v = 0; v < NV; ++v) V::store(z + (m * NV + v) * V::W, acc[0][m][v]);
-  finish<Fmt>(z, NV * V::W, nullptr, residual, y, s);
+    for (int v = 0; v < NV; ++v) {
+      typename V::Elem* to = z + m * ldz + v * V::W;
+      V::store(to, in_parts && closed ? V::add(acc[0][m][v], V::load(to)) : acc[0][m][v]);
+    }
 }
 
 template <class Fmt>
 using TileFn = void (*)(const LinearArgs&, const typename Fmt::X*, int64_t, const typename Fmt::Wt*, int64_t, int64_t,
-                        const typename Fmt::Y*, const typename Fmt::Y*, typename Fmt::Y*, const Strip&);
+                        typename Fmt::Vec::Elem*, int64_t, typename Fmt::Y*);
 
 // tile_of<Fmt, NV>::row[MR - 1]; the largest MR leaves registers for NV weight vectors (times parts) and one broadcast.
 template <class Fmt, int NV, int MR>
@@ -235,49 +228,53 @@ inline int64_t group_end(const LinearArgs& a, int64_t i, int64_t i1, int64_t wei
 }
 
 // Rows [m0, m1) of block-rows [i0, i1). x is a.x, or its rows widened to float, as X with ldx elements per row, starting at row m0.
-// A group of block-rows is finished for one panel of rows before the next panel: its x then stays in L1, and y is written along rows.
+// A group of block-rows is finished for one panel of rows before the next panel: its x then stays in L1. Sums of up to 256 outputs
+// gather in a stage and leave it along rows: rows of y are often a multiple of 4 KiB apart, so writing down a column of y would let all
+// rows of a tile compete for one set of the L1 cache.
 template <class Fmt>
 void linear_range(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, int64_t m0, int64_t m1, int64_t i0, int64_t i1) {
   using V = typename Fmt::Vec;
   using Y = typename Fmt::Y;
   static const Tiles<Fmt> tiles;
   constexpr int widest = Tiles<Fmt>::widest, rows_widest = max_rows<Fmt, widest>(), rows_two = max_rows<Fmt, 2>();
+  constexpr int64_t stage_cols = 256, ldz = stage_cols + 4 * V::W;  // the last strip may store past the outputs it has
   const bool has_wide = widest == 4 && a.R >= 4 * V::W;
   // Panels are whole tiles high, of the strips that R is made of, and nearly equal: 16 rows are 8 + 8, not 14 + 2.
-  const int64_t panel = has_wide || widest == 2 ? 2 * rows_widest : rows_two;
+  constexpr int64_t panel_wide = 2 * rows_widest, panel_most = panel_wide > rows_two ? panel_wide : rows_two;
+  const int64_t panel = has_wide || widest == 2 ? panel_wide : rows_two;
   const int64_t rows = m1 - m0, panels = (rows + panel - 1) / panel;
-  Strip s;
-  s.ldy = a.N;
-  s.activation = a.activation;
+  alignas(64) typename V::Elem stage[panel_most * ldz];  // [panel][stage_cols]
   for (int64_t g0 = i0, g1; g0 < i1; g0 = g1) {
     g1 = group_end(a, g0, i1, sizeof(typename Fmt::Wt));
+    const int64_t n_end = g1 * a.R < a.N ? g1 * a.R : a.N;
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t from = rows * p / panels, high = rows * (p + 1) / panels - from;
+      const typename Fmt::X* xp = x + from * ldx;                                   // [high, K]
+      const int64_t y_row = (m0 + from) * a.N;
+      int64_t n = g0 * a.R, staged = n;  // outputs [staged, n) are in the stage
       for (int64_t i = g0; i < g1; ++i) {
-        const int64_t outputs = a.N - i * a.R < a.R ? a.N - i * a.R : a.R;
-        for (int64_t r = 0; r < outputs;) {
-          const int64_t left = outputs - r, n = i * a.R + r;
+        const int64_t row_end = (i + 1) * a.R < a.N ? (i + 1) * a.R : a.N;
+        while (n < row_end) {
+          const int64_t left = row_end - n;
           const bool wide = has_wide && left >= 4 * V::W;
           const int vectors = wide ? 4 : (left > V::W ? 2 : 1);
           const TileFn<Fmt>* table = wide ? tiles.four : (vectors == 2 ? tiles.two : tiles.one);
           const int64_t most = wide ? rows_widest : (vectors == 2 ? rows_two : max_rows<Fmt, 1>());
-          s.cols = left < vectors * V::W ? left : vectors * V::W;
-          const Y* bias = a.bias ? static_cast<const Y*>(a.bias) + n : nullptr;  // [vectors * W]
-          Y edge[2 * V::W] = {};
-          if (bias && s.cols < vectors * V::W) {
-            for (int64_t j = 0; j < s.cols; ++j) edge[j] = bias[j];
-            bias = edge;
-          }
-          const typename Fmt::Wt* w = static_cast<const typename Fmt::Wt*>(a.w) + r * Fmt::step;
+          const int64_t cols = left < vectors * V::W ? left : vectors * V::W;
+          const typename Fmt::Wt* w = static_cast<const typename Fmt::Wt*>(a.w) + (n - i * a.R) * Fmt::step;
           const int64_t count = (high + most - 1) / most;
           for (int64_t t = 0; t < count; ++t) {
-            const int64_t m = from + high * t / count;
-            s.rows = from + high * (t + 1) / count - m;
-            const int64_t at = (m0 + m) * a.N + n;
-            table[s.rows - 1](a, x + m * ldx, ldx, w, a.crow[i], a.crow[i + 1], bias,
-                              a.residual ? static_cast<const Y*>(a.residual) + at : nullptr, static_cast<Y*>(a.y) + at, s);
+            const int64_t m = high * t / count, tile = high * (t + 1) / count - m;
+            table[tile - 1](a, xp + m * ldx, ldx, w, a.crow[i], a.crow[i + 1], stage + m * ldz + (n - staged), ldz,
+                            static_cast<Y*>(a.y) + y_row + m * a.N + n);
           }
-          r += s.cols;
+          n += cols;
+          if (n == n_end || n - staged + vectors * V::W > stage_cols) {
+            finish<Fmt>(stage, ldz, a.bias ? static_cast<const Y*>(a.bias) + staged : nullptr,
+                        a.residual ? static_cast<const Y*>(a.residual) + y_row + staged : nullptr,
+                        static_cast<Y*>(a.y) + y_row + staged, {high, n - staged, a.N, a.activation});
+            staged = n;
+          }
         }
       }
     }
@@ -371,12 +368,8 @@ void sdd_range(const SddArgs& a, int64_t i0, int64_t i1) {
           for (int64_t k = 0; k < steps; k += chunk)
             sdd_tile<Panel, MR, NV>(dy + k * ld_dy + r * Panel::step, ld_dy, x + k * ldx + c * Panel::step, ldx,
                                     steps - k < chunk ? steps - k : chunk, total);
-          Strip s;
-          s.rows = a.R - r < MR ? a.R - r : MR;
-          s.cols = a.C - c < NV * V::W ? a.C - c : NV * V::W;
-          s.ldy = a.C;
-          s.activation = Activation::none;
-          finish<Out>(total, NV * V::W, nullptr, nullptr, out + e * a.R * a.C + r * a.C + c, s);
+          const int64_t rows = a.R - r < MR ? a.R - r : MR, cols = a.C - c < NV * V::W ? a.C - c : NV * V::W;
+          finish<Out>(total, NV * V::W, nullptr, nullptr, out + e * a.R * a.C + r * a.C + c, {rows, cols, a.C, Activation::none});
         }
     }
   }

@@ -20,9 +20,7 @@ from ..convert import set_module
 from ..errors import SparsePruneError
 from ..layers import SparseLinear
 from ..masks import grid_shape
-from ..serialization import VERSION, layout_metadata, parse_layers
-
-METHOD = "sparse_prune"
+from ..serialization import METHOD, VERSION, layout_metadata, parse_layers
 
 
 @register_quantization_config(METHOD)

@@ -185,7 +185,9 @@ def local_bias(config: GarlicConfig) -> Tensor:
     """
     distance = torch.arange(-config.max_distance, config.max_distance + 1)
     before, after = 3.0 * (distance == -1), 3.0 * (distance == 1)
-    kinds = torch.stack((before, after, -0.25 * distance.abs(), torch.zeros(len(distance))), -1)  # [2 max_distance + 1, 4]
+    kinds = torch.stack(
+        (before, after, -0.25 * distance.abs(), torch.zeros(len(distance))), -1
+    )  # [2 max_distance + 1, 4]
     return kinds.repeat(1, -(-config.num_attention_heads // 4))[:, : config.num_attention_heads]
 
 

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ..errors import SparsePruneError
 from ..models.garlic import GarlicConfig, train_tokenizer
-from ..serialization import is_packed, load_packed, read_json
+from ..serialization import METHOD, load_packed, read_json
 from .data import Example, TagExample, check_task
 
 GARLIC = "garlic"
@@ -53,15 +54,12 @@ def load_model(name: str | Path, task: str, labels: Sequence[str] | None = None)
     Raises SparsePruneError where nothing can be loaded, or the model was trained for the other task.
     """
     source, auto = str(name), AUTO_MODELS[check_task(task)]
-    if Path(source).is_dir() and not Path(source, "config.json").is_file():
-        raise SparsePruneError(
-            source, "a model directory", "no config.json in it", "pass what `sparse-prune train` wrote"
-        )
+    if Path(source).is_dir():
+        check_model_dir(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        if Path(source).is_dir() and is_packed(source):
-            settings = read_json(Path(source, "config.json"))
-            settings.pop("quantization_config", None)
+        settings = read_json(Path(source, "config.json")) if Path(source).is_dir() else {}
+        if settings.pop("quantization_config", {}).get("quant_method") == METHOD:
             config = AutoConfig.for_model(settings.pop("model_type"), **settings)
             return load_packed(auto.from_config(config), source).eval(), tokenizer
         config = AutoConfig.from_pretrained(source)
@@ -74,9 +72,9 @@ def load_model(name: str | Path, task: str, labels: Sequence[str] | None = None)
             )
         options = {} if labels is None else {**_label_settings(labels), "ignore_mismatched_sizes": True}
         model = auto.from_pretrained(source, dtype=torch.float32, **options)
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, SparsePruneError):
-            raise
+    except SparsePruneError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         told = " ".join(str(error).split())[:200]
         expected = "garlic, a model directory or a name on the Hugging Face hub"
         raise SparsePruneError("model", expected, f"{source} ({told})", "check the path or name") from None
@@ -89,6 +87,13 @@ def load_model(name: str | Path, task: str, labels: Sequence[str] | None = None)
             "model", "a tokenizer with a padding token", "none", "set pad_token in its tokenizer_config.json"
         )
     return model, tokenizer
+
+
+def check_model_dir(path: str | Path) -> None:
+    """Raise SparsePruneError unless path is a directory with a model's config.json."""
+    if not Path(path, "config.json").is_file():
+        got = "no config.json in it" if Path(path).is_dir() else "no such directory"
+        raise SparsePruneError(str(path), "a model directory", got, "pass what `sparse-prune train` wrote")
 
 
 def auto_suffix(task: str) -> str:

@@ -27,14 +27,24 @@ from ..integrations.trainer import (
     history,
     seconds_spent,
 )
-from ..masks import check_blocksize, check_density, element_density
+from ..masks import check_blocksize, element_density
 from ..pruner import PruneConfig, Pruner
 from ..serialization import MASKS_NAME, WEIGHTS_NAME, atomic_dir, read_json, save_masks, save_packed, write_json
 from .analysis import analyse, full_batch, measure_latency, timed_in_turns
 from .data import Example, builtin, check_task, load_examples
 from .encoding import Collator, LengthBatches, encode
 from .evaluation import Score, label_names, predict, score
-from .models import GARLIC, encoder_filter, labels_of, load_model, max_length_of, native_bf16, new_garlic, quiet
+from .models import (
+    GARLIC,
+    check_model_dir,
+    encoder_filter,
+    labels_of,
+    load_model,
+    max_length_of,
+    native_bf16,
+    new_garlic,
+    quiet,
+)
 from .store import RUN_NAME, check_out, fingerprint, finished, last_checkpoint, record, work_dir
 
 Report = Callable[[str, int, int, str], None]  # report(phase, step, of, text)
@@ -261,10 +271,16 @@ class Pruned:
 
 
 def check_prune_args(args: PruneArgs) -> None:
-    """Raise SparsePruneError for a task, density, block size or criterion that cannot be."""
+    """Raise SparsePruneError for arguments that cannot be, before anything is written."""
     check_task(args.task)
-    check_density(args.density)
-    check_blocksize(args.block)
+    PruneConfig(
+        criterion=args.criterion,
+        schedule=args.schedule,
+        scope=args.scope,
+        density=args.density,
+        blocksize=tuple(args.block),
+    )
+    check_model_dir(args.model)
 
 
 def fit_pruned(args: PruneArgs, parts: dict[str, list[Example]], mark: str, report: Report | None) -> Pruned:
@@ -295,6 +311,7 @@ def evaluate(model_dir: Path, task: str, file: Path | None = None, max_length: i
     Returns {"task", "score": {"name", "value", "per_class"}, "examples", "seconds"}.
     """
     check_task(task)
+    check_model_dir(model_dir)
     examples = builtin(task, seed).test if file is None else load_examples(task, file)
     model, tokenizer = load_model(model_dir, task)
     if file is not None:
