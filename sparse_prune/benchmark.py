@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import backends
+from . import __version__, backends
 from .bsr import BsrWeight
 from .errors import SparsePruneError
 from .layers import SparseLinear
@@ -28,8 +28,8 @@ from .masks import check_density, expand_mask, grid_shape
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def machine() -> dict[str, str]:
-    """CPU model, best instruction set, and the versions that a number depends on."""
+def machine() -> dict[str, str | int]:
+    """CPU model, best instruction set, threads, and the versions that a number depends on."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -37,19 +37,14 @@ def machine() -> dict[str, str]:
             line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         cpu = names[0] if names else cpu
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        ours = version("sparse-prune")
-    except PackageNotFoundError:
-        ours = "not installed"
     isa = backends.cpu_isas()[0] if backends.cpu_isas() else "none (plain PyTorch)"
     return {
         "cpu": cpu,
         "isa": isa,
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "sparse_prune": ours,
+        "sparse_prune": __version__,
     }
 
 
@@ -194,6 +189,7 @@ def bench_linear(
         rows.append(
             {
                 "kind": "linear",
+                **about,
                 **{"M": m, "K": k, "N": n, "blocksize": list(blocksize), "density": layer.density, "dtype": dtype_name},
                 "threads": used,
                 "us": {name: seconds * 1e6 for name, seconds in medians.items()},
@@ -204,7 +200,6 @@ def bench_linear(
                 "share": best_dense / sparse * layer.density,
                 "error": error,
                 "dense_error": dense_error,
-                **about,
             }
         )
         if on_row is not None:
@@ -273,13 +268,13 @@ def bench_model(
                 rows.append(
                     {
                         "kind": "model",
+                        **about,
                         **{"batch": batch, "length": length, "dtype": dtype_name, "threads": used},
                         "dense_ms": medians["dense"] * 1e3,
                         "sparse_ms": medians["sparse"] * 1e3,
                         "dense_per_s": batch / medians["dense"],
                         "sparse_per_s": batch / medians["sparse"],
                         "speedup": medians["dense"] / medians["sparse"],
-                        **about,
                     }
                 )
                 if on_row is not None:

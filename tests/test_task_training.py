@@ -44,7 +44,7 @@ def tiny_recipes(monkeypatch):
         for key in list(table):
             monkeypatch.setitem(table, key, recipe)
     monkeypatch.setattr(training, "FINE_TUNE", recipe)
-    monkeypatch.setattr("sparse_prune.tasks.analysis.TIMED_RUNS", 1)
+    monkeypatch.setattr("sparse_prune.tasks.analysis.TIMED_SECONDS", 0)
 
 
 @pytest.fixture

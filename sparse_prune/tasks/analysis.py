@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-import platform
-import statistics
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .. import __version__, backends
+from ..benchmark import interleaved_medians, machine
 from ..convert import LayerReport
 from ..report import collect_heads, collect_layers
 from .data import Example, TagExample, TextExample
@@ -21,7 +18,7 @@ from .models import native_bf16
 
 TITLES = {"sentiment": "Sentiment of reviews", "ner": "People, places and organisations"}
 SHOWN_EXAMPLES = 8
-TIMED_RUNS = 15
+TIMED_SECONDS = 3.0  # for each batch and dtype
 
 
 def analyse(
@@ -179,17 +176,20 @@ def measure_latency(
     """Median milliseconds of the model without its head on real text at batch 16 and 1, dense and sparse in turns; fp32 first."""
     rows = []
     for dtype in (torch.float32, torch.bfloat16) if native_bf16() else (torch.float32,):
-        nets = [copy.deepcopy(net).eval().to(dtype).base_model for net in (dense, sparse)]
+        pair = {"dense": dense, "sparse": sparse}
+        nets = {name: copy.deepcopy(net).eval().to(dtype).base_model for name, net in pair.items()}
         for batch in (16, 1):
             inputs = full_batch(tokenizer, examples, batch, max_length)
-            times = timed_in_turns([lambda net=net: net(**inputs) for net in nets])  # noqa: B023
+            calls = {name: lambda net=net: net(**inputs) for name, net in nets.items()}  # noqa: B023
+            with torch.inference_mode():
+                times = interleaved_medians(calls, TIMED_SECONDS)
             rows.append(
                 {
                     "batch": batch,
                     "length": max_length,
                     "dtype": str(dtype).removeprefix("torch."),
-                    "dense_ms": 1e3 * times[0],
-                    "sparse_ms": 1e3 * times[1],
+                    "dense_ms": 1e3 * times["dense"],
+                    "sparse_ms": 1e3 * times["sparse"],
                 }
             )
     return rows
@@ -208,19 +208,6 @@ def full_batch(tokenizer, examples: Sequence[Example], batch: int, length: int) 
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-@torch.inference_mode()
-def timed_in_turns(calls: Sequence[Callable[[], object]], runs: int = TIMED_RUNS) -> list[float]:
-    """Median seconds of each call, all taking turns so that a change in the machine's speed meets them alike."""
-    times: list[list[float]] = [[] for _ in calls]
-    for turn in range(runs + 3):
-        for call, taken in zip(calls, times, strict=True):
-            started = time.perf_counter()
-            call()
-            if turn >= 3:
-                taken.append(time.perf_counter() - started)
-    return [statistics.median(taken) for taken in times]
-
-
 def throughput(
     dense: nn.Module, sparse: nn.Module, tokenizer, examples: Sequence[Example], max_length: int
 ) -> dict[str, float]:
@@ -233,24 +220,3 @@ def throughput(
             predict(net, tokenizer, some, max_length)
             best[i] = min(best[i], time.perf_counter() - started)
     return {"dense_per_s": len(some) / best[0], "sparse_per_s": len(some) / best[1]}
-
-
-def machine() -> dict:
-    """The machine and the versions that numbers were measured with."""
-    return {
-        "cpu": _cpu_name(),
-        "isa": (backends.cpu_isas() or ("none",))[0],
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "sparse_prune": __version__,
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

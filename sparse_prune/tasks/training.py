@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
+from ..benchmark import interleaved_medians
 from ..convert import BlockSparseConfig, SparsifyResult, sparsify_
 from ..integrations.trainer import (
     PRUNER_STATE_NAME,
@@ -30,7 +31,7 @@ from ..integrations.trainer import (
 from ..masks import check_blocksize, element_density
 from ..pruner import PruneConfig, Pruner
 from ..serialization import MASKS_NAME, WEIGHTS_NAME, atomic_dir, read_json, save_masks, save_packed, write_json
-from .analysis import analyse, full_batch, measure_latency, timed_in_turns
+from .analysis import analyse, full_batch, measure_latency
 from .data import Example, builtin, check_task, load_examples
 from .encoding import Collator, LengthBatches, encode
 from .evaluation import Score, label_names, predict, score
@@ -420,7 +421,8 @@ def _fit(
         if net is model:
             pack_(packed, pruner.masks, args.block)
         inputs = full_batch(tokenizer, watched, 16, length)
-        (seconds,) = timed_in_turns([lambda: packed.base_model(**inputs)], runs=5)
+        with torch.inference_mode():
+            seconds = interleaved_medians({"net": lambda: packed.base_model(**inputs)}, seconds=0.5)["net"]
         value = score(watched, predict(net, tokenizer, watched, length, autocast=settings.bf16)).value
         return {"score": value, "latency_ms": 1e3 * seconds}
 
