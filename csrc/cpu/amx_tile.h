@@ -56,8 +56,9 @@ inline void tile_dot_bf16() {
 
 #else
 
-inline void tile_load_config(const TileConfig* c) { _tile_loadconfig(c); }
-inline void tile_store_config(TileConfig* c) { _tile_storeconfig(c); }
+// Not the intrinsics: GCC's tell the compiler of the first 8 bytes only, and it may then leave the other 56 unwritten.
+inline void tile_load_config(const TileConfig* c) { __asm__ volatile("ldtilecfg %0" : : "m"(*c)); }
+inline void tile_store_config(TileConfig* c) { __asm__ volatile("sttilecfg %0" : "=m"(*c)); }
 // The intrinsics are macros that paste the register's number into the instruction, so each register gets its own function.
 template <int T>
 inline void tile_zero();
