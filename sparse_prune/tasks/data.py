@@ -257,7 +257,7 @@ def save_examples(examples: Sequence[Example], path: str | Path) -> None:
         content = "".join(json.dumps({"text": e.text, "label": e.label}, ensure_ascii=False) + "\n" for e in examples)
     elif path.suffix == ".csv":
         buffer = io.StringIO(newline="")
-        writer = csv.writer(buffer, lineterminator="\n")
+        writer = csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL)  # else a lone carriage return goes bare
         writer.writerows([("text", "label"), *((e.text, e.label) for e in examples)])
         content = buffer.getvalue()
     else:
