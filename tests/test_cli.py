@@ -85,8 +85,8 @@ def test_the_whole_path(run, reviews, dense, tmp_path):
         scores[directory] = json.loads((tmp_path / "eval.json").read_text())["score"]["value"]
     assert len(set(scores.values())) == 1 and scores[out] == pytest.approx(metrics["sparse"]["accuracy"])
 
-    code, text = run("report", out)
-    assert code == 0 and (out / "report.html").is_file(), text
+    code, text = run("report", out, "--picture", tmp_path / "picture.png")
+    assert code == 0 and (out / "report.html").is_file() and (tmp_path / "picture.png").is_file(), text
 
 
 def test_doctor(run, tmp_path):
