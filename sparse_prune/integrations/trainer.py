@@ -53,7 +53,7 @@ class PruningCallback(TrainerCallback):
 
 
 class DistillationTrainer(Trainer):
-    """Trainer whose loss is (1 - a) * task loss + a * T^2 KL(teacher || student) + b * (1 - cos of hidden states).
+    """Trainer whose loss is (1 - a) * task loss + a * T^2 KL(teacher || student) + b * hidden_loss.
 
     teacher          the dense model, frozen; None trains on labels alone
     distill          temperature T, logits_weight a, hidden_weight b
