@@ -81,13 +81,13 @@ NER = {"embedding_dropout_prob": 0.2, "classifier_dropout": 0.1}
 TRAIN_RECIPES = {
     ("sentiment", False): Recipe(2, 7e-4, 64, 1.5, 0.05, SENTIMENT),
     ("sentiment", True): Recipe(4, 7e-4, 64, 1.5, 0.05, SENTIMENT),
-    ("ner", False): Recipe(1.5, 1e-3, 16, 2.0, 0.02, NER),
+    ("ner", False): Recipe(1, 1e-3, 16, 2.0, 0.02, NER),
     ("ner", True): Recipe(5, 1e-3, 16, 2.0, 0.02, NER),
 }
 PRUNE_RECIPES = {
     ("sentiment", False): Recipe(2, 5e-4, 64, 1.0, 0.01),
     ("sentiment", True): Recipe(5, 5e-4, 64, 1.0, 0.01),
-    ("ner", False): Recipe(1, 7e-4, 32, 1.0, 0.01),
+    ("ner", False): Recipe(0.6, 7e-4, 32, 1.0, 0.01),
     ("ner", True): Recipe(4, 7e-4, 32, 1.0, 0.01),
 }
 FINE_TUNE = Recipe(3, 5e-5, 32, 1.0, 0.01)  # a model that comes trained: the rate that BERT's authors suggest
