@@ -87,7 +87,7 @@ TRAIN_RECIPES = {
 PRUNE_RECIPES = {
     ("sentiment", False): Recipe(2, 5e-4, 64, 1.0, 0.01),
     ("sentiment", True): Recipe(5, 5e-4, 64, 1.0, 0.01),
-    ("ner", False): Recipe(0.6, 7e-4, 32, 1.0, 0.01),
+    ("ner", False): Recipe(0.9, 7e-4, 32, 1.0, 0.01),
     ("ner", True): Recipe(4, 7e-4, 32, 1.0, 0.01),
 }
 FINE_TUNE = Recipe(3, 5e-5, 32, 1.0, 0.01)  # a model that comes trained: the rate that BERT's authors suggest
