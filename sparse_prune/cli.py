@@ -231,7 +231,9 @@ def evaluate(
 def make_report(
     directory: Annotated[Path, typer.Argument(help="directory with metrics.json, as prune and demo write it")],
     out: Annotated[Optional[Path], typer.Option(help="the page to write", show_default="DIRECTORY/report.html")] = None,  # noqa: UP045
-    picture: Annotated[Path | None, typer.Option(help="also draw score and speed-up over density to this PNG")] = None,  # noqa: UP045
+    picture: Annotated[
+        Path | None, typer.Option(help="also draw score, latency and size, dense beside sparse, to this PNG")
+    ] = None,  # noqa: UP045
 ) -> None:
     """Draw one self-contained HTML page of what pruning did."""
     from .report import render_report, summary_picture

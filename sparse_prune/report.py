@@ -165,59 +165,32 @@ def collect_heads(
 
 
 def summary_picture(directory: str | os.PathLike, out: str | os.PathLike) -> Path:
-    """Write a PNG about the run in directory: score and speed-up over density, or, without a curve, dense beside sparse.
+    """Write a PNG about the run in directory: score, latency and size, dense beside sparse.
 
     Raises SparsePruneError where the files are missing or malformed, or matplotlib is not installed.
     """
     directory, out = Path(directory), Path(out)
     metrics, analysis = _load(directory)
     head = _build(directory / "metrics.json", _HEAD_KEYS, lambda: _headline(metrics, analysis))
-    curve = _build(directory / "analysis.json", "curve", lambda: _curve_points(analysis))
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.patheffects import withStroke
-        from matplotlib.ticker import FixedLocator, NullLocator
     except ImportError:
         raise SparsePruneError(
             "matplotlib", "the package matplotlib", "not installed", "pip install 'sparse-prune[report]'"
         ) from None
     grey, blue, ink = "#6b7683", "#2264ab", "#1d2733"
-    halo = withStroke(linewidth=3, foreground="white")
     figure = Figure(figsize=(9, 3.5), dpi=160, facecolor="white", layout="constrained")
     figure.suptitle(head["short"], fontsize=12.5, fontweight="bold", color=ink)
-    if curve:
-        densities = [point["density"] for point in curve]
-        lines = [
-            (f"{head['metric']} (%)", [100 * point["score"] for point in curve], 100 * curve[-1]["score"], "{:.1f}")
-        ]
-        if all("speed" in point for point in curve):
-            lines.append(("speed-up over dense", [point["speed"] for point in curve], 1.0, "{:.1f}×"))
-        for axes, (label, values, reference, form) in zip(
-            figure.subplots(1, len(lines), squeeze=False)[0], lines, strict=True
-        ):
-            axes.axhline(reference, color=grey, linewidth=1, linestyle=(0, (4, 3)))
-            axes.plot(densities, values, color=blue, linewidth=2, marker="o", markersize=5)
-            for x, y in zip(densities, values, strict=True):
-                style = {"ha": "center", "fontsize": 9, "color": ink, "path_effects": [halo]}
-                axes.annotate(form.format(y), (x, y), (0, 8), textcoords="offset points", **style)
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(FixedLocator(densities))
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.set_xticks(densities, [percent(x) for x in densities])
-            axes.set_xlabel("blocks kept in the encoder (100% is dense)")
-            axes.set_title(label, fontsize=11, loc="left", color=ink)
-            axes.margins(x=0.08, y=0.2)
-    else:
-        figure.get_layout_engine().set(wspace=0.12)
-        bars = [(row["name"], row["values"], row["texts"]) for row in head["bars"]]
-        for axes, (name, values, texts) in zip(figure.subplots(1, len(bars), squeeze=False)[0], bars, strict=True):
-            drawn = axes.bar(["dense", "sparse"], values, color=[grey, blue], width=0.6)
-            axes.bar_label(drawn, texts, padding=3, fontsize=10, color=ink)
-            axes.set_title(name, fontsize=11, loc="left", color=ink)
-            axes.set_yticks([])
-            axes.spines["left"].set_visible(False)
-            axes.margins(y=0.15)
+    figure.get_layout_engine().set(wspace=0.12)
+    bars = [(row["name"], row["values"], row["texts"]) for row in head["bars"]]
+    for axes, (name, values, texts) in zip(figure.subplots(1, len(bars), squeeze=False)[0], bars, strict=True):
+        drawn = axes.bar(["dense", "sparse"], values, color=[grey, blue], width=0.6)
+        axes.bar_label(drawn, texts, padding=3, fontsize=10, color=ink)
+        axes.set_title(name, fontsize=11, loc="left", color=ink)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.margins(y=0.15)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(grey)

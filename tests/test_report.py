@@ -468,11 +468,9 @@ def test_collect_heads_of_separate_and_shared_projections():
     assert collect_heads(model, {}) == []
 
 
-@pytest.mark.parametrize("curve", [True, False])
-def test_summary_picture(tmp_path, curve):
+def test_summary_picture(tmp_path):
     pytest.importorskip("matplotlib")
-    directory = make_run(tmp_path / "run") if curve else make_run(tmp_path / "run", curve=None)
-    out = summary_picture(directory, tmp_path / "docs" / "summary.png")
+    out = summary_picture(make_run(tmp_path / "run"), tmp_path / "docs" / "summary.png")
     data = out.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", data[16:24])[0] == 1440
 
