@@ -19,6 +19,7 @@ help: ## list the commands
 install: $(INSTALLED) ## make .venv with sparse-prune, built for this machine's compiler if it has one
 
 # A Python that has torch already lends it; else a CPU wheel is tried before the default one, which may bring gigabytes of CUDA.
+# The package goes in twice: dependencies that come as source want an isolated build, the kernels the torch that is installed.
 $(INSTALLED): $(SOURCES)
 	@test -x $(BIN)/python || { echo "Making $(VENV) with $$($(PYTHON) --version)"; \
 	  $(PYTHON) -m venv $$($(PYTHON) -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)' \
@@ -27,8 +28,10 @@ $(INSTALLED): $(SOURCES)
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "Installing $(TORCH)"; $(BIN)/python -m pip install -q '$(TORCH)+cpu' 2>/dev/null; } \
 	  || { echo "pip finds no CPU wheel of $(TORCH): installing the default one. To avoid CUDA, set PIP_EXTRA_INDEX_URL to an index of CPU wheels."; \
 	    $(BIN)/python -m pip install '$(TORCH)'; }
-	@echo "Installing sparse-prune and building its kernels"
-	@$(BIN)/python -m pip install -q --no-build-isolation -e '.[nlp,report,test]'
+	@echo "Installing what sparse-prune needs"
+	@SPARSE_PRUNE_CPU=0 $(BIN)/python -m pip install -q -e '.[nlp,report,test]'
+	@echo "Building its kernels"
+	@$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 	@$(BIN)/sparse-prune doctor
 	@touch $@
 

@@ -30,6 +30,7 @@ bench_app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 
 console = Console(stderr=False)
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 # typer reads these at run time, on Python 3.10 too: Optional, not `| None`.
 Task = Annotated[str, typer.Option("--task", help="sentiment or ner")]
@@ -276,22 +277,10 @@ def bench_linear(
     from . import benchmark
 
     pairs = [parse_pair(text) for text in shapes.split(",")]
-    table = Table(title="microseconds, medians of runs in turn", title_justify="left")
-    columns = (
-        "K",
-        "N",
-        "M",
-        "block",
-        "density",
-        "dtype",
-        "threads",
-        "sparse",
-        "best dense",
-        "speed-up",
-        "of 1/density",
-    )
-    for column in columns:
-        table.add_column(column, justify="right")
+    title = "microseconds, medians of runs in turn; ratio to the best dense, share of the ideal 1/density"
+    table = Table(title=title, title_justify="left")
+    for column in ("weight", "M", "block", "density", "dtype", "thr", "sparse", "dense", "ratio", "share"):
+        table.add_column(column, justify="right", no_wrap=True)
     with _progress() as report:
         blocks = [parse_block(text) for text in block.split(",")]
         grid = [
@@ -313,14 +302,8 @@ def bench_linear(
     for row in rows:
         us = row["us"]
         best = min(us[name] for name in ("dense", "dense_prepacked") if name in us)
-        problem = (
-            row["K"],
-            row["N"],
-            row["M"],
-            "x".join(map(str, row["blocksize"])),
-            f"{row['density']:.2f}",
-            row["dtype"],
-        )
+        block_text = "x".join(map(str, row["blocksize"]))
+        problem = (f"{row['K']}->{row['N']}", row["M"], block_text, f"{row['density']:.2f}", SHORT[row["dtype"]])
         values = (row["threads"], f"{us['sparse']:.0f}", f"{best:.0f}", f"{row['speedup']:.2f}", f"{row['share']:.2f}")
         table.add_row(*map(str, (*problem, *values)))
     console.print(table)
@@ -344,9 +327,10 @@ def bench_model(
 ) -> None:
     """Time a whole model, dense and packed, in one run."""
     from . import benchmark
-    from .tasks.models import load_model
+    from .tasks.models import load_model, quiet
 
-    models = [load_model(path, task)[0] for path in (dense, sparse)]
+    with quiet():
+        models = [load_model(path, task)[0] for path in (dense, sparse)]
     grid = {"batches": _numbers(batch, int), "lengths": _numbers(length, int), "dtypes": dtype.split(",")}
     with _progress() as report:
         total, done = math.prod(len(axis) for axis in grid.values()), 0

@@ -38,7 +38,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("crow_indices", crow_indices)
         self.register_buffer("col_indices", col_indices)
         self.values = nn.Parameter(values)
-        self.bias = None if bias is None else nn.Parameter(bias)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self._prepacked: Tensor | None = None
         self._prepacked_key: object = None
 
@@ -101,24 +101,25 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor, activation: Activation = "none", residual: Tensor | None = None) -> Tensor:
         """x [..., K] -> act(x @ W^T + b) + residual, [..., N]."""
-        values, bias = self.values, self.bias
-        if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, values, bias = x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+        # Straight to the dicts: nn.Module's attribute lookup costs more than a small product, and there are five of them.
+        parameters, buffers = self._parameters, self._buffers
+        own, bias = parameters["values"], parameters["bias"]
+        values, device = own, own.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x, values, bias = x.to(dtype), own.to(dtype), None if bias is None else bias.to(dtype)
             residual = None if residual is None else residual.to(dtype)
-        if x.shape[-1:] != (self.in_features,) or x.dtype != values.dtype or x.device != values.device:
+        shape = x.shape
+        if shape[-1:] != (self.in_features,) or x.dtype != values.dtype or x.device != values.device:
             self._explain(x, values, bias, activation, residual)
-        if torch.is_grad_enabled() and values.requires_grad or values is not self.values:
-            prepacked = None
-        else:
-            prepacked = self._current_prepacked()
-        out_shape = (*x.shape[:-1], self.out_features)
+        changing = values is not own or (own.requires_grad and torch.is_grad_enabled())
+        prepacked = None if changing else self._current_prepacked(own)
         if residual is not None:
             residual = residual.reshape(-1, self.out_features).contiguous()
         y = torch.ops.sparse_prune.bsr_linear(
             flatten_rows(x),
-            self.crow_indices,
-            self.col_indices,
+            buffers["crow_indices"],
+            buffers["col_indices"],
             values,
             prepacked,
             self.out_features,
@@ -126,14 +127,14 @@ class SparseLinear(nn.Module):
             activation,
             residual,
         )
-        return y.view(out_shape)
+        return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
 
-    def _current_prepacked(self) -> Tensor | None:
+    def _current_prepacked(self, values: Tensor) -> Tensor | None:
         if torch.compiler.is_compiling():
             return self._prepacked
-        key = values_key(self.values)
+        key = values_key(values)
         if key != self._prepacked_key:
-            self._prepacked, self._prepacked_key = prepack(self.values.detach()), key
+            self._prepacked, self._prepacked_key = prepack(values.detach()), key
         return self._prepacked
 
     def _explain(

@@ -164,3 +164,14 @@ def test_block_text():
         cli.parse_block("32x32") == (32, 32) and cli.parse_block("64X16") == (64, 16) and cli.parse_block("8") == (8, 8)
     )
     assert torch.tensor(cli.parse_block("128x16")).tolist() == [128, 16]
+
+
+def test_bench(run, dense, tmp_path):
+    grid = ("--shapes", "64:96", "--tokens", "1,8", "--density", "0.5", "--dtype", "float32", "--seconds", "0")
+    code, text = run("bench", "linear", *grid, "--json", tmp_path / "linear.json", "--picture", tmp_path / "linear.png")
+    assert code == 0 and "64->96" in text and (tmp_path / "linear.png").is_file(), text
+    assert [row["M"] for row in json.loads((tmp_path / "linear.json").read_text())] == [1, 8]
+    code, text = run("bench", "linear", "--tokens", "many")
+    assert code == 2 and "expected whole numbers separated by commas, got many" in text
+    code, text = run("bench", "model", dense, dense, "--batch", "1", "--length", "8", "--dtype", "float32")
+    assert code == 0 and "machine" in text, text
