@@ -29,7 +29,7 @@ $(INSTALLED): $(SOURCES)
 	  || { echo "pip finds no CPU wheel of $(TORCH): installing the default one. To avoid CUDA, set PIP_EXTRA_INDEX_URL to an index of CPU wheels."; \
 	    $(BIN)/python -m pip install '$(TORCH)'; }
 	@echo "Installing what sparse-prune needs"
-	@SPARSE_PRUNE_CPU=0 $(BIN)/python -m pip install -q -e '.[nlp,report,test]'
+	@SPARSE_PRUNE_CPU=0 $(BIN)/python -m pip install -q --use-pep517 -e '.[nlp,report,test]'
 	@echo "Building its kernels"
 	@$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 	@$(BIN)/sparse-prune doctor
