@@ -15,6 +15,7 @@ from .convert import BlockSparseConfig, SparsifyResult, sparsify_
 from .criteria import block_mask
 from .errors import SparsePruneError
 from .layers import SparseLinear, fused_linear
+from .masks import suggest_blocksize
 from .ops import backend_for, bsr_linear
 from .pruner import PruneConfig, Pruner
 from .serialization import load_packed, save_packed
@@ -36,4 +37,5 @@ __all__ = [
     "save_packed",
     "show_config",
     "sparsify_",
+    "suggest_blocksize",
 ]

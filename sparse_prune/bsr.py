@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import SparsePruneError
-from .masks import check_blocksize, check_mask, element_density, grid_shape, pad_to_blocks
+from .masks import block_sum, check_blocksize, check_mask, element_density, grid_shape, pad_to_blocks, suggest_blocksize
 
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _REPACK = "the checkpoint is damaged or was not made by sparse-prune: pack the model again"
@@ -67,6 +68,99 @@ class BsrWeight:
         col_indices = mask.nonzero()[:, 1].to(torch.int32)
         check_finite(values, "weight")
         return cls(tuple(weight.shape), blocksize, crow_indices, col_indices, values)
+
+    @classmethod
+    def from_zeros(cls, weight: Tensor, blocksize: Sequence[int] | None = None) -> BsrWeight:
+        """Keep the blocks of weight[N, K] that hold a nonzero: for a dense matrix that was pruned elsewhere.
+
+        blocksize None takes what `suggest_blocksize` finds. Raises SparsePruneError where it finds none.
+        """
+        if blocksize is None:
+            found = suggest_blocksize(weight)
+            if found is None:
+                raise SparsePruneError(
+                    "blocksize",
+                    "blocks of zeros in the weight",
+                    "scattered zeros or none",
+                    "pass a blocksize, or prune",
+                )
+            blocksize = found.blocksize
+        blocksize = check_blocksize(blocksize)
+        return cls.from_dense(weight, block_sum((weight.detach() != 0).float(), blocksize) > 0, blocksize)
+
+    @classmethod
+    def from_torch(cls, matrix: Tensor, blocksize: Sequence[int] | None = None) -> BsrWeight:
+        """The weight that a torch sparse matrix [N, K] holds, of any sparse layout.
+
+        A BSR tensor keeps its own blocks, explicit zeros included; of the other layouts the nonzeros are cut into `blocksize`
+        (None: see from_zeros). Raises SparsePruneError for a dense tensor, or a blocksize that is not the BSR tensor's.
+        """
+        if not isinstance(matrix, Tensor) or matrix.layout is torch.strided or matrix.ndim != 2:
+            got = f"{matrix.layout} {tuple(matrix.shape)}" if isinstance(matrix, Tensor) else type(matrix).__name__
+            raise SparsePruneError(
+                "matrix", "a sparse torch matrix", got, "use from_dense or from_zeros for a dense one"
+            )
+        if matrix.layout is not torch.sparse_bsr:
+            return cls.from_zeros(matrix.detach().to_dense(), blocksize)
+        values = matrix.values().detach()
+        own = tuple(values.shape[1:])
+        if blocksize is not None and check_blocksize(blocksize) != own:
+            raise SparsePruneError("blocksize", f"{own}, the BSR tensor's", blocksize, "leave it out")
+        crow_indices, col_indices = (t.to(torch.int32) for t in (matrix.crow_indices(), matrix.col_indices()))
+        rows = block_rows(crow_indices, values.shape[0])
+        order = torch.argsort(rows * grid_shape(matrix.shape, own)[1] + col_indices, stable=True)
+        packed = cls(tuple(matrix.shape), own, crow_indices, col_indices[order], values[order].contiguous())
+        check_finite(packed.values, "matrix")
+        return packed.validate()
+
+    @classmethod
+    def from_scipy(cls, matrix, blocksize: Sequence[int] | None = None) -> BsrWeight:
+        """The weight that a scipy.sparse matrix or array [N, K] holds, like from_torch: BSR keeps its blocks."""
+        if not hasattr(matrix, "tocsr"):
+            raise SparsePruneError(
+                "matrix", "a scipy.sparse matrix", type(matrix).__name__, "use from_dense for a NumPy array's tensor"
+            )
+        if matrix.format != "bsr":
+            return cls.from_zeros(torch.from_numpy(matrix.toarray()), blocksize)
+        matrix = matrix.copy()
+        matrix.sum_duplicates()
+        parts = (torch.from_numpy(part.copy()) for part in (matrix.indptr, matrix.indices, matrix.data))
+        return cls.from_torch(torch.sparse_bsr_tensor(*parts, matrix.shape, check_invariants=True), blocksize)
+
+    def to_torch(self, layout: torch.layout = torch.sparse_bsr) -> Tensor:
+        """A torch sparse tensor [N, K] of layout torch.sparse_bsr (a copy of the blocks) or torch.sparse_csr (of the nonzeros).
+
+        Raises SparsePruneError for another layout, and for BSR where the blocks do not divide the shape, which torch cannot hold.
+        """
+        if layout is torch.sparse_csr:
+            return self.to_dense().to_sparse_csr()
+        divides = all(size % block == 0 for size, block in zip(self.shape, self.blocksize, strict=True))
+        if layout is not torch.sparse_bsr or not divides:
+            raise SparsePruneError(
+                "layout",
+                "torch.sparse_csr, or torch.sparse_bsr where blocks divide the shape",
+                f"{layout} for {self.shape} in {self.blocksize}",
+                "use torch.sparse_csr",
+            )
+        parts = (self.crow_indices.clone(), self.col_indices.clone(), self.values.clone())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls BSR beta once per process, which the caller asked for
+            return torch.sparse_bsr_tensor(*parts, self.shape, check_invariants=True)
+
+    def to_scipy(self):
+        """A scipy.sparse.bsr_matrix of shape (N, K).
+
+        Raises SparsePruneError for bfloat16, which NumPy lacks, and where the blocks do not divide the shape.
+        """
+        from scipy.sparse import bsr_matrix
+
+        bsr = self.to_torch().cpu()
+        if self.values.dtype is torch.bfloat16:
+            raise SparsePruneError(
+                "dtype", "one that NumPy has", self.values.dtype, "use packed.to(torch.float32) first"
+            )
+        parts = (bsr.values().numpy(), bsr.col_indices().numpy(), bsr.crow_indices().numpy())
+        return bsr_matrix(parts, shape=self.shape)
 
     def to_dense(self) -> Tensor:
         """The weight as [N, K], zeros where blocks were pruned."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -125,3 +126,60 @@ def top_mask(saliency: Tensor, density: float) -> Tensor:
     mask = torch.zeros(saliency.numel(), dtype=torch.bool, device=saliency.device)
     mask[order[:keep]] = True
     return mask.view(saliency.shape)
+
+
+@dataclass(frozen=True)
+class BlockFill:
+    """How blocks of one size would cover the nonzeros of a matrix.
+
+    blocksize   (R, C)
+    density     fraction of blocks that hold a nonzero: what BSR storage and time are proportional to
+    fill        nonzeros over elements of those blocks; 1 means that nothing but nonzeros would be stored
+    """
+
+    blocksize: tuple[int, int]
+    density: float
+    fill: float
+
+
+# Sizes that the kernels run well, largest area first: of two that store the same elements, the larger runs faster.
+DETECTED_SIZES = (
+    (128, 128),
+    (128, 64),
+    (64, 128),
+    (64, 64),
+    (64, 32),
+    (32, 64),
+    (32, 32),
+    (128, 16),
+    (64, 16),
+    (16, 64),
+)
+DETECTED_SIZES += ((32, 16), (16, 32), (16, 16), (32, 8), (8, 32), (16, 8), (8, 16), (8, 8), (4, 4))
+
+
+def block_fills(weight: Tensor) -> list[BlockFill]:
+    """BlockFill of a matrix [N, K] for each size in DETECTED_SIZES that is no larger than the matrix, in that order."""
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or 0 in weight.shape:
+        got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise SparsePruneError("weight", "a matrix [N, K]", got, "pass layer.weight of an nn.Linear")
+    nonzero = (weight.detach() != 0).float()
+    total, fills = float(nonzero.sum()), []
+    for r, c in DETECTED_SIZES:
+        if r <= weight.shape[0] and c <= weight.shape[1]:
+            held = block_sum(nonzero, (r, c)) > 0
+            stored = element_density(held, (r, c), weight.shape) * weight.numel()
+            fills.append(BlockFill((r, c), float(held.float().mean()), total / stored if stored else 1.0))
+    return fills
+
+
+def suggest_blocksize(weight: Tensor, min_fill: float = 0.95) -> BlockFill | None:
+    """The largest block size whose kept blocks hold at least min_fill nonzeros, for a matrix that was pruned elsewhere.
+
+    None where no size from 8x8 up leaves out blocks and is that full: the zeros are then scattered (unstructured or 2:4 pruning)
+    and packing them in blocks would store them. Raises SparsePruneError for anything but a matrix.
+    """
+    for found in block_fills(weight):
+        if found.fill >= min_fill and found.density < 1 and found.blocksize[0] * found.blocksize[1] >= 64:
+            return found
+    return None
