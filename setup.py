@@ -66,8 +66,12 @@ if reason is None:
 
     kernels = CppExtension(
         "sparse_prune._C_cpu",
-        ["csrc/cpu_ops.cpp", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp"))],
-        depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.h")),
+        [
+            "csrc/cpu_ops.cpp",
+            "csrc/encoder_ops.cpp",
+            *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp")),
+        ],
+        depends=["csrc/checks.h", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.h"))],
         # The oldest torch whose interface is used: one wheel then serves every later torch, and every Python from 3.10.
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
         extra_compile_args=[

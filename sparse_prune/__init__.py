@@ -14,6 +14,7 @@ from .bsr import BsrWeight
 from .convert import BlockSparseConfig, SparsifyResult, sparsify_
 from .criteria import block_mask
 from .errors import SparsePruneError
+from .fuse import fuse_encoder_, unfuse_encoder_
 from .layers import SparseLinear, fused_linear
 from .masks import suggest_blocksize
 from .ops import backend_for, bsr_linear
@@ -32,10 +33,12 @@ __all__ = [
     "backend_for",
     "block_mask",
     "bsr_linear",
+    "fuse_encoder_",
     "fused_linear",
     "load_packed",
     "save_packed",
     "show_config",
     "sparsify_",
+    "unfuse_encoder_",
     "suggest_blocksize",
 ]

@@ -124,12 +124,14 @@ def force_isa(name: str) -> Iterator[None]:
 def status() -> list[BackendStatus]:
     """Every backend, best first, with the reason where one cannot run."""
     detail = (
-        f"instruction sets {', '.join(cpu_isas())}; {torch.get_num_threads()} threads" if _library is not None else ""
+        f"instruction sets {', '.join(cpu_isas())}; {torch.get_num_threads()} threads; encoders run fused"
+        if _library is not None
+        else ""
     )
     triton = triton_unavailable(torch.device("cuda"), torch.float16, (32, 32))
     return [
         BackendStatus("triton", triton is None, triton or "", "" if triton else torch.cuda.get_device_name()),
-        BackendStatus("cpu", _library is not None, _reason, detail),
+        BackendStatus("cpu", _library is not None, _reason and f"{_reason}; encoders run unfused", detail),
         BackendStatus("reference", True, "", f"plain PyTorch {torch.__version__}, any device"),
     ]
 

@@ -162,6 +162,38 @@ class BsrWeight:
         parts = (bsr.values().numpy(), bsr.col_indices().numpy(), bsr.crow_indices().numpy())
         return bsr_matrix(parts, shape=self.shape)
 
+    @classmethod
+    def cat(cls, weights: Sequence[BsrWeight]) -> BsrWeight:
+        """The weight whose outputs are those of weights, one after another: [sum of N, K], as torch.cat does for dense ones.
+
+        Raises SparsePruneError unless they share K and blocksize, and all but the last are whole block-rows high.
+        """
+        weights = list(weights)
+        if not weights:
+            raise SparsePruneError("weights", "at least one BsrWeight", "none", "pass the weights of one input")
+        first = weights[0]
+        for weight in weights:
+            if (weight.shape[1], weight.blocksize) != (first.shape[1], first.blocksize):
+                expected = f"{first.shape[1]} inputs in blocks {first.blocksize}, like the first"
+                got = f"{weight.shape[1]} in {weight.blocksize}"
+                raise SparsePruneError("weights", expected, got, "join weights of one input and one blocksize")
+        if any(weight.shape[0] % first.blocksize[0] for weight in weights[:-1]):
+            got = [weight.shape[0] for weight in weights]
+            raise SparsePruneError(
+                "weights", f"outputs in multiples of {first.blocksize[0]}", got, "choose a blocksize that divides them"
+            )
+        crow, stored = [first.crow_indices[:1]], 0
+        for weight in weights:
+            crow.append(weight.crow_indices[1:] + stored)
+            stored += weight.nnzb
+        return cls(
+            (sum(weight.shape[0] for weight in weights), first.shape[1]),
+            first.blocksize,
+            torch.cat(crow),
+            torch.cat([weight.col_indices for weight in weights]),
+            torch.cat([weight.values.detach() for weight in weights]),
+        )
+
     def to_dense(self) -> Tensor:
         """The weight as [N, K], zeros where blocks were pruned."""
         return dense_from_bsr(self.crow_indices, self.col_indices, self.values, self.shape)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from .criteria import block_mask
 from .errors import SparsePruneError
+from .fuse import FuseResult, fuse_encoder_
 from .layers import SparseLinear
 from .masks import block_sum, check_blocksize, check_density, element_density
 
@@ -49,9 +50,10 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class SparsifyResult:
-    """One row per nn.Linear, in module order; print it for the table."""
+    """One row per nn.Linear, in module order, and what became of the encoder around them; print it for the table."""
 
     layers: list[LayerReport]
+    encoder: FuseResult = field(default_factory=lambda: FuseResult([]))
 
     @property
     def converted(self) -> list[str]:
@@ -80,7 +82,7 @@ class SparsifyResult:
         lines.append(
             f"{len(self.converted)} of {len(self.layers)} linear layers are sparse, density {self.density:.3f}"
         )
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(str, self.encoder.stacks)])
 
 
 def sparsify_(
@@ -89,7 +91,7 @@ def sparsify_(
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
     masks: Mapping[str, Tensor] | None = None,
 ) -> SparsifyResult:
-    """Replace the nn.Linear modules of model by SparseLinear, in place.
+    """Replace the nn.Linear modules of model by SparseLinear, in place, and fuse an encoder around them (`fuse_encoder_`).
 
     filter_fn   filter_fn(name, module) -> bool says which layers may change; default: all
     masks       module name -> bool [ceil(N/R), ceil(K/C)], such as Pruner.masks; layers without one stay dense. Without masks each
@@ -134,7 +136,7 @@ def sparsify_(
             set_module(model, name, layer)
             packed_bytes = layer.packed.nbytes
         rows.append(LayerReport(name, shape, config.blocksize, density, dense_bytes, packed_bytes, reason))
-    return SparsifyResult(rows)
+    return SparsifyResult(rows, fuse_encoder_(model))
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -26,8 +26,18 @@ _LINEAR = (
 _DX = "(Tensor dy, Tensor crow_indices, Tensor col_indices, Tensor values, int in_features) -> Tensor"
 _SDD = "(Tensor dy, Tensor x, Tensor crow_indices, Tensor col_indices, int block_rows, int block_cols) -> Tensor"
 
+_ATTENTION = "(Tensor q, Tensor k, Tensor v, float scale, Tensor? bias, Tensor? keep) -> Tensor"
+_LAYER_NORM = "(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual) -> Tensor"
+
 _library = torch.library.Library("sparse_prune", "FRAGMENT")
-for _name, _schema in (("bsr_linear", _LINEAR), ("bsr_linear_dx", _DX), ("bsr_sdd", _SDD)):
+_SCHEMAS = {
+    "bsr_linear": _LINEAR,
+    "bsr_linear_dx": _DX,
+    "bsr_sdd": _SDD,
+    "attention": _ATTENTION,
+    "layer_norm": _LAYER_NORM,
+}
+for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -41,6 +51,8 @@ _REFERENCE = {
     "bsr_linear": _reference_linear,
     "bsr_linear_dx": reference.bsr_linear_dx,
     "bsr_sdd": reference.bsr_sdd,
+    "attention": reference.attention,
+    "layer_norm": reference.layer_norm,
 }
 for _name, _function in _REFERENCE.items():
     _library.impl(_name, _function, "CompositeExplicitAutograd")
@@ -60,6 +72,16 @@ def _(dy, crow_indices, col_indices, values, in_features):
 @torch.library.register_fake("sparse_prune::bsr_sdd", lib=_library)
 def _(dy, x, crow_indices, col_indices, block_rows, block_cols):
     return dy.new_empty(col_indices.shape[0], block_rows, block_cols)
+
+
+@torch.library.register_fake("sparse_prune::attention", lib=_library)
+def _(q, k, v, scale, bias, keep):
+    return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("sparse_prune::layer_norm", lib=_library)
+def _(x, weight, bias, eps, residual):
+    return x.new_empty(x.shape)
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -160,6 +182,39 @@ def bsr_linear(
         packed_values = None if training else _cached_prepack(packed)
         y = torch.ops.sparse_prune.bsr_linear(rows, *bsr, packed_values, n, bias, activation, flat_residual)
     return y.reshape(out_shape)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, keep: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """softmax(scale * q k^T + bias) v per head, for q, k, v[B, T, heads, d] -> [B, T, heads, d]; scale defaults to 1/sqrt(d).
+
+    bias of their dtype and keep (bool: False leaves a key out) broadcast to [B, heads, T, T]. A query that keeps no key averages
+    all of them. On a CPU a kernel of ours runs where no gradient is needed, made for the lengths of encoders: it reads views of one
+    qkv product in place. Otherwise PyTorch's runs.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias)):
+        return reference.attention(q, k, v, scale, bias, keep)
+    return torch.ops.sparse_prune.attention(q, k, v, scale, bias, keep)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """LayerNorm over the last dimension of x + residual, [..., H] -> [..., H]; weight and bias [H].
+
+    Statistics are in float32. On a CPU one pass of a kernel of ours where no gradient is needed; otherwise PyTorch's.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
+        return reference.layer_norm(x, weight, bias, eps, residual)
+    rows = x.reshape(-1, x.shape[-1])  # [M, H]
+    flat = None if residual is None else residual.reshape(rows.shape)
+    return torch.ops.sparse_prune.layer_norm(rows, weight, bias, eps, flat).view(x.shape)
 
 
 def flatten_rows(x: Tensor) -> Tensor:

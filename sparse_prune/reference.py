@@ -46,6 +46,24 @@ def bsr_linear(
     return y if residual is None else y + residual
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, keep: Tensor | None) -> Tensor:
+    """softmax(scale * q k^T + bias, lowest where not keep) v for q, k, v[B, T, heads, d]; bias, keep broadcast to [B, heads, T, T].
+
+    A query that keeps no key averages all of them.
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, T, d]
+    if keep is not None:
+        bias = q.new_zeros(()) if bias is None else bias
+        bias = torch.where(keep, bias, torch.finfo(q.dtype).min)
+    context = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)  # [B, heads, T, d]
+    return context.transpose(1, 2).contiguous()  # [B, T, heads, d]
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None) -> Tensor:
+    """LayerNorm of x[M, H] + residual[M, H] over its rows."""
+    return F.layer_norm(x if residual is None else x + residual, x.shape[-1:], weight, bias, eps)
+
+
 def bsr_linear_dx(dy: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, in_features: int) -> Tensor:
     """dx[M, K] = dy[M, N] @ W[N, K]."""
     return dy @ dense_from_bsr(crow_indices, col_indices, values, (dy.shape[1], in_features))

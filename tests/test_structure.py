@@ -17,6 +17,7 @@ LAYERS = [
     ("cli", "__main__"),
     ("tasks", "models", "integrations"),
     ("convert", "serialization", "report", "charts", "benchmark"),
+    ("fuse",),
     ("layers", "pruner", "distill"),
     ("ops",),
     ("backends",),

@@ -1,9 +1,13 @@
 // fp32 and converted 16-bit products in 256-bit registers.
-#include "kernels.h"
+#include "encoder.h"
 #include "target.h"
 
 #if SPARSE_PRUNE_X86
 #include <immintrin.h>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
 SPARSE_PRUNE_TARGET("avx2,fma,f16c,prfchw")
 
 namespace sparse_prune {
@@ -55,10 +59,22 @@ struct Avx2 {
     first = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
     second = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
+  static inline float sum(F v) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+  static inline float highest(F v) {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+  }
+  static inline F exp_nonpositive(F v) { return vector_exp_nonpositive<Avx2>(v); }
   static inline F activate(F v, Activation a) { return vector_activate<Avx2>(v, a); }
 };
 
 #include "tile_kernel.h"
+#include "encoder_kernel.h"
 }  // namespace
 
 const Kernels* avx2_kernels() {
@@ -66,8 +82,14 @@ const Kernels* avx2_kernels() {
   return &kernels;
 }
 
+const EncoderKernels* avx2_encoder() {
+  static const EncoderKernels kernels = {attention_any<Avx2>, layer_norm_any<Avx2>};
+  return &kernels;
+}
+
 }  // namespace sparse_prune
 SPARSE_PRUNE_TARGET_END
 #else
 const sparse_prune::Kernels* sparse_prune::avx2_kernels() { return nullptr; }
+const sparse_prune::EncoderKernels* sparse_prune::avx2_encoder() { return nullptr; }
 #endif

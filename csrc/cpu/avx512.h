@@ -40,5 +40,8 @@ struct Avx512 {
     first = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
     second = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
   }
+  static inline float sum(F v) { return _mm512_reduce_add_ps(v); }
+  static inline float highest(F v) { return _mm512_reduce_max_ps(v); }
+  static inline F exp_nonpositive(F v) { return vector_exp_nonpositive<Avx512>(v); }
   static inline F activate(F v, Activation a) { return vector_activate<Avx512>(v, a); }
 };

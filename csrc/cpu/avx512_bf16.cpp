@@ -1,10 +1,13 @@
 // bf16 by vdpbf16ps: each 32-bit lane multiplies a pair of inputs and adds both products to a float accumulator.
-#include "kernels.h"
+#include "encoder.h"
 #include "target.h"
 
 #if SPARSE_PRUNE_X86
 #include <immintrin.h>
+#include <cmath>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 SPARSE_PRUNE_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c,prfchw")
 
 namespace sparse_prune {
@@ -12,6 +15,7 @@ namespace {
 #include "activations.h"
 #include "avx512.h"
 #include "tile_kernel.h"
+#include "encoder_kernel.h"
 
 // x stays bf16 in place: two neighbouring inputs of a row are the pair that the instruction wants.
 struct DotBf16 : Plain<Avx512> {
@@ -70,8 +74,14 @@ const Kernels* avx512_bf16_kernels() {
   return &kernels;
 }
 
+const EncoderKernels* avx512_bf16_encoder() {
+  static const EncoderKernels kernels = {attention_of<DotBf16, DotBf16>, layer_norm_of<DotBf16>};
+  return &kernels;
+}
+
 }  // namespace sparse_prune
 SPARSE_PRUNE_TARGET_END
 #else
 const sparse_prune::Kernels* sparse_prune::avx512_bf16_kernels() { return nullptr; }
+const sparse_prune::EncoderKernels* sparse_prune::avx512_bf16_encoder() { return nullptr; }
 #endif

@@ -80,6 +80,14 @@ const Kernels* kernels_of(Isa isa) {
   }
 }
 
+const EncoderKernels& encoder_for(DType dtype) {
+  const Kernels* linear = &kernels_for(dtype);
+  if (dtype == DType::f64) return *portable_f64_encoder();
+  if (linear == amx_bf16_kernels() || linear == avx512_bf16_kernels()) return *avx512_bf16_encoder();
+  if (linear == avx512_kernels()) return *avx512_encoder();
+  return linear == avx2_kernels() ? *avx2_encoder() : *portable_encoder();
+}
+
 // Below 2^18 multiply-adds (a few microseconds) handing work to another thread costs more than it saves.
 int64_t useful_threads(int64_t threads, int64_t multiply_adds) {
   return std::max<int64_t>(1, std::min(threads, multiply_adds >> 18));
@@ -234,6 +242,29 @@ void run_sdd(const SddArgs& a, int64_t threads, ParallelFor parallel) {
     const int64_t total = work_before(a.crow, a.C, rows), low = total * t / tasks, high = total * (t + 1) / tasks;
     kernels.sdd(a, first_row_at(a.crow, rows, a.C, low), first_row_at(a.crow, rows, a.C, high));
   });
+}
+
+void run_attention(const AttentionArgs& a, int64_t threads, ParallelFor parallel) {
+  const int64_t heads = a.B * a.heads;
+  if (heads == 0 || a.T == 0) return;
+  const EncoderKernels& kernels = encoder_for(a.dtype);
+  const int64_t workers = useful_threads(threads, heads * a.T * a.T * 2 * a.d);
+  // A head in parts packs its keys and values once per part, so it is cut only where whole heads would leave threads idle.
+  const int64_t parts = std::min<int64_t>((a.T + 31) / 32, (workers + heads - 1) / heads);
+  const int64_t units = heads * parts, tasks = std::min(workers, units);
+  for_each_task(tasks, parallel, [&](int64_t task) {
+    for (int64_t u = units * task / tasks; u < units * (task + 1) / tasks; ++u) {
+      const int64_t head = u / parts, part = u % parts;
+      kernels.attention(a, head / a.heads, head % a.heads, a.T * part / parts, a.T * (part + 1) / parts);
+    }
+  });
+}
+
+void run_layer_norm(const NormArgs& a, int64_t threads, ParallelFor parallel) {
+  if (a.M == 0 || a.H == 0) return;
+  const EncoderKernels& kernels = encoder_for(a.dtype);
+  const int64_t tasks = std::min(a.M, useful_threads(threads, a.M * a.H * 8));  // an element costs about 8 multiply-adds
+  for_each_task(tasks, parallel, [&](int64_t t) { kernels.layer_norm(a, a.M * t / tasks, a.M * (t + 1) / tasks); });
 }
 
 }  // namespace sparse_prune

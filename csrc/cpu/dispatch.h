@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "kernels.h"
+#include "encoder.h"
 
 namespace sparse_prune {
 
@@ -38,5 +38,9 @@ int64_t panel_elements(DType dtype, int64_t M, int64_t width, int64_t block);
 bool panels_are_float(DType dtype);
 void run_panels(const PanelArgs& args, int64_t threads, ParallelFor parallel);
 void run_sdd(const SddArgs& args, int64_t threads, ParallelFor parallel);
+
+// Independent of threads in the same way.
+void run_attention(const AttentionArgs& args, int64_t threads, ParallelFor parallel);
+void run_layer_norm(const NormArgs& args, int64_t threads, ParallelFor parallel);
 
 }  // namespace sparse_prune

@@ -1,8 +1,10 @@
 // The kernels for any processor: vectors of the compiler's own, 16 bytes wide, which SSE2 and NEON both have.
-#include "kernels.h"
+#include "encoder.h"
 
 #include <cmath>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 
 namespace sparse_prune {
 namespace {
@@ -95,6 +97,24 @@ struct Lanes {
       second[j] = float_of_bits(static_cast<uint32_t>(p[2 * j + 1]) << 16);
     }
   }
+  static inline F sub(F a, F b) { return a - b; }
+  static inline F mul(F a, F b) { return a * b; }
+  static inline F min(F a, F b) { return a < b ? a : b; }  // a NaN in b stays
+  static inline F max(F a, F b) { return a > b ? a : b; }  // a NaN in b stays
+  static inline T sum(F v) {
+    T total = v[0];
+    for (int j = 1; j < W; ++j) total += v[j];
+    return total;
+  }
+  static inline T highest(F v) {
+    T most = v[0];
+    for (int j = 1; j < W; ++j) most = v[j] > most ? v[j] : most;
+    return most;
+  }
+  static inline F exp_nonpositive(F v) {
+    for (int j = 0; j < W; ++j) v[j] = std::exp(v[j]);
+    return v;
+  }
   static inline F activate(F v, Activation activation) {
     if (activation != Activation::none)
       for (int j = 0; j < W; ++j) v[j] = activate_one<T>(v[j], activation);
@@ -103,6 +123,7 @@ struct Lanes {
 };
 
 #include "tile_kernel.h"
+#include "encoder_kernel.h"
 
 }  // namespace
 
@@ -115,6 +136,16 @@ const Kernels* portable_kernels() {
 const Kernels* portable_f64_kernels() {
   static const Kernels kernels = {"portable", false, linear_plain<Lanes<double>>, sdd_range<Plain<Lanes<double>>, Plain<Lanes<double>>>,
                                   panels_of<Plain<Lanes<double>>>};
+  return &kernels;
+}
+
+const EncoderKernels* portable_encoder() {
+  static const EncoderKernels kernels = {attention_any<Lanes<float>>, layer_norm_any<Lanes<float>>};
+  return &kernels;
+}
+
+const EncoderKernels* portable_f64_encoder() {
+  static const EncoderKernels kernels = {attention_of<Plain<Lanes<double>>, Plain<Lanes<double>>>, layer_norm_of<Plain<Lanes<double>>>};
   return &kernels;
 }
 

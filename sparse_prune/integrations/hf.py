@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..bsr import check_finite, validate_bsr
 from ..convert import set_module
 from ..errors import SparsePruneError
+from ..fuse import fuse_encoder_
 from ..layers import SparseLinear
 from ..masks import grid_shape
 from ..serialization import METHOD, VERSION, layout_metadata, parse_layers
@@ -72,6 +73,7 @@ class SparsePruneQuantizer(HfQuantizer):
             packed = layer.packed
             validate_bsr(packed.shape, packed.blocksize, packed.crow_indices, packed.col_indices, packed.values, name)
             check_finite(packed.values, f"{name}.values")
+        fuse_encoder_(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """What save_pretrained writes beside the state dict: the same metadata as save_packed."""

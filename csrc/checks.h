@@ -1,0 +1,88 @@
+// What every file that registers operators shares: checks with words for the user, and torch's threads for the kernels.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <string>
+
+#include "cpu/dispatch.h"
+
+namespace sp = sparse_prune;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+inline std::string shape_of(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
+  return text + "]";
+}
+
+inline sp::DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return sp::DType::f32;
+    case ScalarType::BFloat16:
+      return sp::DType::bf16;
+    case ScalarType::Half:
+      return sp::DType::f16;
+    case ScalarType::Double:
+      return sp::DType::f64;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected dtype float32, bfloat16, float16 or float64, got ",
+                      torch::headeronly::toString(t.scalar_type()));
+  }
+}
+
+inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> expected) {
+  bool same = t.dim() == static_cast<int64_t>(expected.size());
+  std::string text;
+  int64_t d = 0;
+  for (int64_t size : expected) {
+    same = same && t.size(d) == size;
+    text += (d++ ? ", " : "") + std::to_string(size);
+  }
+  STD_TORCH_CHECK(same, name, ": expected shape [", text, "], got ", shape_of(t));
+}
+
+inline void check_matrix(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2, name, ": expected a matrix, got shape ", shape_of(t));
+}
+
+inline void check_like(const Tensor& t, const char* name, const Tensor& other, const char* other_name) {
+  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor, got one on another device");
+  STD_TORCH_CHECK(t.scalar_type() == other.scalar_type(), name, ": expected dtype ", torch::headeronly::toString(other.scalar_type()),
+                  " like ", other_name, ", got ", torch::headeronly::toString(t.scalar_type()));
+}
+
+// Unit inner stride and rows that do not overlap; anything else is copied.
+inline Tensor with_dense_rows(const Tensor& t) {
+  const bool dense = t.size(1) <= 1 || t.stride(1) == 1;
+  const bool apart = t.size(0) <= 1 || t.stride(0) >= t.size(1);
+  return dense && apart ? t : torch::stable::contiguous(t);
+}
+
+inline int64_t row_stride(const Tensor& t) { return t.size(0) > 1 ? t.stride(0) : t.size(1); }
+
+inline sp::Activation activation_of(const std::string& name) {
+  if (name == "none") return sp::Activation::none;
+  if (name == "relu") return sp::Activation::relu;
+  if (name == "gelu") return sp::Activation::gelu;
+  if (name == "gelu_tanh") return sp::Activation::gelu_tanh;
+  if (name == "silu") return sp::Activation::silu;
+  STD_TORCH_CHECK(false, "activation: expected none, relu, gelu, gelu_tanh or silu, got ", name);
+}
+
+inline void parallel(int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) body(context, t);
+  });
+}
+
+inline int64_t threads() { return torch::stable::get_num_threads(); }
+
+}  // namespace

@@ -1,0 +1,296 @@
+// Attention and LayerNorm in terms of a vector type V, included after tile_kernel.h inside an instruction set's own namespace. V adds
+// to what tile_kernel.h asks: sub, mul, max, sum, highest (over its lanes) and exp_nonpositive.
+//
+// Dot is the format of the products (Plain<V>, or pairs of bf16), Io the format of the tensors. Where they agree q is read in place;
+// otherwise it is widened. Keys are packed once per head as [d / step][keys][step] and values as [T / step][d][step], which the products
+// read in order. One block of queries at a time goes through scores, softmax and values, so that its scores stay in the L1 cache.
+
+// z[MR][ldz] = sum over steps of x[m, step] * w[step][NV * W].
+template <class Dot, int MR, int NV>
+void product_tile(const typename Dot::X* x, int64_t ldx, const typename Dot::Wt* w, int64_t ldw, int64_t steps,
+                  typename Dot::Vec::Elem* z, int64_t ldz) {
+  using V = typename Dot::Vec;
+  using F = typename V::F;
+  F acc[MR][NV];  // [MR][NV * W]
+  for (int m = 0; m < MR; ++m)
+    for (int v = 0; v < NV; ++v) acc[m][v] = V::zero();
+  for (int64_t s = 0; s < steps; ++s, x += Dot::step, w += ldw) {
+    F b[NV][1];
+    for (int v = 0; v < NV; ++v) Dot::weights(w + v * V::W * Dot::step, b[v]);
+    for (int m = 0; m < MR; ++m) {
+      const F xv = Dot::broadcast(x + m * ldx, 0);
+      for (int v = 0; v < NV; ++v) acc[m][v] = Dot::multiply_add(xv, b[v][0], acc[m][v]);
+    }
+  }
+  for (int m = 0; m < MR; ++m)
+    for (int v = 0; v < NV; ++v) V::store(z + m * ldz + v * V::W, acc[m][v]);
+}
+
+template <class Dot, int NV, int MR>
+void product_rows(int64_t rows, const typename Dot::X* x, int64_t ldx, const typename Dot::Wt* w, int64_t ldw, int64_t steps,
+                  typename Dot::Vec::Elem* z, int64_t ldz) {
+  if constexpr (MR > 0) {
+    if (rows == MR)
+      product_tile<Dot, MR, NV>(x, ldx, w, ldw, steps, z, ldz);
+    else
+      product_rows<Dot, NV, MR - 1>(rows, x, ldx, w, ldw, steps, z, ldz);
+  }
+}
+
+// z[rows, cols] = x[rows, steps * step] @ w[steps][cols][step], cols a multiple of W.
+template <class Dot>
+void product(int64_t rows, int64_t cols, const typename Dot::X* x, int64_t ldx, const typename Dot::Wt* w, int64_t steps,
+             typename Dot::Vec::Elem* z, int64_t ldz) {
+  using V = typename Dot::Vec;
+  constexpr int wide = V::registers >= 32 ? 4 : 2, tall = (V::registers - 2 - wide) / wide;
+  const int64_t ldw = cols * Dot::step;
+  for (int64_t n = 0; n < cols;) {
+    const int vectors = cols - n >= wide * V::W ? wide : (wide == 4 && cols - n >= 2 * V::W ? 2 : 1);
+    for (int64_t m = 0; m < rows; m += tall) {
+      const int64_t high = rows - m < tall ? rows - m : tall;
+      const auto* xm = x + m * ldx;
+      const auto* wn = w + n * Dot::step;
+      auto* zm = z + m * ldz + n;
+      if (vectors == wide)
+        product_rows<Dot, wide, tall>(high, xm, ldx, wn, ldw, steps, zm, ldz);
+      else if (vectors == 2)
+        product_rows<Dot, 2, tall>(high, xm, ldx, wn, ldw, steps, zm, ldz);
+      else
+        product_rows<Dot, 1, tall>(high, xm, ldx, wn, ldw, steps, zm, ldz);
+    }
+    n += vectors * V::W;
+  }
+}
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// from[count] as Dot's elements; to has room for whole vectors.
+template <class Dot, class Io>
+void convert_row(const typename Io::Y* from, int64_t count, typename Dot::X* to) {
+  using V = typename Dot::Vec;
+  if constexpr (std::is_same_v<typename Dot::X, typename Io::Y>) {
+    memcpy(to, from, count * sizeof *to);
+  } else {
+    for (int64_t j = 0; j < count; j += V::W) V::store(to + j, count - j >= V::W ? Io::load_y(from + j) : load_edge<Io>(from + j, count - j));
+  }
+}
+
+template <class Dot, class Io>
+struct AttentionHead {
+  using V = typename Dot::Vec;
+  using F = typename V::F;
+  using E = typename V::Elem;
+  using X = typename Dot::X;
+  using Y = typename Io::Y;
+  static constexpr int64_t step = Dot::step, rows_most = 24;  // 24 rows of 128 scores in float and as weights: 18 KiB of L1
+
+  static constexpr E lowest = -std::numeric_limits<E>::max();
+
+  const AttentionArgs& a;
+  const int64_t b, h, keys, features, key_steps, feature_steps;
+  X *packed_k, *packed_v, *weights, *row;
+  E *scores, *sums, *limits;
+
+  AttentionHead(const AttentionArgs& args, int64_t batch, int64_t head)
+      : a(args), b(batch), h(head), keys(round_up(a.T, V::W)), features(round_up(a.d, V::W)), key_steps((a.T + step - 1) / step),
+        feature_steps((a.d + step - 1) / step) {
+    const int64_t counts[] = {feature_steps * keys * step,  key_steps * features * step, rows_most * keys * step,
+                              (rows_most + 2) * features * step};
+    size_t bytes = sizeof(E) * (rows_most * (keys + features + 1) + keys);
+    for (int64_t count : counts) bytes += (sizeof(X) * count + 63) / 64 * 64;
+    char* at = static_cast<char*>(thread_scratch(bytes));
+    X** parts[] = {&packed_k, &packed_v, &weights, &row};
+    for (int i = 0; i < 4; ++i) {
+      *parts[i] = reinterpret_cast<X*>(at);
+      at += (sizeof(X) * counts[i] + 63) / 64 * 64;
+    }
+    scores = reinterpret_cast<E*>(at);             // [rows_most, keys]
+    sums = scores + rows_most * keys;              // [rows_most, features]
+    limits = sums + rows_most * features;          // [keys]
+  }
+
+  void pack() {
+    const auto* k = static_cast<const Y*>(a.k) + b * a.k_batch + h * a.k_head;
+    const auto* v = static_cast<const Y*>(a.v) + b * a.v_batch + h * a.v_head;
+    memset(row, 0, sizeof(X) * 2 * features * step);
+    memset(packed_v, 0, sizeof(X) * key_steps * features * step);
+    for (int64_t t = 0; t < keys; ++t) {  // [d / step][keys][step]; scores of keys past T are never used
+      if (t < a.T) convert_row<Dot, Io>(k + t * a.k_token, a.d, row);
+      X* to = packed_k + t * step;
+      for (int64_t c = 0; c < feature_steps; ++c)
+        for (int64_t s = 0; s < step; ++s) to[c * keys * step + s] = row[c * step + s];
+    }
+    for (int64_t t = 0; t < a.T; ++t) {  // [T / step][d][step]
+      convert_row<Dot, Io>(v + t * a.v_token, a.d, row);
+      X* to = packed_v + t / step * features * step + t % step;
+      for (int64_t c = 0; c < a.d; ++c) to[c * step] = row[c];
+    }
+  }
+
+  // What the scores of query t may reach at most: anything, the lowest number where a key is left out, nothing past T.
+  void set_limits(int64_t t) {
+    const auto* keep = static_cast<const uint8_t*>(a.keep.data);
+    if (keep) keep += b * a.keep.batch + h * a.keep.head + t * a.keep.query;
+    constexpr E all = std::numeric_limits<E>::infinity();
+    for (int64_t j = 0; j < a.T; ++j) limits[j] = !keep || keep[j] ? all : lowest;
+    for (int64_t j = a.T; j < keys; ++j) limits[j] = -all;
+  }
+
+  // scores[m] -> weights[m] = e^(score - highest), not yet divided by their sum, which is returned.
+  E softmax(int64_t m, int64_t t) {
+    E* s = scores + m * keys;
+    const auto* bias = static_cast<const Y*>(a.bias.data);
+    if (bias) bias += b * a.bias.batch + h * a.bias.head + t * a.bias.query;
+    if (a.keep.query != 0) set_limits(t);
+    const bool limited = a.keep.data != nullptr || keys != a.T;
+    const F scale = V::set1(static_cast<E>(a.scale));
+    F highest = V::set1(lowest);
+    for (int64_t j = 0; j < keys; j += V::W) {
+      const int64_t count = a.T - j < V::W ? a.T - j : V::W;
+      F v = V::mul(V::load(s + j), scale);
+      if (bias) v = V::add(v, count == V::W ? Io::load_y(bias + j) : load_edge<Io>(bias + j, count));
+      if (limited) v = V::min(V::load(limits + j), v);
+      V::store(s + j, v);
+      highest = V::max(highest, v);
+    }
+    const F top = V::set1(V::highest(highest));
+    F total = V::zero();
+    X* w = weights + m * keys;
+    for (int64_t j = 0; j < keys; j += V::W) {
+      const F e = V::exp_nonpositive(V::sub(V::load(s + j), top));
+      total = V::add(total, e);
+      if constexpr (step == 2)
+        V::store_bf16(w + j, e);
+      else
+        V::store(w + j, e);
+    }
+    return V::sum(total);
+  }
+
+  void run(int64_t t0, int64_t t1) {
+    pack();
+    const auto* q = static_cast<const Y*>(a.q) + b * a.q_batch + h * a.q_head;
+    auto* out = static_cast<Y*>(a.out) + (b * a.T * a.heads + h) * a.d;
+    E* totals = limits + keys;  // [rows_most]
+    set_limits(0);
+    for (int64_t t = t0; t < t1; t += rows_most) {
+      const int64_t rows = t1 - t < rows_most ? t1 - t : rows_most;
+      const X* x = nullptr;
+      int64_t ldx = a.q_token;
+      bool in_place = false;
+      if constexpr (std::is_same_v<X, Y>) {
+        in_place = a.d % step == 0;
+        x = q + t * a.q_token;
+      }
+      if (!in_place) {
+        ldx = features * step;
+        for (int64_t m = 0; m < rows; ++m) {
+          memset(row + m * ldx, 0, sizeof(X) * ldx);
+          convert_row<Dot, Io>(q + (t + m) * a.q_token, a.d, row + m * ldx);
+        }
+        x = row;
+      }
+      product<Dot>(rows, keys, x, ldx, packed_k, feature_steps, scores, keys);                // [rows, keys]
+      for (int64_t m = 0; m < rows; ++m) totals[m] = softmax(m, t + m);
+      product<Dot>(rows, features, weights, keys, packed_v, key_steps, sums, features);       // [rows, d]
+      for (int64_t m = 0; m < rows; ++m) {
+        const F share = V::set1(totals[m] == 0 ? E(0) : 1 / totals[m]);
+        Y* to = out + (t + m) * a.heads * a.d;
+        for (int64_t c = 0; c < a.d; c += V::W) {
+          const F v = V::mul(V::load(sums + m * features + c), share);
+          if (a.d - c >= V::W) {
+            Io::store_y(to + c, v);
+          } else {
+            Y edge[V::W];
+            Io::store_y(edge, v);
+            for (int64_t j = 0; j < a.d - c; ++j) to[c + j] = edge[j];
+          }
+        }
+      }
+    }
+  }
+};
+
+template <class Dot, class Io>
+void attention_of(const AttentionArgs& a, int64_t b, int64_t h, int64_t t0, int64_t t1) {
+  AttentionHead<Dot, Io>(a, b, h).run(t0, t1);
+}
+
+template <class V>
+void attention_any(const AttentionArgs& a, int64_t b, int64_t h, int64_t t0, int64_t t1) {
+  if (a.dtype == DType::f32)
+    attention_of<Plain<V>, Plain<V>>(a, b, h, t0, t1);
+  else if (a.dtype == DType::bf16)
+    attention_of<Plain<V>, Bf16Weights<V>>(a, b, h, t0, t1);
+  else
+    attention_of<Plain<V>, HalfWeights<V>>(a, b, h, t0, t1);
+}
+
+// The sum over a row, in four partial sums: one addition takes several cycles, and one or two start per cycle.
+template <class V, class Term>
+typename V::Elem row_sum(int64_t width, const Term& term) {
+  typename V::F part[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+  int64_t j = 0;
+  for (; j + 4 * V::W <= width; j += 4 * V::W)
+    for (int u = 0; u < 4; ++u) part[u] = V::add(part[u], term(j + u * V::W));
+  for (; j < width; j += V::W) part[0] = V::add(part[0], term(j));
+  return V::sum(V::add(V::add(part[0], part[1]), V::add(part[2], part[3])));
+}
+
+template <class Io>
+void layer_norm_of(const NormArgs& a, int64_t m0, int64_t m1) {
+  using V = typename Io::Vec;
+  using F = typename V::F;
+  using E = typename V::Elem;
+  using Y = typename Io::Y;
+  const int64_t width = round_up(a.H, V::W), whole = a.H / V::W * V::W;
+  E* scratch = static_cast<E*>(thread_scratch(sizeof(E) * 3 * width));
+  E *z = scratch, *scale = scratch + width, *shift = scale + width;  // [width] each, zeros past H
+  const auto load = [&](const Y* from, int64_t j) { return j < whole ? Io::load_y(from + j) : load_edge<Io>(from + j, a.H - j); };
+  for (int64_t j = 0; j < width; j += V::W) {
+    V::store(scale + j, a.weight ? load(static_cast<const Y*>(a.weight), j) : V::set1(1));
+    V::store(shift + j, a.bias ? load(static_cast<const Y*>(a.bias), j) : V::zero());
+  }
+  for (int64_t m = m0; m < m1; ++m) {
+    const Y* x = static_cast<const Y*>(a.x) + m * a.ldx;
+    const Y* residual = a.residual ? static_cast<const Y*>(a.residual) + m * a.H : nullptr;
+    Y* y = static_cast<Y*>(a.y) + m * a.H;
+    const E mean = row_sum<V>(width, [&](int64_t j) {
+      F v = load(x, j);
+      if (residual) v = V::add(v, load(residual, j));
+      V::store(z + j, v);
+      return v;
+    }) / a.H;
+    const F minus_mean = V::set1(-mean);
+    E squares = row_sum<V>(whole, [&](int64_t j) {
+      const F v = V::add(V::load(z + j), minus_mean);
+      V::store(z + j, v);
+      return V::mul(v, v);
+    });
+    for (int64_t j = whole; j < a.H; ++j) {
+      z[j] -= mean;
+      squares += z[j] * z[j];
+    }
+    const F factor = V::set1(E(1) / std::sqrt(squares / a.H + static_cast<E>(a.eps)));
+    for (int64_t j = 0; j < width; j += V::W) {
+      const F v = V::fma(V::mul(V::load(z + j), factor), V::load(scale + j), V::load(shift + j));
+      if (j < whole) {
+        Io::store_y(y + j, v);
+      } else {
+        Y edge[V::W];
+        Io::store_y(edge, v);
+        for (int64_t i = 0; i < a.H - j; ++i) y[j + i] = edge[i];
+      }
+    }
+  }
+}
+
+template <class V>
+void layer_norm_any(const NormArgs& a, int64_t m0, int64_t m1) {
+  if (a.dtype == DType::f32)
+    layer_norm_of<Plain<V>>(a, m0, m1);
+  else if (a.dtype == DType::bf16)
+    layer_norm_of<Bf16Weights<V>>(a, m0, m1);
+  else
+    layer_norm_of<HalfWeights<V>>(a, m0, m1);
+}

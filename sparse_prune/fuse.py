@@ -1,0 +1,362 @@
+"""fuse_encoder_: a transformer encoder's layers at inference speed, attention and LayerNorm by kernels of ours.
+
+A model keeps its modules, parameters and state dict. The stack of layers gets a forward of its own, which runs each layer as
+qkv product, attention read straight from it, output product + residual, LayerNorm, feed-forward product + activation, product +
+residual, LayerNorm; and which hands over to the stack's own forward whenever the result could differ or a gradient is wanted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import backends
+from .bsr import BsrWeight
+from .layers import SparseLinear, fused_linear
+from .ops import attention, layer_norm, values_key
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+@dataclass(frozen=True)
+class FusedStack:
+    """One stack of encoder layers: `reason` is empty where it is fused."""
+
+    name: str
+    kind: str
+    layers: int
+    reason: str
+
+    def __str__(self) -> str:
+        how = f"not fused: {self.reason}" if self.reason else "fused for inference"
+        return f"{self.name or 'model'}: {self.kind}, {self.layers} layers, {how}"
+
+
+@dataclass(frozen=True)
+class FuseResult:
+    """One row per encoder stack that was found; print it for the table."""
+
+    stacks: list[FusedStack]
+
+    @property
+    def fused(self) -> list[str]:
+        """Names of the stacks that run fused now."""
+        return [stack.name for stack in self.stacks if not stack.reason]
+
+    def __str__(self) -> str:
+        if not self.stacks:
+            return f"no encoder of a known kind ({', '.join(KINDS)}): nothing fused"
+        return "\n".join(map(str, self.stacks))
+
+
+def fuse_encoder_(model: nn.Module) -> FuseResult:
+    """Run the encoder of model fused where it is in evaluation, without gradients and on a CPU, in place.
+
+    Knows Garlic and the BERT family of Hugging Face (BERT and MiniLM, RoBERTa, XLM-RoBERTa, ELECTRA, DistilBERT), dense or sparse.
+    Results equal the unfused ones to the dtype's rounding. Training, gradients, autocast, torch.compile, hooks inside the stack and
+    requests for attentions take the model's own path, as if nothing had been fused. `sparsify_` and `load_packed` do this by
+    themselves; `unfuse_encoder_` undoes it.
+    """
+    rows = []
+    for name, stack in model.named_modules():
+        kind = KINDS.get(type(stack).__name__)
+        if kind is None or not _is_own_class(stack):
+            continue
+        reason = kind.why_not(stack) or backends.cpu_unavailable(torch.device("cpu"), torch.float32) or ""
+        if not reason:
+            stack.forward = FusedForward(stack)
+        rows.append(FusedStack(name, type(stack).__name__, len(kind.layers(stack)), reason))
+    return FuseResult(rows)
+
+
+def unfuse_encoder_(model: nn.Module) -> None:
+    """Give every stack that fuse_encoder_ changed its own forward back."""
+    for stack in model.modules():
+        if isinstance(vars(stack).get("forward"), FusedForward):
+            del stack.forward
+
+
+def _is_own_class(stack: nn.Module) -> bool:
+    """Whether the class is the one meant, not another of the same name."""
+    module = type(stack).__module__
+    return module.startswith(("transformers.models.", "sparse_prune.models."))
+
+
+class FusedForward:
+    """The forward of a fused stack. It holds the stack, and what is derived from its weights, which copies and files leave out."""
+
+    def __init__(self, stack: nn.Module) -> None:
+        self.stack = stack
+        self.derived: dict[object, tuple[object, object]] = {}
+
+    def __getstate__(self) -> dict:
+        return {"stack": self.stack, "derived": {}}
+
+    def __call__(self, *args: object, **options: object) -> object:
+        stack = self.stack
+        rest = dict(options)
+        x, *more = args or (rest.pop("hidden_states"),)
+        if self._may_run(x):
+            output = KINDS[type(stack).__name__].run(self, stack, x, *more, **rest)
+            if output is not None:
+                return output
+        return type(stack).forward(stack, *args, **options)
+
+    def _may_run(self, x: Tensor) -> bool:
+        stack = self.stack
+        if stack.training or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return False
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in stack.parameters())):
+            return False
+        return backends.cpu_unavailable(x.device, x.dtype) is None
+
+    def remember(self, name: object, key: object, make) -> object:
+        """make(), again only after key has changed."""
+        found = self.derived.get(name)
+        if found is None or found[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                found = self.derived[name] = (key, make())
+        return found[1]
+
+    def attend(self, name: int, x: Tensor, projections: tuple[nn.Module, ...], heads: int, **masks: Tensor) -> Tensor:
+        """Attention of x[B, T, H] by one qkv projection or by three: the heads side by side, [B, T, H]."""
+        batch, length, _ = x.shape
+        if len(projections) == 3 and _joinable(projections):
+            projections = (self.remember(name, tuple(map(_key, projections)), lambda: _side_by_side(projections)),)
+        if len(projections) == 1:
+            q, k, v = fused_linear(projections[0], x).view(batch, length, 3, heads, -1).unbind(2)
+        else:
+            q, k, v = (fused_linear(p, x).view(batch, length, heads, -1) for p in projections)
+        return attention(q, k, v, **masks).view(batch, length, -1)
+
+
+def _key(linear: SparseLinear) -> object:
+    bias = linear.bias
+    return values_key(linear.values), linear.col_indices.data_ptr(), None if bias is None else values_key(bias)
+
+
+def _joinable(layers: tuple[nn.Module, ...]) -> bool:
+    if not all(type(layer) is SparseLinear for layer in layers):
+        return False
+    blocksize = layers[0].blocksize
+    return all(layer.blocksize == blocksize and layer.out_features % blocksize[0] == 0 for layer in layers)
+
+
+def _side_by_side(layers: tuple[SparseLinear, ...]) -> SparseLinear:
+    """One layer whose outputs are those of layers, one after another: x is then read once."""
+    bias = None
+    if any(layer.bias is not None for layer in layers):
+        bias = torch.cat(
+            [layer.values.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
+        )
+    return SparseLinear.from_bsr(BsrWeight.cat([layer.packed for layer in layers]), bias).requires_grad_(False).eval()
+
+
+def _norm(module: nn.LayerNorm, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    parameters = module._parameters
+    return layer_norm(x, parameters["weight"], parameters["bias"], module.eps, residual)
+
+
+def _norm_after(linear: nn.Module, module: nn.LayerNorm, y: Tensor, x: Tensor) -> Tensor:
+    """LayerNorm(linear(y) + x): the sum where the kernel that comes last can take it along."""
+    if type(linear) is SparseLinear:
+        return _norm(module, linear(y, residual=x))
+    return _norm(module, F.linear(y, linear.weight, linear.bias), x)
+
+
+def _plain(modules: tuple[nn.Module, ...]) -> bool:
+    """Whether modules are what they were made as, with no hook that wants to see them run."""
+    return not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
+def _linears(modules: tuple[nn.Module, ...]) -> bool:
+    return all(type(m) in (nn.Linear, SparseLinear) for m in modules)
+
+
+class _Garlic:
+    """Pre-norm layers with a bias by distance; see models/garlic.py."""
+
+    @staticmethod
+    def layers(stack: nn.Module) -> nn.ModuleList:
+        return stack.layers
+
+    @staticmethod
+    def why_not(stack: nn.Module) -> str:
+        return ""
+
+    @staticmethod
+    def parts(stack: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
+        for layer in stack._modules["layers"]:
+            own = layer._modules
+            inner = own["attention"]._modules
+            names = ("attention_norm", "ffn_norm", "ffn_in", "ffn_out", "attention")
+            yield (inner["qkv"], inner["out"], *(own[name] for name in names), layer)
+
+    @classmethod
+    def run(cls, fused, stack, x, attention_mask, output_attentions, output_hidden_states):
+        layers = list(cls.parts(stack))
+        if output_attentions or not all(_plain(parts) and _linears((*parts[:2], *parts[4:6])) for parts in layers):
+            return None
+        weight, length = stack.distances.weight, x.shape[1]
+        everywhere = torch.ones(1, length, device=x.device)
+        bias = fused.remember(
+            "bias", (length, values_key(weight)), lambda: stack.bias(everywhere).detach().to(x.dtype).contiguous()
+        )  # [1, heads, T, T]
+        masks = {"bias": bias, "keep": (attention_mask != 0)[:, None, None, :]}
+        heads = stack.config.num_attention_heads
+        states = [x]
+        for i, (qkv, out, attention_norm, ffn_norm, ffn_in, ffn_out, _, _) in enumerate(layers):
+            context = fused.attend(i, _norm(attention_norm, x), (qkv,), heads, **masks)  # [B, T, H]
+            x = fused_linear(out, context, residual=x)  # [B, T, H]
+            inner = fused_linear(ffn_in, _norm(ffn_norm, x), "gelu")  # [B, T, F]
+            x = fused_linear(ffn_out, inner, residual=x)  # [B, T, H]
+            states.append(x)
+        x = states[-1] = _norm(stack.norm, x)
+        output = sys.modules["transformers"].modeling_outputs.BaseModelOutput
+        return output(last_hidden_state=x, hidden_states=tuple(states) if output_hidden_states else None)
+
+
+class _Bert:
+    """Post-norm layers of BERT and those that copied its module names."""
+
+    @staticmethod
+    def layers(stack: nn.Module) -> nn.ModuleList:
+        return stack.layer
+
+    @staticmethod
+    def why_not(stack: nn.Module) -> str:
+        config = stack.config
+        if config.is_decoder or config.add_cross_attention:
+            return "it is a decoder"
+        return _unknown_activation(config.hidden_act)
+
+    @staticmethod
+    def config(stack: nn.Module) -> object:
+        return stack.config
+
+    @classmethod
+    def activation(cls, stack: nn.Module) -> object:
+        return stack.config.hidden_act
+
+    @staticmethod
+    def parts(stack: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
+        for layer in stack._modules["layer"]:
+            own = layer._modules
+            attending, inner, output = own["attention"]._modules, own["intermediate"], own["output"]
+            self_, merge = attending["self"], attending["output"]
+            linears = (*(self_._modules[name] for name in ("query", "key", "value")), merge._modules["dense"])
+            linears += (inner._modules["dense"], output._modules["dense"])
+            norms = merge._modules["LayerNorm"], output._modules["LayerNorm"]
+            yield (*linears, *norms, own["attention"], self_, merge, inner, output, layer)
+
+    @classmethod
+    def run(cls, fused, stack, x, attention_mask=None, encoder_hidden_states=None, *args, **options):
+        config = cls.config(stack)
+        wanted = ("output_attentions", "output_hidden_states", "use_cache", "cache", "past_key_values")
+        if args or encoder_hidden_states is not None or any(options.get(name) for name in wanted) or _captured():
+            return None
+        if config.output_attentions or config.output_hidden_states:
+            return None
+        masks = _as_masks(attention_mask, x)
+        layers = list(cls.parts(stack))
+        if masks is None or not all(_linears(parts[:6]) and _only_captures(parts) for parts in layers):
+            return None
+        activation, heads = ACTIVATIONS[cls.activation(stack)], config.num_attention_heads
+        for i, (query, key, value, merge, ffn_in, ffn_out, attention_norm, ffn_norm, *_) in enumerate(layers):
+            context = fused.attend(i, x, (query, key, value), heads, **masks)  # [B, T, H]
+            x = _norm_after(merge, attention_norm, context, x)  # [B, T, H]
+            inner = fused_linear(ffn_in, x, activation)  # [B, T, F]
+            x = _norm_after(ffn_out, ffn_norm, inner, x)  # [B, T, H]
+        return cls.output(x)
+
+    @staticmethod
+    def output(x: Tensor) -> object:
+        outputs = sys.modules["transformers"].modeling_outputs
+        return outputs.BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x)
+
+
+class _DistilBert(_Bert):
+    """The same computation under other names."""
+
+    @staticmethod
+    def config(stack: nn.Module) -> object:
+        return stack.layer[0].attention.config
+
+    @classmethod
+    def why_not(cls, stack: nn.Module) -> str:
+        return _unknown_activation(cls.activation(stack))
+
+    @classmethod
+    def activation(cls, stack: nn.Module) -> object:
+        return cls.config(stack).activation
+
+    @staticmethod
+    def parts(stack: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
+        for layer in stack._modules["layer"]:
+            own = layer._modules
+            attending, ffn = own["attention"], own["ffn"]
+            linears = *(attending._modules[name] for name in ("q_lin", "k_lin", "v_lin", "out_lin")), *_ffn(ffn)
+            yield (*linears, own["sa_layer_norm"], own["output_layer_norm"], attending, ffn, layer)
+
+    @staticmethod
+    def output(x: Tensor) -> object:
+        return sys.modules["transformers"].modeling_outputs.BaseModelOutput(last_hidden_state=x)
+
+
+def _ffn(module: nn.Module) -> tuple[nn.Module, nn.Module]:
+    return module._modules["lin1"], module._modules["lin2"]
+
+
+def _unknown_activation(name: object) -> str:
+    return "" if name in ACTIVATIONS else f"activation {name!r} has no kernel"
+
+
+def _captured() -> bool:
+    """Whether Hugging Face is collecting hidden states or attentions from inside the stack during this call."""
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    return bool(capturing and capturing._active_collector.get())
+
+
+def _only_captures(modules: tuple[nn.Module, ...]) -> bool:
+    """Like _plain, but for Hugging Face's own hooks, which _captured tells are idle."""
+    for module in modules:
+        if module._forward_pre_hooks:
+            return False
+        if module._forward_hooks and any(
+            hook.__module__ != "transformers.utils.output_capturing" for hook in module._forward_hooks.values()
+        ):
+            return False
+    return True
+
+
+def _as_masks(mask: Tensor | None, x: Tensor) -> dict[str, Tensor] | None:
+    """A mask of Hugging Face's as keywords of `attention`; None for one of another form."""
+    if mask is None:
+        return {}
+    if mask.dim() != 4:
+        return None
+    if mask.dtype == torch.bool:
+        return {"keep": mask}
+    return {"bias": mask.to(x.dtype)} if mask.is_floating_point() else None
+
+
+KINDS = {
+    "GarlicEncoder": _Garlic,
+    "BertEncoder": _Bert,
+    "RobertaEncoder": _Bert,
+    "XLMRobertaEncoder": _Bert,
+    "ElectraEncoder": _Bert,
+    "Transformer": _DistilBert,
+}

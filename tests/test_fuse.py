@@ -1,0 +1,186 @@
+"""fuse_encoder_: the same results as the model's own path, and every reason to leave that to it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import sparse_prune as sp
+from sparse_prune import backends, fuse
+
+transformers = pytest.importorskip("transformers")
+garlic = pytest.importorskip("sparse_prune.models.garlic")
+needs_kernels = pytest.mark.skipif(not backends.cpu_isas(), reason=backends._reason or "built")
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+}
+MAKERS = {
+    "garlic": lambda: garlic.GarlicModel(garlic.GarlicConfig(**SIZES, max_distance=4, ngram_buckets=64, ngram_size=8)),
+    "bert": lambda: transformers.BertModel(transformers.BertConfig(**SIZES)),
+    "bert eager": lambda: transformers.BertModel(transformers.BertConfig(**SIZES, attn_implementation="eager")),
+    "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(**SIZES, hidden_act="gelu_new")),
+    "electra": lambda: transformers.ElectraModel(transformers.ElectraConfig(**SIZES, embedding_size=32)),
+    "distilbert": lambda: transformers.DistilBertModel(
+        transformers.DistilBertConfig(vocab_size=50, dim=64, n_layers=2, n_heads=2, hidden_dim=128)
+    ),
+}
+each_model = pytest.mark.parametrize("kind", MAKERS)
+
+
+def made(kind, sparse=True):
+    """A model in evaluation whose weights differ from their initial values, fused; half of its blocks pruned."""
+    torch.manual_seed(0)
+    model = MAKERS[kind]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    if sparse:
+        inside = lambda name, _: ".layer" in name  # noqa: E731
+        result = sp.sparsify_(model, sp.BlockSparseConfig(blocksize=(16, 16), density=0.5), inside)
+        assert len(result.converted) >= 8
+    return model
+
+
+def tokens(batch, length, padded):
+    ids = torch.randint(5, 50, (batch, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if padded:
+        for row in range(batch):
+            mask[row, length - row * length // (batch + 1) :] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def is_fused(model):
+    return any(isinstance(vars(m).get("forward"), fuse.FusedForward) for m in model.modules())
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """How often an encoder ran fused."""
+    calls = []
+    attend = fuse.FusedForward.attend
+    monkeypatch.setattr(fuse.FusedForward, "attend", lambda self, *a, **k: calls.append(1) or attend(self, *a, **k))
+    return calls
+
+
+@needs_kernels
+@each_model
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_as_exact_as_unfused(kind, sparse, dtype, fused_calls):
+    model = made(kind, sparse)
+    assert sp.fuse_encoder_(model).fused == [name for name, m in model.named_modules() if is_fused_module(m)]
+    plain, exact = copy.deepcopy(model), copy.deepcopy(model)
+    sp.unfuse_encoder_(plain)
+    sp.unfuse_encoder_(exact)
+    model.to(dtype), plain.to(dtype), exact.to(dtype).double()
+    for batch, length, padded in ((1, 1, False), (3, 7, True), (2, 128, True), (4, 200, False)):
+        inputs = tokens(batch, length, padded)
+        kept = inputs["attention_mask"].bool()
+        with torch.inference_mode():
+            fused_calls.clear()
+            ours = model(**inputs).last_hidden_state[kept]
+            assert len(fused_calls) == 2, "both layers ran fused"
+            theirs, best = plain(**inputs).last_hidden_state[kept], exact(**inputs).last_hidden_state[kept]
+            assert len(fused_calls) == 2
+        assert ours.dtype == dtype and not ours.isnan().any()
+        error, allowed = (ours.double() - best).norm(), (theirs.double() - best).norm()
+        assert error <= 2 * max(allowed, torch.finfo(dtype).eps / 4 * best.norm())
+
+
+def is_fused_module(module):
+    return isinstance(vars(module).get("forward"), fuse.FusedForward)
+
+
+@needs_kernels
+@each_model
+def test_the_models_own_path_where_it_is_needed(kind, fused_calls):
+    model, inputs = made(kind), tokens(2, 9, True)
+    with torch.no_grad():
+        model(**inputs)
+        assert fused_calls, "runs fused at all"
+        fused_calls.clear()
+        attentions = model(**inputs, output_attentions=True).attentions
+        assert len(attentions) == (2 if kind in ("garlic", "bert eager") else 0) and not fused_calls
+        states = model(**inputs, output_hidden_states=True).hidden_states
+        assert len(states) == 3 and all(s.shape == (2, 9, 64) for s in states)
+        model(**inputs)
+        assert fused_calls, "fused again after that"
+        fused_calls.clear()
+        seen = []
+        linear = next(m for m in model.modules() if isinstance(m, sp.SparseLinear))
+        hook = linear.register_forward_hook(lambda *_: seen.append(1))
+        model(**inputs)
+        hook.remove()
+        assert seen and not fused_calls, "a hook sees its module run"
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**inputs)
+        assert not fused_calls
+    model(**inputs).last_hidden_state.sum().backward()
+    assert linear.values.grad is not None and not fused_calls
+    model.train()
+    with torch.no_grad():
+        model(**inputs)
+    assert not fused_calls
+
+
+@needs_kernels
+@each_model
+def test_copies_files_and_changed_weights(kind, tmp_path, fused_calls):
+    model, inputs = made(kind), tokens(2, 9, True)
+    names = set(model.state_dict())
+    with torch.no_grad():
+        before = model(**inputs).last_hidden_state
+        twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+        assert is_fused(twin) and torch.equal(twin(**inputs).last_hidden_state, before)
+        assert set(model.state_dict()) == names
+        for linear in (m for m in twin.modules() if isinstance(m, sp.SparseLinear)):
+            linear.values.mul_(1.5)
+        changed = twin(**inputs).last_hidden_state
+        assert torch.equal(model(**inputs).last_hidden_state, before), "a copy shares nothing"
+        sp.unfuse_encoder_(twin)
+        assert not is_fused(twin)
+        torch.testing.assert_close(changed, twin(**inputs).last_hidden_state)
+        assert not torch.allclose(changed, before, atol=1e-2), "what was derived from the old weights is gone"
+        sp.save_packed(model, tmp_path / "model.safetensors")
+        loaded = sp.load_packed(MAKERS[kind]().eval(), tmp_path / "model.safetensors")
+        fused_calls.clear()
+        assert torch.equal(loaded(**inputs).last_hidden_state, before) and fused_calls
+
+
+def test_what_is_not_fused_says_why():
+    decoder = transformers.BertModel(transformers.BertConfig(**SIZES, is_decoder=True))
+    odd = transformers.BertModel(transformers.BertConfig(**SIZES, hidden_act="mish"))
+    assert str(sp.fuse_encoder_(decoder)) == "encoder: BertEncoder, 2 layers, not fused: it is a decoder"
+    assert "activation 'mish' has no kernel" in str(sp.fuse_encoder_(odd))
+    assert not is_fused(decoder) and not is_fused(odd)
+    nothing = sp.fuse_encoder_(torch.nn.Linear(4, 4))
+    assert nothing.fused == [] and "no encoder of a known kind (GarlicEncoder, BertEncoder" in str(nothing)
+
+
+def test_without_the_extension_nothing_is_fused(monkeypatch):
+    monkeypatch.setattr(backends, "_library", None)
+    monkeypatch.setattr(backends, "_reason", "the C++ extension was not built")
+    model = MAKERS["bert"]().eval()
+    assert str(sp.fuse_encoder_(model)).endswith("not fused: the C++ extension was not built")
+    assert not is_fused(model)
+    cpu = next(status for status in backends.status() if status.name == "cpu")
+    assert cpu.reason == "the C++ extension was not built; encoders run unfused"
+
+
+def test_joined_weights():
+    weights = [sp.BsrWeight.from_dense(torch.randn(n, 24), torch.rand(n // 8, 3) > 0.5, (8, 8)) for n in (8, 16, 24)]
+    joined = sp.BsrWeight.cat(weights).validate()
+    assert torch.equal(joined.to_dense(), torch.cat([w.to_dense() for w in weights]))
+    with pytest.raises(sp.SparsePruneError, match="24 inputs in blocks"):
+        sp.BsrWeight.cat([weights[0], sp.BsrWeight.from_dense(torch.randn(8, 16), torch.ones(1, 2).bool(), (8, 8))])
+    with pytest.raises(sp.SparsePruneError, match="multiples of 8"):
+        sp.BsrWeight.cat([sp.BsrWeight.from_dense(torch.randn(9, 24), torch.ones(2, 3).bool(), (8, 8)), weights[0]])
