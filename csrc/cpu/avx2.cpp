@@ -22,6 +22,8 @@ struct Avx2 {
   static inline F set1(float v) { return _mm256_set1_ps(v); }
   static inline F load(const float* p) { return _mm256_loadu_ps(p); }
   static inline void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static inline void stream(float* p, F v) { _mm256_stream_ps(p, v); }
+  static inline void fence() { _mm_sfence(); }
   static inline F add(F a, F b) { return _mm256_add_ps(a, b); }
   static inline F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }

@@ -8,6 +8,8 @@ struct Avx512 {
   static inline F set1(float v) { return _mm512_set1_ps(v); }
   static inline F load(const float* p) { return _mm512_loadu_ps(p); }
   static inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static inline void stream(float* p, F v) { _mm512_stream_ps(p, v); }
+  static inline void fence() { _mm_sfence(); }
   static inline F add(F a, F b) { return _mm512_add_ps(a, b); }
   static inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }

@@ -33,6 +33,14 @@ struct DotBf16 : Plain<Avx512> {
   static inline F multiply_add(F x, F w, F acc) { return _mm512_dpbf16_ps(acc, (__m512bh)x, (__m512bh)w); }
   static inline F load_y(const Y* y) { return Avx512::load_bf16(y); }
   static inline void store_y(Y* y, F v) { Avx512::store_bf16(y, v); }
+  template <int NV>
+  static inline void store_row(Y* y, const F (&v)[NV], bool past_cache) {
+    for (int j = 0; j + 1 < NV; j += 2) {
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(v[j + 1], v[j]);
+      past_cache ? _mm512_stream_si512(reinterpret_cast<__m512i*>(y + j * 16), both) : _mm512_storeu_si512(y + j * 16, both);
+    }
+    if (NV % 2) store_y(y + (NV - 1) * 16, v[NV - 1]);
+  }
 };
 
 void linear(const LinearArgs& a, int64_t m0, int64_t m1, int64_t i0, int64_t i1) {

@@ -73,6 +73,8 @@ struct Lanes {
     return v;
   }
   static inline void store(T* p, F v) { memcpy(p, &v, sizeof v); }
+  static inline void stream(T* p, F v) { store(p, v); }
+  static inline void fence() {}
   static inline F add(F a, F b) { return a + b; }
   static inline F fma(F a, F b, F c) { return a * b + c; }
   static inline F load_bf16(const uint16_t* p) {

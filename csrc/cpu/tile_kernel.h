@@ -4,7 +4,8 @@
 // A tile is MR rows of x times NV vectors of outputs. Its accumulators stay in registers across the whole column list of a block-row,
 // so y is written once. Each step loads NV vectors of weights and multiplies them by MR broadcast elements of x:
 //     acc[m][v] += x[m, k] * w[k, v]
-// V provides: Elem, F (vector), W (lanes), zero, set1, load, store, add, fma, activate, load_bf16/f16, store_bf16/f16, bf16_pairs.
+// V provides: Elem, F (vector), W (lanes), zero, set1, load, store, stream (a store past the caches), fence, add, fma, activate,
+// load_bf16/f16, store_bf16/f16, bf16_pairs.
 
 // Weights in the accumulator's own type, one input per step.
 template <class V>
@@ -21,6 +22,10 @@ struct Plain {
   static inline F multiply_add(F x, F w, F acc) { return V::fma(x, w, acc); }
   static inline F load_y(const Y* y) { return V::load(y); }
   static inline void store_y(Y* y, F v) { V::store(y, v); }
+  template <int NV>
+  static inline void store_row(Y* y, const F (&v)[NV], bool past_cache) {
+    for (int j = 0; j < NV; ++j) past_cache ? V::stream(y + j * V::W, v[j]) : V::store(y + j * V::W, v[j]);
+  }
 };
 
 // float16 weights, converted as they are loaded; x was widened to float.
@@ -32,6 +37,10 @@ struct HalfWeights : Plain<V> {
   static inline void weights(const Wt* w, F out[1]) { out[0] = V::load_f16(w); }
   static inline F load_y(const Y* y) { return V::load_f16(y); }
   static inline void store_y(Y* y, F v) { V::store_f16(y, v); }
+  template <int NV>
+  static inline void store_row(Y* y, const F (&v)[NV], bool) {
+    for (int j = 0; j < NV; ++j) V::store_f16(y + j * V::W, v[j]);
+  }
 };
 
 // bfloat16 weights as pairs of inputs: one 32-bit lane holds (k, k + 1), so a shift and a mask give two float vectors.
@@ -46,12 +55,27 @@ struct Bf16Weights : Plain<V> {
   static inline F broadcast(const X* x, int part) { return V::set1(x[part]); }
   static inline F load_y(const Y* y) { return V::load_bf16(y); }
   static inline void store_y(Y* y, F v) { V::store_bf16(y, v); }
+  template <int NV>
+  static inline void store_row(Y* y, const F (&v)[NV], bool) {
+    for (int j = 0; j < NV; ++j) V::store_bf16(y + j * V::W, v[j]);
+  }
 };
 
 // Where a rectangle of y lies and what happens to it.
 struct Finish {
   int64_t rows, cols, ldy;
   Activation activation;
+};
+
+// Where a tile goes: its first row and output in y, and what belongs there.
+template <class Fmt>
+struct Place {
+  typename Fmt::Y* y;               // [MR, ld]
+  const typename Fmt::Y* bias;      // [cols] or null
+  const typename Fmt::Y* residual;  // [MR, ld] or null
+  int64_t ld, cols;
+  bool simple;                      // whole vectors and no activation
+  bool past_cache;                  // write whole lines of y past the caches
 };
 
 // The edge of a row: count values, and zeros up to a whole vector.
@@ -89,7 +113,7 @@ void finish(const typename Fmt::Vec::Elem* z, int64_t ldz, const typename Fmt::Y
 }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
-inline void prefetch_to_write(void* p) { __builtin_prefetch(p, 1, 3); }
+inline void prefetch_to_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // One step: NV vectors of weights by MR broadcast inputs, for each of the parts that a weight vector holds.
 template <class Fmt, int MR, int NV, class F>
@@ -106,11 +130,10 @@ inline void tile_step(const typename Fmt::X* x, int64_t ldx, const typename Fmt:
     }
 }
 
-// One tile of a block-row: x points at its first row, w at the first output of the strip; z[MR][ldz] receives NV * W sums a row.
-// y is where they will go, which is only fetched: two rows a step, since a burst of misses would hold up the loads of x and w.
+// One tile of a block-row with blocks [begin, end): x points at its first row, w at the first output of the strip.
 template <class Fmt, int MR, int NV>
 void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, const typename Fmt::Wt* w, int64_t begin, int64_t end,
-                 typename Fmt::Vec::Elem* z, int64_t ldz, typename Fmt::Y* y) {
+                 const Place<Fmt>& at) {
   using V = typename Fmt::Vec;
   using F = typename V::F;
   // An FMA takes 4 cycles and one or two start per cycle: few accumulators need several independent sums.
@@ -125,6 +148,7 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
   // y hides that error, so its sums run through.
   constexpr bool in_parts = sizeof(typename Fmt::Y) == sizeof(typename V::Elem);
   constexpr int64_t part = 256;
+  alignas(64) typename V::Elem z[MR * NV * V::W];                   // [MR][NV * W], what was closed
   bool closed = false;
   int64_t open = 0;                                                 // inputs summed since the last closing
   const int64_t ldw = a.R * step;                                   // weights of one step
@@ -142,25 +166,17 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
     if (in_parts && (open += inputs) > part) {
       for (int m = 0; m < MR; ++m)
         for (int v = 0; v < NV; ++v) {
-          F sum = closed ? V::load(z + m * ldz + v * V::W) : V::zero();
+          F sum = closed ? V::load(z + (m * NV + v) * V::W) : V::zero();
           for (int u = 0; u < KU; ++u) {
             sum = V::add(sum, acc[u][m][v]);
             acc[u][m][v] = V::zero();
           }
-          V::store(z + m * ldz + v * V::W, sum);
+          V::store(z + (m * NV + v) * V::W, sum);
         }
       closed = true;
       open = inputs;
     }
     int64_t k = 0;
-    if (e == begin && KU == 1)
-      for (int m = 0; m < MR && k + step <= inputs; m += 2, k += step, wb += ldw) {
-        for (int64_t j = 0; j < NV * V::W; j += 64 / sizeof(typename Fmt::Y)) {
-          prefetch_to_write(y + m * a.N + j);
-          prefetch_to_write(y + (m + 1) * a.N + j);
-        }
-        tile_step<Fmt, MR, NV>(xb + k, ldx, wb, acc[0]);
-      }
     for (; k + KU * step <= inputs; k += KU * step)
       for (int u = 0; u < KU; ++u, wb += ldw) tile_step<Fmt, MR, NV>(xb + k + u * step, ldx, wb, acc[u]);
     if (KU > 1)
@@ -177,16 +193,32 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
   for (int u = 1; u < KU; ++u)
     for (int m = 0; m < MR; ++m)
       for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], acc[u][m][v]);
-  for (int m = 0; m < MR; ++m)
-    for (int v = 0; v < NV; ++v) {
-      typename V::Elem* to = z + m * ldz + v * V::W;
-      V::store(to, in_parts && closed ? V::add(acc[0][m][v], V::load(to)) : acc[0][m][v]);
+  if (in_parts && closed)
+    for (int m = 0; m < MR; ++m)
+      for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], V::load(z + (m * NV + v) * V::W));
+  if (at.simple) {  // straight from the registers
+    F bias[NV];
+    for (int v = 0; v < NV; ++v) bias[v] = at.bias ? Fmt::load_y(at.bias + v * V::W) : V::zero();
+    for (int m = 0; m < MR; ++m) {
+      for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], bias[v]);
+      if (at.residual)
+        for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], Fmt::load_y(at.residual + m * at.ld + v * V::W));
+      Fmt::template store_row<NV>(at.y + m * at.ld, acc[0][m], at.past_cache);
+      // The next block-row's part of y: rows are too far apart for the hardware to fetch it in time. Into L2 only: rows that are a
+      // multiple of 4 KiB apart would push each other out of L1.
+      if (!at.past_cache)
+        for (int64_t j = 0; j < NV * V::W; j += 64 / sizeof(typename Fmt::Y)) prefetch_to_l2(at.y + m * at.ld + a.R + j);
     }
+    return;
+  }
+  for (int m = 0; m < MR; ++m)
+    for (int v = 0; v < NV; ++v) V::store(z + (m * NV + v) * V::W, acc[0][m][v]);
+  finish<Fmt>(z, NV * V::W, at.bias, at.residual, at.y, {MR, at.cols, at.ld, a.activation});
 }
 
 template <class Fmt>
 using TileFn = void (*)(const LinearArgs&, const typename Fmt::X*, int64_t, const typename Fmt::Wt*, int64_t, int64_t,
-                        typename Fmt::Vec::Elem*, int64_t, typename Fmt::Y*);
+                        const Place<Fmt>&);
 
 // tile_of<Fmt, NV>::row[MR - 1]; the largest MR leaves registers for NV weight vectors (times parts) and one broadcast.
 template <class Fmt, int NV, int MR>
@@ -228,57 +260,54 @@ inline int64_t group_end(const LinearArgs& a, int64_t i, int64_t i1, int64_t wei
 }
 
 // Rows [m0, m1) of block-rows [i0, i1). x is a.x, or its rows widened to float, as X with ldx elements per row, starting at row m0.
-// A group of block-rows is finished for one panel of rows before the next panel: its x then stays in L1. Sums of up to 256 outputs
-// gather in a stage and leave it along rows: rows of y are often a multiple of 4 KiB apart, so writing down a column of y would let all
-// rows of a tile compete for one set of the L1 cache.
+// A group of block-rows is finished for one panel of rows before the next panel, so that rows of y are written along, not down: they
+// are often a multiple of 4 KiB apart.
 template <class Fmt>
 void linear_range(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, int64_t m0, int64_t m1, int64_t i0, int64_t i1) {
   using V = typename Fmt::Vec;
   using Y = typename Fmt::Y;
   static const Tiles<Fmt> tiles;
   constexpr int widest = Tiles<Fmt>::widest, rows_widest = max_rows<Fmt, widest>(), rows_two = max_rows<Fmt, 2>();
-  constexpr int64_t stage_cols = 256, ldz = stage_cols + 4 * V::W;  // the last strip may store past the outputs it has
   const bool has_wide = widest == 4 && a.R >= 4 * V::W;
   // Panels are whole tiles high, of the strips that R is made of, and nearly equal: 16 rows are 8 + 8, not 14 + 2.
-  constexpr int64_t panel_wide = 2 * rows_widest, panel_most = panel_wide > rows_two ? panel_wide : rows_two;
-  const int64_t panel = has_wide || widest == 2 ? panel_wide : rows_two;
+  // Four tiles a panel: the blocks of a row are then found, and the branches that follow their number learnt, once for all four.
+  const int64_t panel = 4 * (has_wide || widest == 2 ? rows_widest : rows_two);
   const int64_t rows = m1 - m0, panels = (rows + panel - 1) / panel;
-  alignas(64) typename V::Elem stage[panel_most * ldz];  // [panel][stage_cols]
+  // A y that would not stay in a shared cache until it is read goes past them, which saves reading its lines first; a smaller one that
+  // does stay is read again sooner. Measured on the pair of an FFN with 32 MiB of shared L3: at 3 MiB it loses, from 12 MiB on it gains.
+  constexpr uintptr_t line = 64;
+  const bool whole_lines = reinterpret_cast<uintptr_t>(a.y) % line == 0 && a.N * sizeof(Y) % line == 0 && a.R * sizeof(Y) % line == 0;
+  const bool past_cache = whole_lines && a.M * a.N * static_cast<int64_t>(sizeof(Y)) >= 6 << 20;
   for (int64_t g0 = i0, g1; g0 < i1; g0 = g1) {
     g1 = group_end(a, g0, i1, sizeof(typename Fmt::Wt));
-    const int64_t n_end = g1 * a.R < a.N ? g1 * a.R : a.N;
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t from = rows * p / panels, high = rows * (p + 1) / panels - from;
       const typename Fmt::X* xp = x + from * ldx;                                   // [high, K]
       const int64_t y_row = (m0 + from) * a.N;
-      int64_t n = g0 * a.R, staged = n;  // outputs [staged, n) are in the stage
       for (int64_t i = g0; i < g1; ++i) {
         const int64_t row_end = (i + 1) * a.R < a.N ? (i + 1) * a.R : a.N;
-        while (n < row_end) {
+        for (int64_t n = i * a.R, cols; n < row_end; n += cols) {
           const int64_t left = row_end - n;
           const bool wide = has_wide && left >= 4 * V::W;
           const int vectors = wide ? 4 : (left > V::W ? 2 : 1);
           const TileFn<Fmt>* table = wide ? tiles.four : (vectors == 2 ? tiles.two : tiles.one);
           const int64_t most = wide ? rows_widest : (vectors == 2 ? rows_two : max_rows<Fmt, 1>());
-          const int64_t cols = left < vectors * V::W ? left : vectors * V::W;
+          cols = left < vectors * V::W ? left : vectors * V::W;
           const typename Fmt::Wt* w = static_cast<const typename Fmt::Wt*>(a.w) + (n - i * a.R) * Fmt::step;
+          const bool simple = cols == vectors * V::W && a.activation == Activation::none;
           const int64_t count = (high + most - 1) / most;
           for (int64_t t = 0; t < count; ++t) {
-            const int64_t m = high * t / count, tile = high * (t + 1) / count - m;
-            table[tile - 1](a, xp + m * ldx, ldx, w, a.crow[i], a.crow[i + 1], stage + m * ldz + (n - staged), ldz,
-                            static_cast<Y*>(a.y) + y_row + m * a.N + n);
-          }
-          n += cols;
-          if (n == n_end || n - staged + vectors * V::W > stage_cols) {
-            finish<Fmt>(stage, ldz, a.bias ? static_cast<const Y*>(a.bias) + staged : nullptr,
-                        a.residual ? static_cast<const Y*>(a.residual) + y_row + staged : nullptr,
-                        static_cast<Y*>(a.y) + y_row + staged, {high, n - staged, a.N, a.activation});
-            staged = n;
+            const int64_t m = high * t / count, tile = high * (t + 1) / count - m, offset = y_row + m * a.N + n;
+            table[tile - 1](a, xp + m * ldx, ldx, w, a.crow[i], a.crow[i + 1],
+                            {static_cast<Y*>(a.y) + offset, a.bias ? static_cast<const Y*>(a.bias) + n : nullptr,
+                             a.residual ? static_cast<const Y*>(a.residual) + offset : nullptr, a.N, cols, simple,
+                             past_cache});
           }
         }
       }
     }
   }
+  if (past_cache) V::fence();
 }
 
 template <class V>
