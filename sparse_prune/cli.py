@@ -195,7 +195,9 @@ def pack(
     out: Out,
     block: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="block size where the directory has no masks.safetensors", show_default="32x32"),
+        typer.Option(
+            help="block size where the directory has no masks.safetensors", show_default="what its zeros form"
+        ),
     ] = None,
     json_file: Json = None,
 ) -> None:
@@ -242,6 +244,40 @@ def make_report(
     console.print(f"report      {render_report(directory, out)}")
     if picture:
         console.print(f"picture     {summary_picture(directory, picture)}")
+
+
+@app.command()
+def info(
+    path: Annotated[Path, typer.Argument(help="a safetensors file, or a directory with some")],
+    json_file: Json = None,
+) -> None:
+    """What a checkpoint holds: the packed layers of one of ours (checked), or the zeros of any other and the blocks they form."""
+    from .serialization import describe_file
+
+    found = describe_file(path)
+    packed = found["version"] is not None
+    kind = f"packed checkpoint, version {found['version']}" if packed else "dense checkpoint"
+    table = Table(title=f"{_escape(str(path))}: {kind}", title_justify="left")
+    for column in ("layer", "shape", "dtype", "block", "density" if packed else "zeros", "bytes"):
+        table.add_column(column, justify="left" if column == "layer" else "right", overflow="fold")
+    for row in found["layers"]:
+        block = "x".join(map(str, row["blocksize"])) if "blocksize" in row else "-"
+        share = row["density"] if packed else row["zeros"]
+        shape = "x".join(map(str, row["shape"]))
+        table.add_row(_escape(row["name"]), shape, row["dtype"], block, f"{share:.3f}", f"{row['bytes']:,}")
+    console.print(table)
+    console.print(
+        f"{found['bytes']:,} bytes in {len(found['files'])} file(s), {found['other_bytes']:,} of other tensors"
+    )
+    blocked = sum("blocksize" in row for row in found["layers"])
+    if not packed:
+        advice = (
+            f"{blocked} of these hold whole blocks of zeros: `sparse-prune pack` stores only the others"
+            if blocked
+            else "no blocks of zeros: prune it first with `sparse-prune prune`"
+        )
+        console.print(advice)
+    _write_json(json_file, found)
 
 
 @app.command()

@@ -1,9 +1,8 @@
 """Packed checkpoints: safetensors files of a model whose linear layers are SparseLinear, and writing that leaves no half file.
 
-Version 1 of the layout: the model's state dict as it is (a SparseLinear `name` gives `name.values` [nnzb, R, C],
-`name.crow_indices`, `name.col_indices` and perhaps `name.bias`) and metadata: `sparse_prune` = "1", the version; `layers`,
-JSON of name -> {"shape": [N, K], "blocksize": [R, C], "nnzb": n}; where modules share a tensor `aliases`, JSON of
-name -> name; and `format` = "pt", which Hugging Face wants.
+docs/format.md describes the layout. In short: the model's state dict as it is (a SparseLinear `name` gives `name.values`
+[nnzb, R, C], `name.crow_indices`, `name.col_indices` and perhaps `name.bias`), and metadata that says its version, and the shape
+and block size of each layer.
 """
 
 from __future__ import annotations
@@ -22,11 +21,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .bsr import check_finite, validate_bsr
+from .bsr import BsrWeight, check_finite, validate_bsr
 from .convert import set_module
 from .errors import SparsePruneError
 from .fuse import fuse_encoder_
 from .layers import SparseLinear
+from .masks import suggest_blocksize
 
 VERSION = "1"
 METHOD = "sparse_prune"  # quant_method in the config.json of a packed Hugging Face model
@@ -139,6 +139,70 @@ def layout_metadata(model: nn.Module) -> dict[str, str]:
     return {"format": "pt", "sparse_prune": VERSION, "layers": json.dumps(describe_layers(model))}
 
 
+def describe_file(path: str | os.PathLike) -> dict[str, Any]:
+    """What a safetensors file, or every one in a directory, holds, read one tensor at a time.
+
+    {"files", "bytes", "version": the packed layout's or None, "layers": [...], "other_bytes"}. A packed file's layers have name,
+    shape, blocksize, density (of elements), dtype and bytes, and their indices are checked. Other files' matrices have name, shape,
+    dtype, bytes, zeros (fraction) and, where whole blocks are zero, blocksize and density as `suggest_blocksize` finds them.
+
+    Raises SparsePruneError where a file is missing or damaged.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise SparsePruneError(str(path), "a safetensors file or a directory with some", "none", "check the path")
+    version, layers, other, handles = None, [], 0, {}
+    with contextlib.ExitStack() as stack:
+        packed: dict[str, Any] = {}
+        for file in files:
+            handle = _opened(file, stack)
+            metadata = handle.metadata() or {}
+            version = metadata.get("sparse_prune", version)
+            packed |= parse_layers(_metadata_json(file, metadata, "layers"), str(file))
+            handles |= dict.fromkeys(handle.keys(), handle)
+
+        def read(name: str) -> Tensor:
+            if name not in handles:
+                raise SparsePruneError(f"{path}: {name}", "a tensor", "none", _DAMAGED)
+            return handles.pop(name).get_tensor(name)
+
+        for name, (shape, blocksize, _) in packed.items():
+            arrays = [read(f"{name}.{part}") for part in ("crow_indices", "col_indices", "values")]
+            weight = BsrWeight(shape, blocksize, *arrays)
+            validate_bsr(shape, blocksize, *arrays, name=f"{path}: {name}")
+            layers.append(_row(name, weight, weight.nbytes) | {"blocksize": list(blocksize), "density": weight.density})
+        for name in sorted(handles):
+            tensor = read(name)
+            nbytes = tensor.numel() * tensor.element_size()
+            if packed or tensor.ndim != 2 or not tensor.is_floating_point() or not tensor.numel():
+                other += nbytes
+                continue
+            found = suggest_blocksize(tensor)
+            layers.append(_row(name, tensor, nbytes) | {"zeros": float((tensor == 0).float().mean())})
+            if found is not None:
+                layers[-1] |= {"blocksize": list(found.blocksize), "density": found.density}
+    return {
+        "files": [str(file) for file in files],
+        "bytes": sum(file.stat().st_size for file in files),
+        "version": version,
+        "layers": layers,
+        "other_bytes": other,
+    }
+
+
+def _row(name: str, weight: Tensor | BsrWeight, nbytes: int) -> dict[str, Any]:
+    dtype = (weight.values if isinstance(weight, BsrWeight) else weight).dtype
+    return {"name": name, "shape": list(weight.shape), "dtype": str(dtype).removeprefix("torch."), "bytes": nbytes}
+
+
+def _opened(file: Path, stack: contextlib.ExitStack):
+    try:
+        return stack.enter_context(safetensors.safe_open(file, "pt"))
+    except (safetensors.SafetensorError, OSError) as error:
+        raise SparsePruneError(str(file), "a safetensors file", f"{type(error).__name__}: {error}", _DAMAGED) from None
+
+
 def is_packed(path: str | os.PathLike) -> bool:
     """Whether path (a file, or a directory with model.safetensors) is a packed checkpoint by its metadata."""
     file = weights_file(path)
@@ -151,11 +215,15 @@ def is_packed(path: str | os.PathLike) -> bool:
         return False
 
 
-def load_packed(model: nn.Module, path: str | os.PathLike) -> nn.Module:
+def load_packed(model: nn.Module, path: str | os.PathLike, mmap: bool = False) -> nn.Module:
     """Load a packed checkpoint into model, in place, and return it; an encoder that it knows runs fused (`fuse_encoder_`).
 
     model is the architecture with its linear layers dense or sparse; those that the file lists become SparseLinear of the file's
-    pattern. The file is untrusted: indices, shapes and dtypes are checked before any layer changes.
+    pattern. It may have been built under `torch.device("meta")`: no dense weight then ever exists. The file is untrusted: indices,
+    shapes and dtypes are checked before any layer changes.
+
+    mmap    keep the tensors as views of the mapped file, in the file's dtype and on the CPU: pages are read when first touched
+            and shared between processes; the file must not change while the model lives. A meta model always loads so.
 
     Raises SparsePruneError where the file is missing, damaged, of a newer version, or does not fit the model.
     """
@@ -168,6 +236,7 @@ def load_packed(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         )
     described = parse_layers(_metadata_json(file, metadata, "layers"), str(file))
     aliases = _metadata_json(file, metadata, "aliases")
+    assign = mmap or any(parameter.is_meta for parameter in model.parameters())
     layers = {}
     for name, (shape, blocksize, nnzb) in described.items():
         arrays = []
@@ -178,7 +247,7 @@ def load_packed(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         validate_bsr(shape, blocksize, *arrays, name=f"{file}: {name}")
         if arrays[2].shape[0] != nnzb:
             raise SparsePruneError(f"{file}: {name}.values", f"{nnzb} blocks", arrays[2].shape[0], _DAMAGED)
-        layers[name] = _make_layer(model, file, name, shape, arrays, tensors.get(f"{name}.bias"))
+        layers[name] = _make_layer(model, file, name, shape, arrays, tensors.get(f"{name}.bias"), assign)
     for name, source in aliases.items() if isinstance(aliases, dict) else [("aliases", aliases)]:
         if not isinstance(source, str) or source not in tensors:
             raise SparsePruneError(f"{file}: {name}", f"the tensor {source} that it shares", "none", _DAMAGED)
@@ -187,7 +256,12 @@ def load_packed(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     for name, layer in layers.items():
         layer.train(model.get_submodule(name).training)
         set_module(model, name, layer)
-    model.load_state_dict(tensors)
+    model.load_state_dict(tensors, assign=assign)
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if left:
+        raise SparsePruneError(
+            f"model: {left[0]}", "a tensor that the file holds", "one on the meta device", "build the model on the CPU"
+        )
     fuse_encoder_(model)
     return model
 
@@ -224,11 +298,9 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the metadata of a safetensors file; raises SparsePruneError where it is missing or damaged."""
     if not file.is_file():
         raise SparsePruneError(str(file), "a safetensors file", "nothing there", "check the path")
-    try:
-        with safetensors.safe_open(file, "pt") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise SparsePruneError(str(file), "a safetensors file", f"{type(error).__name__}: {error}", _DAMAGED) from None
+    with contextlib.ExitStack() as stack:
+        handle = _opened(file, stack)
+        return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
 
 
 def parse_layers(described: Mapping[str, Any], source: str) -> dict[str, tuple[tuple[int, int], tuple[int, int], int]]:
@@ -252,7 +324,7 @@ def _metadata_json(file: Path, metadata: Mapping[str, str], key: str) -> Any:
         raise SparsePruneError(f"{file}: metadata {key}", "JSON", str(error), _DAMAGED) from None
 
 
-def _make_layer(model, file, name, shape, arrays, bias) -> SparseLinear:
+def _make_layer(model, file, name, shape, arrays, bias, assign) -> SparseLinear:
     try:
         module = model.get_submodule(name)
     except AttributeError:
@@ -271,6 +343,8 @@ def _make_layer(model, file, name, shape, arrays, bias) -> SparseLinear:
         raise SparsePruneError(
             f"{file}: {name}.bias", "none" if module.bias is None else f"shape ({n},)", got, _DAMAGED
         )
+    if assign:
+        return SparseLinear(k, n, crow_indices, col_indices, values, bias)
     layer = SparseLinear(
         k, n, crow_indices, col_indices, torch.empty_like(values), None if bias is None else torch.empty_like(bias)
     )

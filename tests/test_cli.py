@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 pytest.importorskip("transformers")
@@ -52,7 +54,7 @@ def dense(reviews, tmp_path_factory) -> Path:
 def test_help_names_every_command(run):
     code, text = run("--help")
     assert code == 0
-    for command in ("demo", "train", "prune", "pack", "eval", "bench", "report", "doctor"):
+    for command in ("demo", "train", "prune", "pack", "eval", "bench", "report", "info", "doctor"):
         assert command in text
     for command in ("train", "prune"):
         code, text = run(command, "--help")
@@ -175,3 +177,28 @@ def test_bench(run, dense, tmp_path):
     assert code == 2 and "expected whole numbers separated by commas, got many" in text
     code, text = run("bench", "model", dense, dense, "--batch", "1", "--length", "8", "--dtype", "float32")
     assert code == 0 and "machine" in text, text
+
+
+def test_info_tells_blocks_and_zeros(run, dense, tmp_path):
+    code, text = run("info", dense, "--json", tmp_path / "info.json")
+    assert code == 0 and "dense checkpoint" in text and "no blocks of zeros" in text
+    zeroed = tmp_path / "zeroed"
+    shutil.copytree(dense, zeroed)
+    tensors = safetensors.torch.load_file(zeroed / "model.safetensors")
+    for name, tensor in tensors.items():
+        if ".layers." in name and tensor.ndim == 2:
+            tensor.view(tensor.shape[0] // 64, 64, -1)[::2, :, : tensor.shape[1] // 2] = 0
+    safetensors.torch.save_file(tensors, zeroed / "model.safetensors", {"format": "pt"})
+    code, text = run("info", zeroed)
+    assert code == 0 and "hold whole blocks of zeros" in text
+    code, text = run("pack", zeroed, "--out", tmp_path / "packed", "--json", tmp_path / "pack.json")
+    assert code == 0, text
+    assert json.loads((tmp_path / "pack.json").read_text())["density"] == pytest.approx(0.75)
+    code, text = run("info", tmp_path / "packed", "--json", tmp_path / "info.json")
+    assert code == 0 and "packed checkpoint, version 1" in " ".join(text.split())
+    # the largest blocks that fit: 64 rows, and columns as wide as the list of sizes has them
+    assert {tuple(row["blocksize"]) for row in json.loads((tmp_path / "info.json").read_text())["layers"]} == {
+        (64, 128)
+    }
+    code, text = run("info", tmp_path / "nothing.safetensors")
+    assert code == 2 and "expected a safetensors file" in text

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sparse_prune as sp
-from sparse_prune import serialization
+from sparse_prune import masks, serialization
 
 
 def build():
@@ -209,3 +210,91 @@ def test_masks_round_trip(tmp_path):
     assert blocksize == (16, 32) and all(torch.equal(loaded[name], mask) for name, mask in masks.items())
     with safetensors.safe_open(tmp_path / "masks.safetensors", "pt") as handle:
         assert json.loads(handle.metadata()["blocksize"]) == [16, 32]
+
+
+def test_mapped_tensors_are_views_of_the_file(packed_model, tmp_path):
+    file = sp.save_packed(packed_model, tmp_path / "m.safetensors")
+    loaded = sp.load_packed(build(), file, mmap=True)
+    x = torch.randn(5, 64)
+    assert torch.equal(loaded(x), packed_model(x))
+    maps = [
+        tuple(int(end, 16) for end in line.split()[0].split("-"))
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(file))
+    ]
+    for name, tensor in loaded.state_dict().items():
+        assert any(low <= tensor.data_ptr() < high for low, high in maps), f"{name} is not in the mapped file"
+    copied = sp.load_packed(build(), file)
+    assert not any(low <= copied[0].values.data_ptr() < high for low, high in maps)
+
+
+def test_a_model_on_the_meta_device_gets_the_files_tensors(packed_model, tmp_path):
+    file = sp.save_packed(packed_model.bfloat16(), tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        empty = build()
+    loaded = sp.load_packed(empty, file)
+    x = torch.randn(5, 64).bfloat16()
+    assert loaded[0].values.dtype is torch.bfloat16 and torch.equal(loaded(x), packed_model(x))
+
+
+def test_what_the_file_lacks_may_not_stay_on_the_meta_device(packed_model, tmp_path):
+    file = sp.save_packed(packed_model, tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        empty = build()
+        empty.register_buffer("scratch", torch.zeros(3), persistent=False)
+    with pytest.raises(sp.SparsePruneError, match="model: scratch: expected a tensor that the file holds"):
+        sp.load_packed(empty, file)
+
+
+def test_description_of_a_packed_file(packed_model, tmp_path):
+    file = sp.save_packed(packed_model, tmp_path / "m.safetensors")
+    found = serialization.describe_file(file)
+    assert found["version"] == "1" and found["bytes"] == file.stat().st_size
+    assert [(row["name"], row["shape"], row["blocksize"]) for row in found["layers"]] == [
+        ("0", [96, 64], [16, 32]),
+        ("2", [45, 96], [16, 32]),
+    ]
+    assert found["layers"][0]["density"] == pytest.approx(0.5)
+    held = sum(row["bytes"] for row in found["layers"]) + found["other_bytes"]
+    assert held == sum(t.numel() * t.element_size() for t in packed_model.state_dict().values())
+    rewrite(file, _set("0.col_indices", lambda t: t + 1000))
+    with pytest.raises(sp.SparsePruneError, match=r"0\.col_indices: expected entries below 2"):
+        serialization.describe_file(file)
+
+
+def test_description_of_a_dense_checkpoint_suggests_blocks(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
+    mask = torch.rand(4, 4) < 0.4
+    with torch.no_grad():
+        model[0].weight.mul_(masks.expand_mask(mask, (32, 32), (128, 128)))
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "a.safetensors")
+    found = serialization.describe_file(tmp_path)
+    first, second = found["layers"]
+    assert found["version"] is None and first["blocksize"] == [32, 32]
+    assert first["zeros"] == pytest.approx(1 - float(mask.float().mean()), abs=1e-3)
+    assert second["zeros"] == 0 and "blocksize" not in second
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_file_never_reaches_a_kernel(packed_model, tmp_path, data):
+    """Any bytes changed, added or cut: one clear error, or a model whose indices are in range and that runs."""
+    file = sp.save_packed(packed_model, tmp_path / "m.safetensors")
+    raw = bytearray(file.read_bytes())
+    header = int.from_bytes(raw[:8], "little") + 8
+    for _ in range(data.draw(st.integers(1, 4))):
+        # half of the damage goes to the header, where it does most
+        end = header if data.draw(st.booleans()) else len(raw)
+        raw[data.draw(st.integers(0, end - 1))] = data.draw(st.integers(0, 255))
+    raw = raw[: data.draw(st.one_of(st.just(len(raw)), st.integers(0, len(raw))))]
+    file.write_bytes(raw)
+    mmap = data.draw(st.booleans())
+    try:
+        loaded = sp.load_packed(build(), file, mmap=mmap)
+    except sp.SparsePruneError:
+        return
+    for layer in loaded:
+        if isinstance(layer, sp.SparseLinear):
+            layer.packed.validate()
+    loaded(torch.randn(3, 64))

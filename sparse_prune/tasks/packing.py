@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from ..convert import BlockSparseConfig, SparsifyResult, nonzero_masks, sparsify_
 from ..errors import SparsePruneError
+from ..masks import suggest_blocksize
 from ..serialization import MASKS_NAME, WEIGHTS_NAME, atomic_dir, is_packed, load_masks, read_json, save_packed
 from .data import TASKS
 from .models import auto_suffix, encoder_filter, load_model, quiet
@@ -26,8 +31,9 @@ class PackResult:
 def pack(model_dir: Path, out: Path, blocksize: tuple[int, int] | None = None) -> PackResult:
     """Write the packed twin of a pruned model directory to out, with config and tokenizer.
 
-    The masks are those in masks.safetensors; without that file, blocks of blocksize (default 32x32) that are zero throughout the
-    encoder's layers. Raises SparsePruneError where the directory is not a model, is packed already, or has nothing to pack.
+    The masks are those in masks.safetensors; without that file, blocks that are zero throughout in the encoder's layers, of
+    blocksize (None: the size that most of these layers' zeros form). Raises SparsePruneError where the directory is not a model, is
+    packed already, or has nothing to pack.
     """
     source, out = Path(model_dir), Path(out)
     if is_packed(source):
@@ -37,8 +43,8 @@ def pack(model_dir: Path, out: Path, blocksize: tuple[int, int] | None = None) -
     if (source / MASKS_NAME).is_file():
         masks, blocksize = load_masks(source / MASKS_NAME)
     else:
-        blocksize = blocksize or (32, 32)
         inside = encoder_filter(model)
+        blocksize = blocksize or _common_blocksize(model, inside)
         masks = {
             name: mask
             for name, mask in nonzero_masks(model, blocksize).items()
@@ -54,6 +60,13 @@ def pack(model_dir: Path, out: Path, blocksize: tuple[int, int] | None = None) -
         packed_bytes = (temporary / WEIGHTS_NAME).stat().st_size
         record(temporary, "pack", {})
     return PackResult(layers, (source / WEIGHTS_NAME).stat().st_size, packed_bytes)
+
+
+def _common_blocksize(model: nn.Module, inside: Callable[[str, nn.Module], bool]) -> tuple[int, int]:
+    """The block size that the zeros of most encoder layers form; 32x32 where they form none, for the error that follows."""
+    linears = (m for name, m in model.named_modules() if isinstance(m, nn.Linear) and inside(name, m))
+    found = Counter(fit.blocksize for fit in (suggest_blocksize(linear.weight) for linear in linears) if fit)
+    return found.most_common(1)[0][0] if found else (32, 32)
 
 
 def task_of(model_dir: Path) -> str:
