@@ -15,6 +15,7 @@ from .convert import BlockSparseConfig, SparsifyResult, sparsify_
 from .criteria import block_mask
 from .errors import SparsePruneError
 from .fuse import fuse_encoder_, unfuse_encoder_
+from .integrations import watch
 from .layers import SparseLinear, fused_linear
 from .masks import suggest_blocksize
 from .ops import backend_for, bsr_linear
@@ -22,6 +23,7 @@ from .pruner import PruneConfig, Pruner
 from .serialization import load_packed, save_packed
 
 __version__ = "0.1.0"
+watch()
 __all__ = [
     "BlockSparseConfig",
     "BsrWeight",

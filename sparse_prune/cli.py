@@ -54,6 +54,40 @@ Seed = Annotated[int, typer.Option(help="seed of everything random")]
 Full = Annotated[bool, typer.Option("--full", help="the longer recipe: more accurate, several times the time")]
 
 
+def _use_recipe(context: typer.Context, path: Optional[Path]) -> Optional[Path]:  # noqa: UP045
+    """Take the options of a recipe as defaults, which what stands on the command line overrides."""
+    if path is not None:
+        from .recipes import read_recipe
+
+        names = _options(context)
+        recipe = read_recipe(path, names)
+        context.default_map = {names[option]: value for option, value in recipe.items()}
+    return path
+
+
+def _options(context: typer.Context) -> dict[str, str]:
+    """The options that a recipe may set: name on the command line -> name of the parameter."""
+    known = {max(parameter.opts, key=len).lstrip("-"): parameter.name for parameter in context.command.params}
+    return {option: name for option, name in known.items() if name not in ("recipe", "json_file", "help")}
+
+
+def _save_recipe(context: typer.Context, out: Path) -> None:
+    from .recipes import RECIPE_NAME, write_recipe
+
+    values = {option: context.params[name] for option, name in _options(context).items()}
+    write_recipe(out / RECIPE_NAME, {option: value for option, value in values.items() if value is not None})
+
+
+Recipe = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        is_eager=True,
+        callback=_use_recipe,
+        help="YAML file of options, such as the recipe.yaml that a run leaves; the command line overrides it",
+    ),
+]
+
+
 def main() -> None:
     """Entry point: a user's mistake is one sentence and exit code 2."""
     try:
@@ -94,6 +128,7 @@ def demo(
 
 @app.command()
 def train(
+    context: typer.Context,
     out: Out,
     model: Annotated[str, typer.Option(help="garlic, a Hugging Face directory, or a name on the hub")] = "garlic",
     task: Task = "sentiment",
@@ -105,6 +140,7 @@ def train(
     max_length: Length = 128,
     seed: Seed = 0,
     full: Full = False,
+    recipe: Recipe = None,
     json_file: Json = None,
 ) -> None:
     """Train (garlic) or fine-tune (any Hugging Face encoder) a dense model."""
@@ -125,6 +161,7 @@ def train(
     )
     with _progress() as report:
         result = tasks.train(args, report)
+    _save_recipe(context, out)
     _show_score(result)
     console.print(f"model       {out}")
     _write_json(json_file, result)
@@ -132,6 +169,7 @@ def train(
 
 @app.command()
 def prune(
+    context: typer.Context,
     model: Annotated[Path, typer.Option(help="directory of the trained model, as `train` writes it")],
     out: Out,
     task: Task = "sentiment",
@@ -153,6 +191,7 @@ def prune(
     max_length: Length = 128,
     seed: Seed = 0,
     full: Full = False,
+    recipe: Recipe = None,
     json_file: Json = None,
 ) -> None:
     """Prune a trained model to block-sparse masks while it trains on, and measure it against its dense self.
@@ -182,6 +221,7 @@ def prune(
     )
     with _progress() as report:
         metrics = tasks.prune(args, report)
+    _save_recipe(context, out)
     _show_metrics(metrics, out)
     console.print(f"packed      {out / 'packed'}\nnext        sparse-prune report {out}")
     _write_json(json_file, metrics)

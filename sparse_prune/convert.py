@@ -1,4 +1,4 @@
-"""sparsify_: every nn.Linear of a model that can gain from it becomes a SparseLinear; the rest stay, each with its reason."""
+"""sparsify_: every linear layer of a model that can gain from it becomes a SparseLinear; the rest stay, each with its reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from .criteria import block_mask
 from .errors import SparsePruneError
 from .fuse import FuseResult, fuse_encoder_
 from .layers import SparseLinear
+from .linears import as_matrix, linear_modules, matrix_shape
 from .masks import block_sum, check_blocksize, check_density, element_density
+
+# Called with each model that has just got sparse layers: how integrations, which stand above, mark a model as theirs.
+after_conversion: list[Callable[[nn.Module], None]] = []
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class BlockSparseConfig:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What happened to one nn.Linear: `reason` is empty where it became sparse. density counts elements; bytes count the weight."""
+    """What happened to one linear layer: `reason` is empty where it became sparse. density counts elements, bytes the weight."""
 
     name: str
     shape: tuple[int, int]
@@ -50,7 +54,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class SparsifyResult:
-    """One row per nn.Linear, in module order, and what became of the encoder around them; print it for the table."""
+    """One row per linear layer, in module order, and what became of the encoder around them; print it for the table."""
 
     layers: list[LayerReport]
     encoder: FuseResult = field(default_factory=lambda: FuseResult([]))
@@ -91,16 +95,17 @@ def sparsify_(
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
     masks: Mapping[str, Tensor] | None = None,
 ) -> SparsifyResult:
-    """Replace the nn.Linear modules of model by SparseLinear, in place, and fuse an encoder around them (`fuse_encoder_`).
+    """Replace the linear layers of model (nn.Linear, Conv1D) by SparseLinear, in place, and fuse an encoder around them
+    (`fuse_encoder_`).
 
     filter_fn   filter_fn(name, module) -> bool says which layers may change; default: all
     masks       module name -> bool [ceil(N/R), ceil(K/C)], such as Pruner.masks; layers without one stay dense. Without masks each
                 layer is pruned by config.criterion to config.density.
 
-    Raises SparsePruneError if model has no nn.Linear, or masks name a module that is not one.
+    Raises SparsePruneError if model has no linear layer, or masks name a module that is not one.
     """
     config = config or BlockSparseConfig()
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = linear_modules(model)
     if not linears:
         raise SparsePruneError(
             "model",
@@ -116,7 +121,7 @@ def sparsify_(
     shared = _shared_weights(model)
     rows = []
     for name, linear in linears.items():
-        shape = tuple(linear.weight.shape)
+        shape = matrix_shape(linear)
         reason, mask = _why_dense(model, name, linear, shared, filter_fn), None
         if not reason and masks is not None and name not in masks:
             reason = "no mask given for it"
@@ -124,7 +129,7 @@ def sparsify_(
             mask = (
                 masks[name]
                 if masks is not None
-                else block_mask(linear.weight, config.blocksize, config.density, config.criterion)
+                else block_mask(as_matrix(linear, linear.weight), config.blocksize, config.density, config.criterion)
             )
         density = 1.0 if mask is None else element_density(mask, config.blocksize, shape)
         if not reason and density > config.max_density:
@@ -136,7 +141,16 @@ def sparsify_(
             set_module(model, name, layer)
             packed_bytes = layer.packed.nbytes
         rows.append(LayerReport(name, shape, config.blocksize, density, dense_bytes, packed_bytes, reason))
-    return SparsifyResult(rows, fuse_encoder_(model))
+    result = SparsifyResult(rows, fuse_encoder_(model))
+    if result.converted:
+        announce(model)
+    return result
+
+
+def announce(model: nn.Module) -> None:
+    """Tell the integrations that model has sparse layers now."""
+    for hook in after_conversion:
+        hook(model)
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -146,12 +160,12 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def nonzero_masks(model: nn.Module, blocksize: tuple[int, int]) -> dict[str, Tensor]:
-    """Block masks of the zeros that each nn.Linear's weight already has: False where a whole block is zero.
+    """Block masks of the zeros that each linear layer's weight already has: False where a whole block is zero.
 
     Layers without such a block are left out.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    masks = {name: block_sum((module.weight.detach() != 0).float(), blocksize) > 0 for name, module in linears.items()}
+    nonzero = {name: as_matrix(module, module.weight.detach()) != 0 for name, module in linear_modules(model).items()}
+    masks = {name: block_sum(kept.float(), blocksize) > 0 for name, kept in nonzero.items()}
     return {name: mask for name, mask in masks.items() if not mask.all()}
 
 

@@ -135,7 +135,7 @@ def element_saliency(
             raise SparsePruneError(name, f"shape {shapes[name]}", tuple(tensor.shape), _REMEDY[name])
         arguments.append(at_least_float32(tensor))
     saliency = chosen.saliency(*arguments)
-    if not torch.isfinite(saliency).all():
+    if saliency.numel() and not torch.isfinite(torch.stack(torch.aminmax(saliency))).all():
         sources = " or ".join(name for name in chosen.needs if name != "generator")
         raise SparsePruneError(
             sources, "finite numbers", "NaN or infinity", "find where training diverged, or lower the learning rate"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .errors import SparsePruneError
+from .linears import is_linear
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ SEPARATE = (
     ("q_proj", "k_proj", "v_proj", "o_proj"),
     ("q", "k", "v", "o"),
 )
-FUSED = (("qkv", "out"), ("qkv", "proj"), ("qkv", "out_proj"))
+FUSED = (("qkv", "out"), ("qkv", "proj"), ("qkv", "out_proj"), ("c_attn", "c_proj"))
 # Fewer key-value heads come first: a head of keys decides for all queries that read it.
 COUNTS = ("num_key_value_heads", "num_kv_heads", "num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
 
@@ -53,8 +54,8 @@ def find_heads(model: nn.Module) -> list[HeadGroup]:
     """The attention modules of a model that follow a common naming, each as a HeadGroup.
 
     Separate projections: query, key, value with the sibling output.dense (BERT, RoBERTa, ViT), q_lin.., q_proj.. with out_proj or
-    o_proj, T5's q, k, v, o. Fused ones: qkv with out, proj or out_proj. The number of heads comes from the module, its config, or
-    the model's config. Raises SparsePruneError where a module is recognised but no number of heads is found.
+    o_proj, T5's q, k, v, o. Fused ones: qkv with out, proj or out_proj, GPT-2's c_attn with c_proj. The number of heads comes from
+    the module, its config, or the model's config. Raises SparsePruneError where a module is recognised but no number is found.
     """
     modules = dict(model.named_modules())
     found = []
@@ -63,7 +64,7 @@ def find_heads(model: nn.Module) -> list[HeadGroup]:
         parent = f"{name.rpartition('.')[0]}." if "." in name else ""
 
         def linear(child: str) -> bool:
-            return isinstance(modules.get(child), nn.Linear)
+            return child in modules and is_linear(modules[child])
 
         for query, key, value, out in SEPARATE:
             rows = tuple(prefix + child for child in (query, key, value))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .bsr import BsrWeight
 from .errors import SparsePruneError
+from .linears import as_matrix, is_linear
 from .masks import check_blocksize
 from .ops import Activation, bsr_linear, flatten_rows, prepack, values_key
 from .reference import ACTIVATIONS
@@ -21,7 +22,9 @@ class SparseLinear(nn.Module):
     and optimizer state have its size) and the int32 buffers `crow_indices`, `col_indices` say where they belong.
 
     The kernels read values in an order of their own, which is derived on the first call without gradients and made again when
-    values change. A write through `values.data` is invisible to PyTorch's version counter: call `refresh_()` after one.
+    values change. A write through `values.data` is invisible to PyTorch's version counter: call `refresh_()` after one. Code that
+    torch.compile made sees no version counter at all: there it is made again by eval(), load_state_dict() and to(), and after
+    another write in place it takes a call outside of the compiled code.
     """
 
     def __init__(
@@ -44,15 +47,15 @@ class SparseLinear(nn.Module):
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, mask: Tensor, blocksize: Sequence[int] = (32, 32)) -> SparseLinear:
-        """The kept blocks of linear.weight (mask: bool [ceil(N/R), ceil(K/C)]) and its bias, copied; mode and grad flags follow.
+        """The kept blocks of the weight (mask: bool [ceil(N/R), ceil(K/C)]) and the bias of an nn.Linear or Conv1D, copied.
 
-        Raises SparsePruneError where mask and blocksize do not fit the weight.
+        Training mode and requires_grad follow. Raises SparsePruneError where mask and blocksize do not fit the weight.
         """
-        if not isinstance(linear, nn.Linear):
+        if not is_linear(linear):
             raise SparsePruneError(
                 "linear", "an nn.Linear", type(linear).__name__, "use sparsify_(model, ...) for a whole model"
             )
-        packed = BsrWeight.from_dense(linear.weight, mask, check_blocksize(blocksize))
+        packed = BsrWeight.from_dense(as_matrix(linear, linear.weight), mask, check_blocksize(blocksize))
         layer = cls.from_bsr(packed, None if linear.bias is None else linear.bias.detach().clone())
         layer.values.requires_grad_(linear.weight.requires_grad)
         return layer.train(linear.training)
@@ -99,6 +102,24 @@ class SparseLinear(nn.Module):
         self._prepacked = self._prepacked_key = None
         return self
 
+    def train(self, mode: bool = True) -> SparseLinear:
+        """Like Module.train; on the way to eval(), where training may have changed values, what was derived is made again."""
+        super().train(mode)
+        return self if mode else self._renew()
+
+    def _load_from_state_dict(self, *args: object) -> None:
+        super()._load_from_state_dict(*args)
+        self._renew()
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> SparseLinear:
+        super()._apply(fn, recurse)
+        return self._renew()
+
+    def _renew(self) -> SparseLinear:
+        if self._prepacked is not None:
+            self._current_prepacked(self.values)
+        return self
+
     def forward(self, x: Tensor, activation: Activation = "none", residual: Tensor | None = None) -> Tensor:
         """x [..., K] -> act(x @ W^T + b) + residual, [..., N]."""
         # Straight to the dicts: nn.Module's attribute lookup costs more than a small product, and there are five of them.
@@ -131,6 +152,10 @@ class SparseLinear(nn.Module):
 
     def _current_prepacked(self, values: Tensor) -> Tensor | None:
         if torch.compiler.is_compiling():
+            if self.training:
+                return None
+            if torch.compiler.is_dynamo_compiling():
+                _derive(self)
             return self._prepacked
         key = values_key(values)
         if key != self._prepacked_key:
@@ -152,6 +177,18 @@ class SparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, blocksize={r}x{c}, "
             f"density={self.density:.3f}, bias={self.bias is not None}"
         )
+
+
+def _derive(layer: SparseLinear) -> bool:
+    """While torch.compile traces, derive for real what the code will read; torch.export keeps what an earlier call left."""
+    if layer._prepacked is None:
+        layer._prepacked, layer._prepacked_key = prepack(layer.values.detach()), values_key(layer.values)
+    return True
+
+
+_derive._dynamo_marked_constant = (
+    True  # torch.compiler.assume_constant_result, without its second of importing torch._dynamo
+)
 
 
 def fused_linear(

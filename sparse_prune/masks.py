@@ -66,11 +66,13 @@ def grid_shape(shape: Sequence[int], blocksize: Sequence[int]) -> tuple[int, int
 
 
 def pad_to_blocks(matrix: Tensor, blocksize: Sequence[int]) -> Tensor:
-    """matrix[N, K] zero-padded on the right and at the bottom to whole blocks, as [N/R, R, K/C, C]."""
+    """matrix[N, K] zero-padded on the right and at the bottom to whole blocks, as [N/R, R, K/C, C]; a view where it fits."""
     rows, cols = grid_shape(matrix.shape, blocksize)
     r, c = blocksize
-    padded = torch.nn.functional.pad(matrix, (0, cols * c - matrix.shape[1], 0, rows * r - matrix.shape[0]))
-    return padded.reshape(rows, r, cols, c)
+    missing = (0, cols * c - matrix.shape[1], 0, rows * r - matrix.shape[0])
+    if any(missing):  # pad copies even where it adds nothing
+        matrix = torch.nn.functional.pad(matrix, missing)
+    return matrix.reshape(rows, r, cols, c)
 
 
 def block_sum(matrix: Tensor, blocksize: Sequence[int]) -> Tensor:

@@ -18,6 +18,7 @@ from .criteria import (
 )
 from .errors import SparsePruneError
 from .heads import HeadGroup, find_heads
+from .linears import as_matrix, is_conv1d, linear_modules, matrix_shape
 from .masks import block_sum, check_blocksize, check_density, element_density, expand_mask, grid_shape, top_mask
 from .schedules import Schedule
 
@@ -151,7 +152,7 @@ class Pruner:
 
     model      any nn.Module
     config     a PruneConfig
-    filter_fn  filter_fn(name, module) -> bool says which nn.Linear modules are pruned; default: all
+    filter_fn  filter_fn(name, module) -> bool says which linear layers (nn.Linear, Conv1D) are pruned; default: all
     heads      for granularity "head", the HeadGroups; default: find_heads(model)
 
     A pruned weight is exactly 0 after step(), and with attach() also straight after optimizer.step(): neither momentum nor weight
@@ -167,7 +168,9 @@ class Pruner:
     begins.
 
     Under torch.distributed, saliencies are averaged over ranks before they are compared, so that all ranks choose the same masks;
-    override reduce_saliency for another layout.
+    override reduce_saliency for another layout. With DDP every rank has the whole weights; with FSDP2 (fully_shard) each holds some
+    rows of every weight, scores and masks those, and only sums over blocks are gathered. Every rank must then call step() and
+    state_dict() together; the state is the same on all ranks and does not depend on their number.
 
     Raises SparsePruneError where nothing is left to prune, blocks do not fit, or weights or gradients are not finite.
     """
@@ -192,8 +195,9 @@ class Pruner:
         self._scale: dict[str, float] = {}
         self._memory: dict[str, Tensor] = {}
         self._dropped: dict[str, Tensor] = {}
+        # Per layer [K + 1]: squares of each input feature and, last, rows: since the start, and of this rank since the last step.
         self._square_sum: dict[str, Tensor] = {}
-        self._rows: dict[str, int] = {}
+        self._seen: dict[str, Tensor] = {}
         self._handles: list = []
         self._optimizer_handle = None
         if self.config.criterion == "random":
@@ -201,8 +205,9 @@ class Pruner:
             self._saliency = self._unit_saliency(lambda name, weight: {"generator": generator})
         if "activation_norm" in self._criterion.needs:
             for name, module in self._modules.items():
-                self._square_sum[name] = torch.zeros(module.weight.shape[1], device=module.weight.device)
-                self._rows[name] = 0
+                size, device = matrix_shape(module)[1] + 1, module.weight.device
+                self._square_sum[name] = torch.zeros(size, dtype=torch.float64, device=device)
+                self._seen[name] = torch.zeros_like(self._square_sum[name])
                 self._handles.append(module.register_forward_pre_hook(self._norm_hook(name)))
 
     @torch.no_grad()
@@ -237,8 +242,8 @@ class Pruner:
             for name, dropped in self._dropped.items():
                 state = stepped.state.get(self._modules[name].weight, {})
                 for value in state.values():
-                    if isinstance(value, Tensor) and value.shape == dropped.shape:
-                        value.masked_fill_(dropped, 0)
+                    if isinstance(value, Tensor) and value.shape == self._modules[name].weight.shape:
+                        self._own(name, value).masked_fill_(dropped, 0)
 
         self._optimizer_handle = optimizer.register_step_post_hook(after_step)
         return self
@@ -247,7 +252,7 @@ class Pruner:
     def apply_(self) -> None:
         """Set every pruned weight to exactly 0."""
         for name, dropped in self._dropped.items():
-            self._modules[name].weight.masked_fill_(dropped, 0)
+            self._own(name, self._modules[name].weight).masked_fill_(dropped, 0)
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -267,7 +272,7 @@ class Pruner:
         """The masks on the grid of another block size, such as the one to pack with: a block stays if any element in it does."""
         blocksize, found = check_blocksize(blocksize), {}
         for name, mask in self.masks.items():
-            elements = expand_mask(mask, self.blocksizes[name], self._modules[name].weight.shape)
+            elements = expand_mask(mask, self.blocksizes[name], matrix_shape(self._modules[name]))
             found[name] = block_sum(elements.float(), blocksize) > 0
         return found
 
@@ -275,7 +280,7 @@ class Pruner:
         """Kept elements over all elements of the pruned layers."""
         sizes = {name: module.weight.numel() for name, module in self._modules.items()}
         kept = sum(
-            element_density(mask, self.blocksizes[name], self._modules[name].weight.shape) * sizes[name]
+            element_density(mask, self.blocksizes[name], matrix_shape(self._modules[name])) * sizes[name]
             for name, mask in self.masks.items()
         )
         return kept / sum(sizes.values())
@@ -288,9 +293,8 @@ class Pruner:
             "kept": {key: value.clone() for key, value in self._kept.items()},
             "saliency": {key: value.clone() for key, value in self._saliency.items()},
             "scale": dict(self._scale),
-            "memory": {key: value.clone() for key, value in self._memory.items()},
+            "memory": {name: self._whole(name, value).clone() for name, value in self._memory.items()},
             "square_sum": {key: value.clone() for key, value in self._square_sum.items()},
-            "rows": dict(self._rows),
         }
 
     @torch.no_grad()
@@ -299,9 +303,7 @@ class Pruner:
         expected = {key: tuple(value.shape) for key, value in self._kept.items()}
         try:
             got = {key: tuple(value.shape) for key, value in state["kept"].items()}
-            parts = {
-                name: state[name] for name in ("steps", "done", "saliency", "scale", "memory", "square_sum", "rows")
-            }
+            parts = {name: state[name] for name in ("steps", "done", "saliency", "scale", "memory", "square_sum")}
         except (KeyError, AttributeError, TypeError) as error:
             raise SparsePruneError(
                 "state", "a Pruner.state_dict()", repr(error), "save it with pruner.state_dict()"
@@ -319,11 +321,12 @@ class Pruner:
             self._kept[key] = state["kept"][key].to(device, copy=True)
             self._saliency[key] = parts["saliency"][key].to(device, copy=True)
         self.steps, self.done = parts["steps"], parts["done"]
-        self._scale, self._rows = dict(parts["scale"]), dict(parts["rows"])
+        self._scale = dict(parts["scale"])
         for own, name in ((self._memory, "memory"), (self._square_sum, "square_sum")):
             own.clear()
             for key, value in parts[name].items():
                 own[key] = value.to(self._modules[key].weight.device, copy=True)
+        self._memory = {name: self._part(name, value) for name, value in self._memory.items()}
         self._refresh_dropped()
         self.apply_()
         if self.done:
@@ -331,13 +334,9 @@ class Pruner:
 
     def reduce_saliency(self, saliency: dict[str, Tensor]) -> dict[str, Tensor]:
         """Mean over the ranks of torch.distributed, where that is initialised; the one place to override for another layout."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            flat = torch.cat(list(saliency.values()))
-            torch.distributed.all_reduce(flat)
-            flat /= torch.distributed.get_world_size()
-            parts = flat.split([value.numel() for value in saliency.values()])
-            return dict(zip(saliency, parts, strict=True))
-        return saliency
+        if not _distributed():
+            return saliency
+        return {key: value / torch.distributed.get_world_size() for key, value in _summed(saliency).items()}
 
     def remove_hooks(self, optimizer: bool = True) -> None:
         """Take the hooks off the model, and off the attached optimizer too unless optimizer=False."""
@@ -353,6 +352,10 @@ class Pruner:
         needs = self._criterion.needs
         if self.config.criterion == "random":
             return
+        if "activation_norm" in needs:
+            for name, seen in _summed(self._seen).items():
+                self._square_sum[name] += seen
+                self._seen[name].zero_()
         if "grad" in needs:
             self._check_grads()
             self._saliency = {
@@ -368,23 +371,70 @@ class Pruner:
     def _unit_saliency(self, extras: Callable[[str, Tensor], dict]) -> dict[str, Tensor]:
         """Summed saliency of each decision, [size] per unit; extras gives what the criterion needs beside the weight."""
         found = {}
+        whole = self.config.criterion == "random"  # drawn alike on every rank, so never in parts
         for key, unit in self._units.items():
             total = 0.0
             for member in unit.members:
-                weight = self._competing_weight(member.name)
+                module = self._modules[member.name]
+                weight = (
+                    torch.zeros(matrix_shape(module), device=module.weight.device)
+                    if whole
+                    else self._competing_weight(member.name)
+                )
                 try:
                     element = element_saliency(weight, self.config.criterion, **extras(member.name, weight))
                 except SparsePruneError as error:
                     raise SparsePruneError(
                         f"{member.name}: {error.argument}", error.expected, error.got, error.remedy
                     ) from None
-                total = total + block_sum(element, member.blocksize).view(member.repeats, unit.size).sum(0)
+                sums = block_sum(element, member.blocksize) if whole else self._block_sum(member, element)
+                total = total + sums.view(member.repeats, unit.size).sum(0)
             found[key] = total
         return found
 
+    def _block_sum(self, member: _Member, element: Tensor) -> Tensor:
+        """Sums of this rank's [n, k] over whole blocks, [ceil(N/R), ceil(K/C)] on every rank.
+
+        A shard's border may cut blocks, so only the direction that is not sharded is summed before the parts are gathered.
+        """
+        module, (r, c) = self._modules[member.name], member.blocksize
+        if not _sharded(module.weight):
+            return block_sum(element, (r, c))
+        if is_conv1d(module):
+            return block_sum(self._whole(member.name, block_sum(element, (r, 1))), (1, c))
+        return block_sum(self._whole(member.name, block_sum(element, (1, c))), (r, 1))
+
+    def _own(self, name: str, tensor: Tensor) -> Tensor:
+        """What this rank holds of a tensor laid out like the weight, as a matrix to read and write: [N, K], or a shard of it."""
+        return as_matrix(self._modules[name], tensor.to_local() if _sharded(tensor) else tensor)
+
+    def _part(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's share of a matrix [N, K] that every rank has."""
+        module = self._modules[name]
+        if not _sharded(module.weight):
+            return whole
+        from torch.distributed.tensor import distribute_tensor
+
+        layout = as_matrix(module, whole).contiguous()
+        spread = distribute_tensor(layout, module.weight.device_mesh, module.weight.placements, src_data_rank=None)
+        return as_matrix(module, spread.to_local())
+
+    def _whole(self, name: str, part: Tensor) -> Tensor:
+        """The matrix that the ranks' shares (rows of an nn.Linear, columns of a Conv1D) make up, on every rank."""
+        module = self._modules[name]
+        if not _sharded(module.weight):
+            return part
+        from torch.distributed.tensor import DTensor
+
+        layout = as_matrix(module, part).contiguous()
+        shape = (module.weight.shape[0], layout.shape[1])
+        spread = (module.weight.device_mesh, module.weight.placements)
+        whole = DTensor.from_local(layout, *spread, shape=torch.Size(shape), stride=(shape[1], 1)).full_tensor()
+        return as_matrix(module, whole)
+
     def _competing_weight(self, name: str) -> Tensor:
         """The weight, with what pruned blocks remember in their place."""
-        weight = self._modules[name].weight.detach()
+        weight = self._own(name, self._modules[name].weight.detach())
         if name in self._memory and name in self._dropped:
             return torch.where(self._dropped[name], self._memory[name], weight)
         return weight
@@ -401,24 +451,27 @@ class Pruner:
     def _grad(self, name: str) -> Tensor:
         """The gradient; zeros for a layer that took no part in this step."""
         weight = self._modules[name].weight
-        return torch.zeros_like(weight) if weight.grad is None else weight.grad
+        return self._own(name, torch.zeros_like(weight) if weight.grad is None else weight.grad)
 
     def _norm_hook(self, name: str) -> Callable:
         def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if module.training:
                 rows = at_least_float32(inputs[0]).reshape(-1, inputs[0].shape[-1])  # [M, K]
-                self._square_sum[name] += rows.square().sum(0)
-                self._rows[name] += rows.shape[0]
+                self._seen[name][:-1] += rows.square().sum(0)
+                self._seen[name][-1] += rows.shape[0]
 
         return collect
 
     def _norm(self, name: str) -> Tensor:
         """Root mean square of each input feature since training began: the L2 norm without the number of tokens."""
-        if not self._rows[name]:
+        squares, rows = self._square_sum[name][:-1], self._square_sum[name][-1]
+        if not rows:
             raise SparsePruneError(
                 "activations", "a forward pass in training mode", "none", "run the model before step()"
             )
-        return (self._square_sum[name] / self._rows[name]).sqrt()
+        norm = (squares / rows).sqrt().float()  # [K]
+        module = self._modules[name]
+        return self._part(name, norm.expand(matrix_shape(module)))[0] if is_conv1d(module) else norm
 
     def _select(self, saliency: dict[str, Tensor], density: float) -> dict[str, Tensor]:
         """What to keep at this density, by config.scope."""
@@ -453,6 +506,7 @@ class Pruner:
             total = 0.0
             for member in unit.members:
                 tensors = {"weight": self._competing_weight(member.name), "grad": self._grad(member.name)}
+                tensors = {kind: self._whole(member.name, part) for kind, part in tensors.items()}
                 values = element_saliency(tensors["weight"], self.config.criterion, grad=tensors["grad"])
                 count = block_sum(torch.ones_like(values), member.blocksize)
                 both = torch.stack((block_sum(values, member.blocksize), count))
@@ -474,12 +528,12 @@ class Pruner:
         self._kept = kept
         self._refresh_dropped()
         for name, memory in self._memory.items():
-            self._modules[name].weight.copy_(memory)
+            self._own(name, self._modules[name].weight).copy_(memory)
 
     def _refresh_dropped(self) -> None:
         sizes = self.blocksizes
         self._dropped = {
-            name: ~expand_mask(mask, sizes[name], self._modules[name].weight.shape)
+            name: self._part(name, ~expand_mask(mask, sizes[name], matrix_shape(self._modules[name])))
             for name, mask in self.masks.items()
             if not mask.all()
         }
@@ -492,7 +546,7 @@ class Pruner:
             raise SparsePruneError("heads", "None unless granularity is 'head'", granularity, "set granularity='head'")
         units = {}
         for name, module in self._modules.items():
-            shape = tuple(module.weight.shape)
+            shape = matrix_shape(module)
             blocksize = granularity_blocksize(granularity, shape, self.config.blocksize)
             check_blocksize(blocksize, shape)
             grid = grid_shape(shape, blocksize)
@@ -507,7 +561,7 @@ class Pruner:
             for name, repeats, axis in group.parts():
                 if name not in self._modules:
                     continue
-                shape = tuple(self._modules[name].weight.shape)
+                shape = matrix_shape(self._modules[name])
                 pieces = group.num_heads * repeats
                 if shape[axis] % pieces:
                     raise SparsePruneError(
@@ -536,12 +590,37 @@ class Pruner:
         return torch.full((unit.size,), value, dtype=dtype, device=device)
 
 
-def _linear_modules(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None) -> dict[str, nn.Linear]:
-    """The nn.Linear modules that the filter lets through, each weight once; NaN weights are refused here."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _summed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Vectors summed over the ranks, in one message."""
+    if not _distributed() or not tensors:
+        return tensors
+    flat = torch.cat(list(tensors.values()))
+    torch.distributed.all_reduce(flat)
+    return dict(zip(tensors, flat.split([value.numel() for value in tensors.values()]), strict=True))
+
+
+def _sharded(tensor: Tensor) -> bool:
+    """Whether tensor is one of FSDP2's, of which each rank has a part; raises SparsePruneError for other layouts than by rows."""
+    if not (torch.distributed.is_available() and hasattr(tensor, "placements")):
+        return False
+    for placement in tensor.placements:
+        if not (placement.is_replicate() or placement.is_shard(0)):
+            raise SparsePruneError(
+                "model", "weights that are whole or sharded along dimension 0", placement, "use fully_shard as it comes"
+            )
+    return True
+
+
+def _linear_modules(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None) -> dict[str, nn.Module]:
+    """The linear layers that the filter lets through, each weight once; NaN weights are refused here."""
+    linears = linear_modules(model)
     if not linears:
         raise SparsePruneError("model", "a module with nn.Linear inside", type(model).__name__, "pass the model itself")
-    chosen: dict[int, tuple[str, nn.Linear]] = {}
+    chosen: dict[int, tuple[str, nn.Module]] = {}
     for name, module in linears.items():
         if filter_fn is None or filter_fn(name, module):
             chosen.setdefault(id(module.weight), (name, module))
@@ -550,7 +629,8 @@ def _linear_modules(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool
             "filter_fn", f"at least one of {len(linears)} nn.Linear modules to pass", "none", "loosen the filter"
         )
     for name, module in chosen.values():
-        if not torch.isfinite(module.weight).all():
+        weight = module.weight.detach()
+        if not torch.isfinite(weight.to_local() if _sharded(weight) else weight).all():
             raise SparsePruneError(
                 f"{name}.weight", "finite numbers", "NaN or infinity", "load or train the model again"
             )

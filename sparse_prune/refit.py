@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SparsePruneError
+from .linears import as_matrix
 from .masks import check_blocksize, check_mask
 
 
@@ -75,7 +76,7 @@ def refit_(
     grams: Mapping[str, Tensor],
     damping: float = 0.01,
 ) -> None:
-    """Prune the named nn.Linear modules of a dense model by masks, in place, each refitted with its gram.
+    """Prune the named linear layers of a dense model by masks, in place, each refitted with its gram.
 
     Raises SparsePruneError where a gram is missing or does not fit.
     """
@@ -84,7 +85,8 @@ def refit_(
             raise SparsePruneError(
                 "grams", f"the gram of {name}", "none", "collect them with input_grams(model, masks)"
             )
-        weight = model.get_submodule(name).weight
+        module = model.get_submodule(name)
+        weight = as_matrix(module, module.weight)
         weight.copy_(refit(weight, mask, blocksize, grams[name], damping))
 
 

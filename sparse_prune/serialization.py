@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .bsr import BsrWeight, check_finite, validate_bsr
-from .convert import set_module
+from .convert import announce, set_module
 from .errors import SparsePruneError
 from .fuse import fuse_encoder_
 from .layers import SparseLinear
+from .linears import is_linear, matrix_shape
 from .masks import suggest_blocksize
 
 VERSION = "1"
@@ -117,7 +118,8 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> Path:
     config = getattr(model, "config", None)
     if hasattr(config, "to_diff_dict"):
         layout = {"quant_method": METHOD, "version": VERSION, "layers": describe_layers(model)}
-        write_json(path / "config.json", config.to_diff_dict() | {"quantization_config": layout})
+        about = {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
+        write_json(path / "config.json", config.to_diff_dict() | about | {"quantization_config": layout})
     return path / WEIGHTS_NAME
 
 
@@ -263,6 +265,7 @@ def load_packed(model: nn.Module, path: str | os.PathLike, mmap: bool = False) -
             f"model: {left[0]}", "a tensor that the file holds", "one on the meta device", "build the model on the CPU"
         )
     fuse_encoder_(model)
+    announce(model)
     return model
 
 
@@ -317,6 +320,13 @@ def parse_layers(described: Mapping[str, Any], source: str) -> dict[str, tuple[t
         raise SparsePruneError(source, "a description of the packed layers", f"{error!r}", _DAMAGED) from None
 
 
+def fits_layer(module: nn.Module | None, shape: tuple[int, int]) -> bool:
+    """Whether module is a linear layer, dense or sparse, of that shape (N, K)."""
+    if isinstance(module, SparseLinear):
+        return (module.out_features, module.in_features) == shape
+    return module is not None and is_linear(module) and matrix_shape(module) == shape
+
+
 def _metadata_json(file: Path, metadata: Mapping[str, str], key: str) -> Any:
     try:
         return json.loads(metadata.get(key, "{}"))
@@ -330,7 +340,7 @@ def _make_layer(model, file, name, shape, arrays, bias, assign) -> SparseLinear:
     except AttributeError:
         module = None
     n, k = shape
-    fits = isinstance(module, (nn.Linear, SparseLinear)) and (module.out_features, module.in_features) == (n, k)
+    fits = fits_layer(module, shape)
     if not fits:
         got = f"{type(module).__name__} {module.extra_repr()}" if module is not None else "no such module"
         raise SparsePruneError(

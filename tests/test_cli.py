@@ -16,6 +16,23 @@ pytest.importorskip("transformers")
 import sparse_prune as sp
 from sparse_prune import cli, serialization
 
+PRUNE_OPTIONS = {
+    *(
+        "model",
+        "out",
+        "task",
+        "train",
+        "eval",
+        "density",
+        "block",
+        "criterion",
+        "schedule",
+        "scope",
+        "distill",
+        "epochs",
+    ),
+    *("learning-rate", "batch-size", "max-length", "seed", "full"),
+}
 TINY = ("--epochs", "1", "--batch-size", "16", "--max-length", "32")
 
 
@@ -91,6 +108,25 @@ def test_the_whole_path(run, reviews, dense, tmp_path):
     assert code == 0 and (out / "report.html").is_file() and (tmp_path / "picture.png").is_file(), text
 
 
+def test_recipe(run, reviews, dense, tmp_path):
+    from sparse_prune.recipes import read_recipe
+
+    out, recipe = tmp_path / "sparse", tmp_path / "mine.yaml"
+    recipe.write_text(
+        f"model: {dense}\ntrain: {reviews}\neval: {reviews}\ndensity: 0.5\nblock: 16x32\nepochs: 1\nbatch-size: 16\n"
+        "max-length: 32\ndistill: false\n"
+    )
+    code, text = run("prune", "--recipe", recipe, "--density", "0.4", "--out", out)
+    assert code == 0, text
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["sparse"]["density"] == pytest.approx(0.4, abs=0.03)
+    saved = read_recipe(out / "recipe.yaml", PRUNE_OPTIONS)
+    assert (saved["density"], saved["block"], saved["distill"], saved["batch-size"]) == (0.4, "16x32", False, 16)
+    assert saved["out"] == str(out)
+    code, text = run("prune", "--recipe", out / "recipe.yaml", "--json", tmp_path / "again.json")
+    assert code == 0 and json.loads((tmp_path / "again.json").read_text()) == metrics, "it was not the same run"
+
+
 def test_doctor(run, tmp_path):
     code, text = run("doctor", "--json", tmp_path / "doctor.json")
     assert code == 0 and "reference" in text
@@ -110,6 +146,9 @@ MISTAKES = {
         "blocksize: expected a block",
     ),
     "criterion": (("prune", "--model", "DENSE", "--criterion", "luck", "--out", "o"), "criterion: expected one of"),
+    "recipe": (("train", "--recipe", "nowhere.yaml", "--out", "o"), "--recipe: expected a YAML file, got nothing"),
+    "recipe option": (("train", "--recipe", "RECIPE", "--out", "o"), "options out of batch-size, epochs, "),
+    "recipe value": (("prune", "--recipe", "LIST", "--model", "DENSE", "--out", "o"), "density: expected one value"),
     "model": (("prune", "--model", "nowhere", "--out", "o"), "nowhere: expected a model directory"),
     "pack a dense model": (("pack", "DENSE", "--out", "o"), "expected a pruned model, got no block of 32x32 zeros"),
     "pack nothing": (("pack", "nowhere", "--out", "o"), "expected a model directory"),
@@ -125,14 +164,17 @@ def test_mistakes_are_one_sentence_and_exit_code_2(case, run, reviews, dense, tm
     other = tmp_path / "other.tsv"
     other.write_text("text\tlabel\n房间很好\tso-so\n", encoding="utf-8")
     arguments, message = MISTAKES[case]
-    places = {"DENSE": dense, "OTHER": other}
+    recipe, listing = tmp_path / "recipe.yaml", tmp_path / "list.yaml"
+    recipe.write_text("density: 0.2\n")  # which train has not
+    listing.write_text("density: [0.1, 0.2]\n")
+    places = {"DENSE": dense, "OTHER": other, "RECIPE": recipe, "LIST": listing}
     arguments = [places.get(argument, argument) for argument in arguments]
     if arguments[0] in ("train", "prune") and "--train" not in arguments:
         arguments += ["--train", reviews, "--eval", reviews]
     code, text = run(*arguments)
     assert code == 2, text
     assert message in text and "Traceback" not in text
-    assert [path.name for path in tmp_path.iterdir() if path != other] == [], "something was left behind"
+    assert [path.name for path in tmp_path.iterdir() if path not in places.values()] == [], "something was left behind"
 
 
 def test_a_damaged_packed_model(run, reviews, dense, tmp_path):

@@ -15,18 +15,13 @@ from transformers import (
 )
 
 from sparse_prune.models.garlic import (
-    CLS,
-    MASK,
-    PAD,
-    SEP,
-    UNK,
-    GarlicConfig,
     GarlicForSequenceClassification,
     GarlicForTokenClassification,
     GarlicModel,
     SequenceDropout,
     train_tokenizer,
 )
+from sparse_prune.models.garlic_config import CLS, MASK, PAD, SEP, UNK, GarlicConfig
 
 TINY = {
     "vocab_size": 50,

@@ -1,8 +1,9 @@
-"""Packed checkpoints through Hugging Face's own loading and saving."""
-
 from __future__ import annotations
 
+import copy
 import json
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -10,18 +11,64 @@ import torch
 
 import sparse_prune as sp
 from sparse_prune import serialization
+from sparse_prune.heads import find_heads
 
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("sparse_prune.integrations.hf")
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+TEXT = {"input_ids": torch.arange(12).view(2, 6)}
+FAMILIES = {
+    "bert": ("BertForSequenceClassification", "BertConfig", SMALL | {"vocab_size": 50, "num_labels": 3}),
+    "minilm": (
+        "BertModel",
+        "BertConfig",
+        SMALL | {"hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 12, "vocab_size": 50},
+    ),
+    "roberta": ("RobertaForTokenClassification", "RobertaConfig", SMALL | {"vocab_size": 50}),
+    "distilbert": (
+        "DistilBertForSequenceClassification",
+        "DistilBertConfig",
+        {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "vocab_size": 50},
+    ),
+    "vit": ("ViTForImageClassification", "ViTConfig", SMALL | {"image_size": 32, "patch_size": 8, "num_labels": 4}),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 50}),
+    "llama": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        SMALL | {"num_key_value_heads": 2, "vocab_size": 50, "tie_word_embeddings": False},
+    ),
+}
+
+
+def build(family: str) -> tuple[torch.nn.Module, dict]:
+    model, config, settings = FAMILIES[family]
+    model = getattr(transformers, model)(getattr(transformers, config)(**settings))
+    return model, {"pixel_values": torch.randn(2, 3, 32, 32)} if family == "vit" else TEXT
+
+
+def inside(name: str, _: object) -> bool:
+    return "layer" in name or ".h." in name
+
+
+def auto(model: torch.nn.Module) -> type:
+    for name in ("SequenceClassification", "TokenClassification", "ImageClassification", "CausalLM"):
+        if type(model).__name__.endswith(f"For{name}"):
+            return getattr(transformers, f"AutoModelFor{name}")
+    return transformers.AutoModelForCausalLM if "LMHead" in type(model).__name__ else transformers.AutoModel
+
+
+def first(outputs) -> torch.Tensor:
+    return outputs[0].detach()
+
+
+def sparse_layers(model: torch.nn.Module) -> list[sp.SparseLinear]:
+    return [module for module in model.modules() if isinstance(module, sp.SparseLinear)]
 
 
 @pytest.fixture
 def packed(tmp_path):
-    config = transformers.BertConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, vocab_size=50, num_labels=3
-    )
-    model = transformers.BertForSequenceClassification(config).eval()
-    sp.sparsify_(model, sp.BlockSparseConfig(blocksize=(16, 16), density=0.3), lambda name, _: "encoder" in name)
+    model, _ = build("bert")
+    sp.sparsify_(model.eval(), sp.BlockSparseConfig(blocksize=(16, 16), density=0.3), inside)
     sp.save_packed(model, tmp_path / "packed")
     return model, tmp_path / "packed"
 
@@ -30,29 +77,137 @@ def load(path, **kwargs):
     return transformers.AutoModelForSequenceClassification.from_pretrained(path, **kwargs).eval()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_prunes_packs_saves_and_loads(family, tmp_path):
+    model, inputs = build(family)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    config = sp.PruneConfig(
+        "taylor", scope="local", density=0.4, blocksize=(16, 16), total_steps=3, warmup=0, update_every=1
+    )
+    pruner = sp.Pruner(model, config, inside).attach(optimizer)
+    for _ in range(3):
+        model(**inputs)[0].square().mean().backward()
+        optimizer.step()
+        pruner.step()
+        optimizer.zero_grad()
+    assert pruner.density() == pytest.approx(0.4, abs=0.05)
+    dense = copy.deepcopy(model).eval()
+    result = sp.sparsify_(model.eval(), sp.BlockSparseConfig(blocksize=(16, 16)), inside, pruner.masks)
+    assert len(result.converted) == len(sparse_layers(model)) >= 8
+    assert result.density == pytest.approx(pruner.density())
+    torch.testing.assert_close(first(model(**inputs)), first(dense(**inputs)))
+
+    model.save_pretrained(tmp_path / "saved", max_shard_size="60KB")
+    shards = list((tmp_path / "saved").glob("*.safetensors"))
+    assert len(shards) > 1 and all("sparse_prune" in serialization.read_tensors(shard)[1] for shard in shards)
+    loaded, info = auto(model).from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert type(loaded) is type(model) and not any(info[key] for key in ("missing_keys", "unexpected_keys"))
+    assert len(sparse_layers(loaded)) == len(sparse_layers(model))
+    assert torch.equal(first(loaded.eval()(**inputs)), first(model(**inputs)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_are_found(family):
+    model, _ = build(family)
+    heads = find_heads(model)
+    assert len(heads) == 2 and {group.num_heads for group in heads} <= {2, 4, 12}
+    settings = sp.PruneConfig(
+        "magnitude", "oneshot", density=0.5, granularity="head", total_steps=1, warmup=0, cooldown=0
+    )
+    pruner = sp.Pruner(model, settings)
+    pruner.step()
+    assert pruner.density() == pytest.approx(0.5, abs=0.01)
+
+
+def test_conv1d_is_its_linear(tmp_path):
+    from transformers.pytorch_utils import Conv1D
+
+    conv = Conv1D(48, 32)
+    linear = torch.nn.Linear(32, 48)
+    with torch.no_grad():
+        linear.weight.copy_(conv.weight.t())
+        linear.bias.copy_(conv.bias)
+    x, results = torch.randn(5, 32), []
+    for module in (conv, linear):
+        model = torch.nn.Sequential(module)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        config = sp.PruneConfig("movement", density=0.5, blocksize=(16, 8), total_steps=4, warmup=0, update_every=1)
+        pruner = sp.Pruner(model, config).attach(optimizer)
+        for _ in range(4):
+            model(x).square().sum().backward()
+            optimizer.step()
+            pruner.step()
+            optimizer.zero_grad()
+        assert pruner.masks["0"].shape == (3, 4)
+        sp.sparsify_(model, sp.BlockSparseConfig(blocksize=(16, 8)), masks=pruner.masks)
+        results.append((pruner.masks["0"], model[0].weight.detach()))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1])
+
+
 def test_round_trip_through_from_pretrained(packed, tmp_path):
     model, path = packed
-    ids = torch.arange(12).view(2, 6)
     loaded = load(path)
     assert isinstance(loaded.bert.encoder.layer[0].attention.self.query, sp.SparseLinear)
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert torch.equal(loaded(**TEXT).logits, model(**TEXT).logits)
     loaded.save_pretrained(tmp_path / "again")
     assert serialization.is_packed(tmp_path / "again")
-    assert torch.equal(load(tmp_path / "again")(ids).logits, model(ids).logits)
+    assert torch.equal(load(tmp_path / "again")(**TEXT).logits, model(**TEXT).logits)
     fresh = transformers.BertForSequenceClassification(model.config).eval()
-    assert torch.equal(sp.load_packed(fresh, tmp_path / "again")(ids).logits, model(ids).logits)
+    assert torch.equal(sp.load_packed(fresh, tmp_path / "again")(**TEXT).logits, model(**TEXT).logits)
+
+
+def test_a_head_comes_off_and_another_goes_on(packed, tmp_path):
+    model, path = packed
+    base = transformers.AutoModel.from_pretrained(path).eval()
+    assert len(sparse_layers(base)) == len(sparse_layers(model))
+    assert torch.equal(base(**TEXT)[0], model.bert(**TEXT)[0])
+    base.save_pretrained(tmp_path / "base")
+    tagger = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "base").eval()
+    assert torch.equal(tagger.bert(**TEXT)[0], model.bert(**TEXT)[0])
 
 
 def test_dtype_and_dequantize(packed):
     model, path = packed
-    ids = torch.arange(12).view(2, 6)
     half = load(path, dtype=torch.bfloat16)
     layer = half.bert.encoder.layer[1].output.dense
     assert layer.values.dtype == torch.bfloat16 and layer.crow_indices.dtype == torch.int32
-    torch.testing.assert_close(half(ids).logits.float(), model(ids).logits, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(half(**TEXT).logits.float(), model(**TEXT).logits, atol=0.05, rtol=0.05)
     dense = load(path).dequantize()
-    assert not any(isinstance(module, sp.SparseLinear) for module in dense.modules())
-    torch.testing.assert_close(dense(ids).logits, model(ids).logits)
+    assert not sparse_layers(dense)
+    torch.testing.assert_close(dense(**TEXT).logits, model(**TEXT).logits)
+
+
+def test_a_half_precision_model_says_so(packed, tmp_path):
+    model, _ = packed
+    sp.save_packed(model.to(torch.bfloat16), tmp_path / "half")
+    loaded = load(tmp_path / "half", dtype="auto")
+    assert loaded.dtype == torch.bfloat16 and torch.equal(loaded(**TEXT).logits, model(**TEXT).logits)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "disk"])
+def test_device_map(packed, tmp_path, device_map):
+    pytest.importorskip("accelerate")
+    model, path = packed
+    if device_map == "disk":
+        device_map = {"bert.embeddings": "cpu", "bert.encoder": "disk", "bert.pooler": "cpu", "classifier": "cpu"}
+    loaded = load(path, device_map=device_map, offload_folder=str(tmp_path / "offload"))
+    for _ in range(2):
+        assert torch.equal(loaded(**TEXT).logits, model(**TEXT).logits)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**TEXT).logits, model(**TEXT).logits)
+
+
+def test_pipeline(packed):
+    model, path = packed
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
+    tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+    tokenizer.save_pretrained(path)
+    found = transformers.pipeline("text-classification", model=str(path), device="cpu")("a b c d", top_k=None)
+    expected = model(**tokenizer("a b c d", return_tensors="pt")).logits.softmax(-1)[0]
+    scores = {entry["label"]: entry["score"] for entry in found}
+    torch.testing.assert_close(torch.tensor([scores[f"LABEL_{i}"] for i in range(3)]), expected.detach())
 
 
 def test_the_kept_blocks_train(packed):
@@ -60,9 +215,48 @@ def test_the_kept_blocks_train(packed):
     model = load(path).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     before = model.bert.encoder.layer[0].output.dense.values.detach().clone()
-    model(torch.arange(12).view(2, 6), labels=torch.tensor([0, 1])).loss.backward()
+    model(**TEXT, labels=torch.tensor([0, 1])).loss.backward()
     optimizer.step()
     assert not torch.equal(model.bert.encoder.layer[0].output.dense.values, before)
+
+
+def test_trainer_takes_a_packed_model(packed, tmp_path):
+    pytest.importorskip("accelerate")
+    _, path = packed
+    model = load(path)
+    pattern = model.bert.encoder.layer[0].output.dense.packed.block_mask()
+    rows = [{"input_ids": torch.arange(6) + i, "labels": torch.tensor(i % 3)} for i in range(8)]
+    args = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "tuned"), max_steps=3, save_steps=3, per_device_train_batch_size=4, learning_rate=1e-3,
+        use_cpu=True, report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    transformers.Trainer(model, args, train_dataset=rows).train()
+    tuned = load(tmp_path / "tuned" / "checkpoint-3")
+    assert torch.equal(tuned(**TEXT).logits, model.eval()(**TEXT).logits)
+    assert torch.equal(tuned.bert.encoder.layer[0].output.dense.packed.block_mask(), pattern)
+    assert not torch.equal(tuned(**TEXT).logits, load(path)(**TEXT).logits)
+
+
+def test_lora_beside_sparse_layers(packed, tmp_path):
+    peft = pytest.importorskip("peft")
+    model, path = packed
+    base = load(path)
+    tuned = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["query", "value"], lora_dropout=0.0))
+    trained = {name.split(".")[-3] for name, p in tuned.named_parameters() if p.requires_grad}
+    assert trained == {"lora_A", "lora_B"}
+    assert torch.equal(tuned(**TEXT).logits, model(**TEXT).logits)
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(3):
+        tuned(**TEXT, labels=torch.tensor([0, 1])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tuned.eval().save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 40_000
+    again = peft.PeftModel.from_pretrained(load(path), tmp_path / "adapter").eval()
+    assert torch.equal(again(**TEXT).logits, tuned(**TEXT).logits)
+    assert not torch.equal(tuned(**TEXT).logits, model(**TEXT).logits)
+    with pytest.raises(sp.SparsePruneError, match="merge: expected an adapter on a dense layer"):
+        tuned.merge_and_unload()
 
 
 def test_damaged_indices_are_refused(packed):
@@ -75,6 +269,28 @@ def test_damaged_indices_are_refused(packed):
         load(path)
 
 
+@pytest.mark.parametrize("part", ["crow_indices", "values"])
+def test_missing_tensors_are_refused(packed, part):
+    _, path = packed
+    file = path / serialization.WEIGHTS_NAME
+    tensors, metadata = serialization.read_tensors(file)
+    del tensors[f"bert.encoder.layer.0.output.dense.{part}"]
+    safetensors.torch.save_file(tensors, file, metadata)
+    with pytest.raises(sp.SparsePruneError, match=f"output.dense.{part}: expected a tensor, got none"):
+        load(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_values_that_are_not_finite_are_refused(packed, value):
+    _, path = packed
+    file = path / serialization.WEIGHTS_NAME
+    tensors, metadata = serialization.read_tensors(file)
+    tensors["bert.encoder.layer.0.output.dense.values"][3, 2, 1] = value
+    safetensors.torch.save_file(tensors, file, metadata)
+    with pytest.raises(sp.SparsePruneError, match="output.dense.values: expected finite numbers"):
+        load(path)
+
+
 def test_damaged_config_is_refused(packed):
     _, path = packed
     config = json.loads((path / "config.json").read_text())
@@ -83,3 +299,72 @@ def test_damaged_config_is_refused(packed):
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(sp.SparsePruneError, match="expected a linear layer of 64 -> 64"):
         load(path)
+
+
+SPARSE_PRUNE_FIRST = """
+import sys, torch
+import sparse_prune as sp
+assert not {"transformers", "triton", "matplotlib", "peft", "accelerate"} & set(sys.modules)
+from transformers import AutoConfig
+assert AutoConfig.from_pretrained(sys.argv[1]).model_type == "garlic" and "sparse_prune.models.garlic" not in sys.modules
+from transformers import AutoModelForTokenClassification as Auto
+"""
+TRANSFORMERS_FIRST = """
+import sys, torch
+from transformers import AutoModelForTokenClassification as Auto, PreTrainedModel, Trainer
+import sparse_prune as sp
+"""
+LOADS = """
+loaded = Auto.from_pretrained(sys.argv[1])
+assert type(loaded).__name__ == "GarlicForTokenClassification"
+assert any(isinstance(module, sp.SparseLinear) for module in loaded.modules())
+torch.save(loaded(torch.arange(5, 17).view(2, 6)).logits, sys.argv[2])
+
+# The peak is counted in a model whose dense weights would be five times what is allowed.
+try:
+    open("/proc/self/clear_refs", "w").write("5")  # forgets the peak so far
+except OSError:
+    sys.exit(0)
+def kilobytes(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+before = kilobytes("VmRSS")
+large = Auto.from_pretrained(sys.argv[3])
+print("grew", 1024 * (kilobytes("VmHWM") - before))
+"""
+
+
+@pytest.mark.parametrize("head", [SPARSE_PRUNE_FIRST, TRANSFORMERS_FIRST], ids=["first", "after transformers"])
+def test_import_sparse_prune_is_all_it_takes(head, tmp_path):
+    """In a fresh process, whichever is imported first: Garlic and packed checkpoints load, and never through the dense weights."""
+    from sparse_prune.models.garlic import GarlicForTokenClassification
+    from sparse_prune.models.garlic_config import GarlicConfig
+
+    sizes = {"vocab_size": 50, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "ngram_buckets": 16}
+    model = GarlicForTokenClassification(GarlicConfig(**sizes)).eval()
+    sp.sparsify_(model, sp.BlockSparseConfig((16, 16), 0.3), lambda name, _: "encoder" in name)
+    model.save_pretrained(tmp_path / "garlic")
+    config = transformers.BertConfig(
+        hidden_size=768, num_hidden_layers=4, num_attention_heads=12, intermediate_size=3072, vocab_size=50
+    )
+    with torch.device("meta"):
+        large = transformers.BertForTokenClassification(config)
+    large.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in large.parameters():
+            parameter.fill_(0.5)
+    dense = sum(parameter.numel() * 4 for parameter in large.parameters())
+    sp.sparsify_(large, sp.BlockSparseConfig((32, 32), 0.2), lambda name, _: "encoder" in name)
+    sp.save_packed(large, tmp_path / "large")
+    size = (tmp_path / "large" / "model.safetensors").stat().st_size
+    assert size < dense / 4
+    arguments = [tmp_path / "garlic", tmp_path / "logits.pt", tmp_path / "large"]
+    result = subprocess.run(
+        [sys.executable, "-c", head + LOADS, *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Warning: sparse_prune" not in result.stderr
+    logits = torch.load(tmp_path / "logits.pt")
+    torch.testing.assert_close(logits, model(torch.arange(5, 17).view(2, 6)).logits.detach())
+    if "grew" in result.stdout:
+        grew = int(result.stdout.split("grew")[1])
+        assert grew < 1.2 * size + 2**21, f"loading {size} bytes took {grew}"  # 2 MiB for Python's own objects

@@ -16,12 +16,13 @@ PACKAGE = Path(sparse_prune.__file__).parent
 LAYERS = [
     ("cli", "__main__"),
     ("tasks", "models", "integrations"),
+    ("recipes",),
     ("convert", "serialization", "report", "charts", "benchmark"),
     ("fuse",),
     ("layers", "pruner", "distill"),
     ("ops",),
     ("backends",),
-    ("reference", "criteria", "bsr", "heads", "refit"),
+    ("reference", "criteria", "bsr", "heads", "refit", "linears"),
     ("masks", "schedules"),
     ("errors",),
 ]
@@ -69,7 +70,19 @@ def test_kernels_import_nothing_of_ours():
 
 
 def test_import_is_light():
-    heavy = {"transformers", "triton", "matplotlib", "jinja2", "rich", "typer", "tokenizers", "snownlp"}
+    heavy = {
+        "transformers",
+        "triton",
+        "matplotlib",
+        "jinja2",
+        "rich",
+        "typer",
+        "tokenizers",
+        "snownlp",
+        "accelerate",
+        "peft",
+    }
     code = "import torch, sys; before = set(sys.modules); import sparse_prune; print(*set(sys.modules) - before)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not heavy & {name.partition(".")[0] for name in loaded}
+    assert "torch._dynamo" not in loaded, "which takes a second"

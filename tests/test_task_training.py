@@ -12,7 +12,8 @@ from transformers import BertConfig, BertForSequenceClassification
 from sparse_prune import tasks
 from sparse_prune.errors import SparsePruneError
 from sparse_prune.integrations import trainer as bridge
-from sparse_prune.models.garlic import GarlicConfig, train_tokenizer
+from sparse_prune.models.garlic import train_tokenizer
+from sparse_prune.models.garlic_config import GarlicConfig
 from sparse_prune.serialization import load_masks
 from sparse_prune.tasks import training
 from sparse_prune.tasks.ablation import AblationArgs

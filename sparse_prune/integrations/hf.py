@@ -2,26 +2,36 @@
 
 A packed directory's config.json carries `quantization_config` with `quant_method` = "sparse_prune" and each layer's shape, block
 size and number of blocks, so that a model is built with SparseLinear of the right sizes before any weight is read: the dense
-weights never exist. Importing this module registers the method.
+weights never exist. `import sparse_prune` imports this module as soon as transformers' quantizers are there; importing it
+registers the method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import safetensors
 import torch
-from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from torch import nn
+
+# From the modules that define them: this runs while `transformers.modeling_utils` is still being imported.
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..bsr import check_finite, validate_bsr
-from ..convert import set_module
+from ..convert import after_conversion, set_module
 from ..errors import SparsePruneError
 from ..fuse import fuse_encoder_
 from ..layers import SparseLinear
 from ..masks import grid_shape
-from ..serialization import METHOD, VERSION, layout_metadata, parse_layers
+from ..serialization import METHOD, VERSION, describe_layers, fits_layer, layout_metadata, parse_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_REMEDY = "pack the model again"
 
 
 @register_quantization_config(METHOD)
@@ -39,44 +49,55 @@ class SparsePruneConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class SparsePruneQuantizer(HfQuantizer):
-    """Builds the SparseLinear layers that the weights are then read into, and checks their indices."""
+    """Builds the SparseLinear layers that the weights are then read into, and checks what was read."""
 
     requires_calibration = True  # a dense checkpoint is pruned with a Pruner or sparsify_, never while it loads
     quantization_config: SparsePruneConfig
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
-        for name, ((n, k), (r, c), nnzb) in parse_layers(self.quantization_config.layers, "config.json").items():
-            try:
-                linear = model.get_submodule(name)
-            except AttributeError:
-                linear = None
-            if (getattr(linear, "out_features", None), getattr(linear, "in_features", None)) != (n, k):
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: object
+    ) -> None:
+        described = parse_layers(self.quantization_config.layers, "config.json")
+        _check_stored(described, checkpoint_files or ())
+        prefix = f"{model.base_model_prefix}."
+        with_head = any(name.startswith(prefix) for name in described)
+        for name, (shape, blocksize, nnzb) in described.items():
+            own, linear = _find(model, name, prefix)
+            if linear is None and with_head and not name.startswith(prefix):
+                continue  # a layer of the head that was saved, which this model has not
+            if not fits_layer(linear, shape):
                 raise SparsePruneError(
-                    f"config.json: {name}", f"a linear layer of {k} -> {n}", linear, "pack the model again"
+                    f"config.json: {name}", f"a linear layer of {shape[1]} -> {shape[0]}", linear, _REMEDY
                 )
-            rows, _ = grid_shape((n, k), (r, c))
+            rows, _columns = grid_shape(shape, blocksize)
             like = {"dtype": linear.weight.dtype, "device": linear.weight.device}
             index = {"dtype": torch.int32, "device": linear.weight.device}
             layer = SparseLinear(
-                k,
-                n,
+                shape[1],
+                shape[0],
                 torch.empty(rows + 1, **index),
                 torch.empty(nnzb, **index),
-                torch.empty(nnzb, r, c, **like),
-                None if linear.bias is None else torch.empty(n, **like),
+                torch.empty(nnzb, *blocksize, **like),
+                None if linear.bias is None else torch.empty(shape[0], **like),
             )
-            set_module(model, name, layer.train(linear.training))
+            set_module(model, own, layer.train(linear.training))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
-        for name in self.quantization_config.layers:
-            layer = model.get_submodule(name)
-            packed = layer.packed
-            validate_bsr(packed.shape, packed.blocksize, packed.crow_indices, packed.col_indices, packed.values, name)
-            check_finite(packed.values, f"{name}.values")
-        fuse_encoder_(model)
+        for name, layer in model.named_modules():
+            if isinstance(layer, SparseLinear) and not layer.values.is_meta:  # meta: offloaded to disk
+                # Views of the mapped file would keep all of it in memory where dtype has made copies of the values.
+                layer.crow_indices, layer.col_indices = layer.crow_indices.clone(), layer.col_indices.clone()
+                packed = layer.packed
+                arrays = (packed.crow_indices, packed.col_indices, packed.values)
+                validate_bsr(packed.shape, packed.blocksize, *arrays, name)
+                check_finite(packed.values, f"{name}.values")
+        self._describe(model)
+        if not any(hasattr(module, "_hf_hook") for module in model.modules()):  # which brings weights in from elsewhere
+            fuse_encoder_(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """What save_pretrained writes beside the state dict: the same metadata as save_packed."""
+        self._describe(model)
         return None, layout_metadata(model)
 
     def is_serializable(self) -> bool:
@@ -88,7 +109,73 @@ class SparsePruneQuantizer(HfQuantizer):
         """The kept blocks train like any parameter."""
         return True
 
+    @property
+    def is_qat_trainable(self) -> bool:
+        """The Trainer asks this before it trains anything but adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """torch.compile takes a packed model whole."""
+        return True
+
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        for name in self.quantization_config.layers:
+        for name in describe_layers(model):
             set_module(model, name, model.get_submodule(name).to_dense().to(dtype))
         return model
+
+    def _describe(self, model: PreTrainedModel) -> None:
+        """The layers as they are named in this model, which may be the base or another head of the one that was saved."""
+        self.quantization_config.layers = describe_layers(model)
+
+
+def mark_packed(model: nn.Module) -> None:
+    """Let save_pretrained of a Hugging Face model write its sparse layers as a packed checkpoint; other modules stay as they are.
+
+    sparsify_ and load_packed call it.
+    """
+    from transformers.modeling_utils import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return
+    config = SparsePruneConfig(layers=describe_layers(model))
+    model.hf_quantizer = SparsePruneQuantizer(config)
+    model.config.quantization_config = config
+    model.is_quantized, model.quantization_method = True, METHOD
+
+
+after_conversion.append(mark_packed)
+
+
+def _find(model: PreTrainedModel, name: str, prefix: str) -> tuple[str, nn.Module | None]:
+    """A saved layer's name in this model, and what stands there now.
+
+    A checkpoint of a model with a head loads into the base model, and the other way round, as dense ones do: names then differ by
+    the base model's prefix.
+    """
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        try:
+            return candidate, model.get_submodule(candidate)
+        except AttributeError:
+            continue
+    return name, None
+
+
+def _check_stored(described: Mapping[str, Any], files: Sequence[str]) -> None:
+    """Raise SparsePruneError for a described layer that the files lack: transformers would only warn, and go on with noise."""
+    if not files or not all(str(file).endswith(".safetensors") for file in files):
+        return
+    stored: set[str] = set()
+    for file in files:
+        try:
+            with safetensors.safe_open(file, "pt") as handle:
+                stored.update(handle.keys())
+        except (safetensors.SafetensorError, OSError) as error:
+            raise SparsePruneError(
+                str(file), "a safetensors file", f"{type(error).__name__}: {error}", _REMEDY
+            ) from None
+    # By number, since for some models transformers stores weights under older names than the modules have now.
+    for part in ("crow_indices", "col_indices", "values"):
+        if sum(key.endswith(f".{part}") for key in stored) < len(described):
+            missing = next((name for name in described if f"{name}.{part}" not in stored), "a layer")
+            raise SparsePruneError(f"{files[0]}: {missing}.{part}", "a tensor", "none", _REMEDY)

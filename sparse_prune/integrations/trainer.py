@@ -39,9 +39,12 @@ class PruningCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
         """Put the pruner's state beside the weights that the Trainer has just saved."""
+        saved = self.pruner.state_dict()  # on every rank: sharded weights are gathered
+        if not state.is_world_process_zero:
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         temporary = folder / f".{PRUNER_STATE_NAME}"
-        torch.save(self.pruner.state_dict(), temporary)
+        torch.save(saved, temporary)
         temporary.replace(folder / PRUNER_STATE_NAME)
 
     def on_log(

@@ -23,11 +23,9 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -35,40 +33,9 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput, TokenClassifierOutput
 
 from ..layers import fused_linear
+from .garlic_config import CLS, SEP, SPECIAL_TOKENS, GarlicConfig
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-PAD, UNK, CLS, SEP, MASK = range(len(SPECIAL_TOKENS))
 HASH_MULTIPLIER = 0x01000193  # FNV's prime: odd, so that every id moves the low bits
-
-
-class GarlicConfig(PreTrainedConfig):
-    """Sizes of a Garlic model; hidden sizes are multiples of 32 so that 32x32 blocks tile every encoder weight.
-
-    ngram_buckets and ngram_size are the rows and columns of each of the two n-gram tables (0 buckets: no tables); max_distance is
-    where relative distances are clipped.
-    """
-
-    model_type = "garlic"
-
-    vocab_size: int = 4096
-    hidden_size: int = 256
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    intermediate_size: int = 1024
-    max_position_embeddings: int = 128
-    max_distance: int = 32
-    ngram_buckets: int = 32768
-    ngram_size: int = 64
-    hidden_dropout_prob: float = 0.1
-    embedding_dropout_prob: float = 0.3
-    token_dropout_prob: float = 0.1
-    classifier_dropout: float = 0.2
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-5
-    label_smoothing: float = 0.0
-    pad_token_id: int | None = PAD
-    cls_token_id: int = CLS
-    mask_token_id: int = MASK
 
 
 class GarlicEmbeddings(nn.Module):
@@ -389,8 +356,7 @@ def train_tokenizer(
 
 
 def register() -> None:
-    """Tell the Auto classes about Garlic; done once, when this module is imported."""
-    AutoConfig.register(GarlicConfig.model_type, GarlicConfig)
+    """Tell the Auto classes about Garlic's models; done once, when this module is imported."""
     AutoModel.register(GarlicConfig, GarlicModel)
     AutoModelForSequenceClassification.register(GarlicConfig, GarlicForSequenceClassification)
     AutoModelForTokenClassification.register(GarlicConfig, GarlicForTokenClassification)

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoMod
 from transformers.utils import logging as transformers_logging
 
 from ..errors import SparsePruneError
-from ..models.garlic import GarlicConfig, train_tokenizer
-from ..serialization import METHOD, load_packed, read_json
+from ..linears import is_linear
+from ..models.garlic import train_tokenizer
+from ..models.garlic_config import GarlicConfig
 from .data import Example, TagExample, check_task
 
 GARLIC = "garlic"
@@ -58,10 +59,6 @@ def load_model(name: str | Path, task: str, labels: Sequence[str] | None = None)
         check_model_dir(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        settings = read_json(Path(source, "config.json")) if Path(source).is_dir() else {}
-        if settings.pop("quantization_config", {}).get("quant_method") == METHOD:
-            config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-            return load_packed(auto.from_config(config), source).eval(), tokenizer
         config = AutoConfig.from_pretrained(source)
         heads = config.architectures or []
         trained = any(head.endswith(auto_suffix(task)) for head in heads)
@@ -102,17 +99,17 @@ def auto_suffix(task: str) -> str:
 
 
 def encoder_filter(model: nn.Module) -> Callable[[str, nn.Module], bool]:
-    """filter_fn for Pruner and sparsify_: the nn.Linear modules inside the encoder's stack of layers.
+    """filter_fn for Pruner and sparsify_: the linear layers inside the encoder's stack of layers.
 
     The stack is any nn.ModuleList inside the base model, so embeddings, pooler and head stay out. Raises SparsePruneError where
-    there is no such nn.Linear.
+    there is no such layer.
     """
     prefix = getattr(model, "base_model_prefix", "")
     base = f"{prefix}." if prefix and hasattr(model, prefix) else ""
     stacks = [f"{name}." for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and name.startswith(base)]
 
     def inside(name: str, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear) and name.startswith(tuple(stacks))
+        return is_linear(module) and name.startswith(tuple(stacks))
 
     if not any(inside(name, module) for name, module in model.named_modules()):
         raise SparsePruneError(

@@ -1,0 +1,34 @@
+"""Linear layers as people spell them: nn.Linear holds W[N, K]; Hugging Face's Conv1D (GPT-2) does the same with W^T[K, N]."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import Tensor, nn
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether module is transformers' Conv1D; imports nothing, since without transformers there is none."""
+    home = sys.modules.get("transformers.pytorch_utils")
+    return home is not None and isinstance(module, home.Conv1D)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether module is an nn.Linear or a Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module of every linear layer in model, in module order."""
+    return {name: module for name, module in model.named_modules() if is_linear(module)}
+
+
+def as_matrix(module: nn.Module, tensor: Tensor) -> Tensor:
+    """A tensor of the shape of module.weight (the weight, its gradient, optimizer state) as [N, K]: a view to read and write."""
+    return tensor.t() if is_conv1d(module) else tensor
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """(N, K): out_features, in_features."""
+    rows, columns = module.weight.shape
+    return (columns, rows) if is_conv1d(module) else (rows, columns)
