@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-SOURCES = ("parse.cpp", "arithmetic.cpp", "convert.cpp", "memory.cpp", "matrix.cpp", "control.cpp", "run.cpp")
 # No contraction: PTX says itself where a product and a sum are one operation.
 FLAGS = (
     "-std=c++20",
@@ -92,6 +91,73 @@ def unavailable() -> str | None:
     if _compiler() is None:
         return "the PTX emulator needs a C++20 compiler (CXX, g++ or clang++)"
     return None
+
+
+@dataclass
+class TensorMap:
+    """A tensor map, for a kernel argument of 128 bytes: what cuTensorMapEncodeTiled makes of the same arguments, with its checks.
+
+    Sizes run from the innermost dimension outwards, as there: for row-major [rows, columns], global_dim is (columns, rows).
+
+    tensor           CPU tensor that holds the data
+    box_dim          elements of a box, per dimension: 1 to 256
+    global_dim       elements of the tensor, per dimension; the tensor's own shape by default
+    global_strides   bytes from one index to the next, per dimension but the innermost; multiples of 16; the tensor's own by default
+    swizzle          0, 32, 64 or 128: bytes of the row within which 16-byte pieces change places
+    """
+
+    tensor: torch.Tensor
+    box_dim: Sequence[int]
+    global_dim: Sequence[int] | None = None
+    global_strides: Sequence[int] | None = None
+    swizzle: int = 0
+
+    def __post_init__(self):
+        t, size = self.tensor, self.tensor.element_size()
+        self.global_dim = tuple(t.shape[::-1] if self.global_dim is None else self.global_dim)
+        self.global_strides = tuple(
+            (s * size for s in t.stride()[-2::-1]) if self.global_strides is None else self.global_strides
+        )
+        self.box_dim, rank, inner = tuple(self.box_dim), len(self.global_dim), self.box_dim[0] * size
+
+        def check(ok: bool, name: str, expected: str) -> None:
+            if not ok:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name, None)}")
+
+        check(1 <= rank <= 5, "global_dim", "one to five dimensions")
+        check(all(1 <= d <= 1 << 32 for d in self.global_dim), "global_dim", "1 to 2^32")
+        check(len(self.global_strides) == rank - 1, "global_strides", f"{rank - 1} strides")
+        check(
+            all(s % 16 == 0 and 0 < s < 1 << 40 for s in self.global_strides),
+            "global_strides",
+            "multiples of 16 below 2^40",
+        )
+        check(
+            len(self.box_dim) == rank and all(1 <= b <= 256 for b in self.box_dim),
+            "box_dim",
+            f"{rank} sizes from 1 to 256",
+        )
+        check(inner % 16 == 0, "box_dim", "an innermost size of a multiple of 16 bytes")
+        check(self.swizzle in (0, 32, 64, 128), "swizzle", "0, 32, 64 or 128")
+        check(not self.swizzle or inner <= self.swizzle, "box_dim", f"at most {self.swizzle} bytes innermost (swizzle)")
+        if self.swizzle and inner != self.swizzle:
+            raise NotImplementedError(f"boxes whose rows are shorter than the swizzle: {inner} of {self.swizzle} bytes")
+
+    def pack(self, address: int) -> bytes:
+        if address % 16:
+            raise ValueError(f"tensor: expected an address that is a multiple of 16, got {address:#x}")
+        pad = lambda values, n: [*values, *[0] * (n - len(values))]  # noqa: E731
+        return struct.pack(
+            "<2Q4Q5I5I3I7I",
+            *(
+                0x70616D726F736E74,
+                address,
+                *pad(self.global_strides, 4),
+                *pad(self.global_dim, 5),
+                *pad(self.box_dim, 5),
+            ),
+            *(len(self.global_dim), self.tensor.element_size(), self.swizzle, *[0] * 7),
+        )
 
 
 class Program:
@@ -179,6 +245,8 @@ class Program:
         for place, ((at, size), value) in enumerate(zip(self.params, args, strict=False)):
             if isinstance(value, torch.Tensor):
                 value = memory.address(value)
+            if isinstance(value, TensorMap):
+                value = value.pack(memory.address(value.tensor))
             if isinstance(value, float):
                 data = struct.pack("<f" if size == 4 else "<d", value)
             elif isinstance(value, bytes):
@@ -199,7 +267,7 @@ def emulate(
     """Run kernel `entry` of the PTX text on CPU tensors and count what it does.
 
     grid, block_threads   blocks and threads, one to three numbers
-    args                  in the kernel's order: CPU tensors (pointers), ints, floats, bytes (structures); trailing pointers may be
+    args                  in the kernel's order: CPU tensors (pointers), TensorMaps, ints, floats, bytes; trailing pointers may be
                           missing
     shared_bytes          dynamic shared memory, what the text declares itself not included (Triton: all of metadata.shared)
     cluster               blocks of a cluster; .reqnctapercluster by default
@@ -222,7 +290,8 @@ class _Memory:
     """Device addresses for the tensors passed. Those that share storage share a region; bytes that no tensor covers are illegal."""
 
     def __init__(self, args: Sequence):
-        tensors = [(k, a) for k, a in enumerate(args) if isinstance(a, torch.Tensor)]
+        tensors = [(k, a.tensor if isinstance(a, TensorMap) else a) for k, a in enumerate(args)]
+        tensors = [(k, a) for k, a in tensors if isinstance(a, torch.Tensor)]
         self.regions = []  # [first device address, bytes, host address, flag per byte or None, arguments]
         self._where = {}  # storage -> region, and the host address that the device address stands for
         self._keep = []
@@ -324,10 +393,15 @@ def _library() -> ctypes.CDLL:
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as build, ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = [f"{build}/{name}.o" for name in SOURCES]
-            list(pool.map(lambda s, o: _run([compiler, *FLAGS, "-c", str(HERE / s), "-o", o]), SOURCES, objects))
+            sources = sorted(HERE.glob("*.cpp"))
+            objects = [f"{build}/{source.stem}.o" for source in sources]
+            list(pool.map(lambda s, o: _run([compiler, *FLAGS, "-c", str(s), "-o", o]), sources, objects))
             _run([compiler, *FLAGS, "-shared", *objects, "-o", f"{build}/emulator.so"])
             os.replace(f"{build}/emulator.so", path)  # whole or not at all: other processes may compile too
+    return _load(path)
+
+
+def _load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.ptx_free.argtypes = library.ptx_param_count.argtypes = [ctypes.c_void_p]
     library.ptx_param_count.restype = ctypes.c_uint32

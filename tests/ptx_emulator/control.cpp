@@ -6,6 +6,7 @@
 
 namespace ptx {
 
+void decode_proxy_fence(Line&, Inst&);
 void branch_to(Line&, Inst&, const std::string&);
 
 namespace {
@@ -40,11 +41,19 @@ void barrier(Warp& w, const Inst& i, Mask m) {
   if (b.arrived == 0) b.expected = threads, b.first = &i;
   else if (b.expected != threads)
     w.fail(i, lane, format("barrier %llu is awaited by %u threads here and by %u at line %u", (unsigned long long)id, threads, b.expected, b.first->line));
+  release(w, m, b.view);
+  if (i.a) advance(w, m, false);
   b.arrived += LANES;
   if (i.a == 0) b.waiting.push_back(w.index);
   if (b.arrived > b.expected) w.fail(i, lane, format("more than %u threads arrive at barrier %llu", threads, (unsigned long long)id));
   if (b.arrived == b.expected) {
-    for (u32 other : b.waiting) cta.warps[other].barrier = -1;
+    for (u32 other : b.waiting) {
+      Warp& o = cta.warps[other];
+      o.barrier = -1;
+      acquire(o, o.alive, b.view);
+      advance(o, o.alive, true);
+    }
+    b.view = View{};
     b.arrived = 0;
     b.waiting.clear();
     cta.progress++;
@@ -61,7 +70,7 @@ void bar(Line& l, Inst& inst) {
     l.push(l.operands[0].text, 4);
     inst.sync = Sync::members;
     inst.member_op = 0;
-    inst.run = nothing;
+    inst.run = [](Warp& w, const Inst&, Mask m) { sync_lanes(w, m); };
     return;
   }
   inst.sync = Sync::aligned;
@@ -211,6 +220,7 @@ void elect(Line& l, Inst& inst) {
 // Fences order one thread's accesses; here they are in order already.
 void fence(Line& l, Inst& inst) {
   inst.kind = FENCE;
+  if (l.has("proxy") || l.has("mbarrier_init")) return decode_proxy_fence(l, inst);
   for (const char* m : {"sc", "acq_rel", "cta", "gl", "gpu", "sys", "cluster"}) l.take(m);
   l.want(0);
   inst.run = nothing;

@@ -56,6 +56,8 @@ const Family& convert_family();
 const Family& memory_family();
 const Family& matrix_family();
 const Family& control_family();
+const Family& async_family();
+const Family& wgmma_family();
 
 u32 shared_variable(Parser&, const std::string&);
 

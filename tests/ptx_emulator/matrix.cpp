@@ -41,8 +41,8 @@ void store_matrix(Warp& w, const Inst& i, Mask) {
   matrix_places(w, i, addresses(w, i, 0), at);
   Mask rows = rows_of(i.a);
   count_shared(w, rows, at, 16, true);
-  note_shared(w, i, rows, at, 16, Use::write);
   u8* shared = w.cta->shared.data();
+  u8 data[LANES][16];
   for (u32 j = 0; j < i.a; ++j) {
     const u32* in = w.reg<u32>(i.op[1 + j]);
     u16 e[8][8];
@@ -51,8 +51,10 @@ void store_matrix(Warp& w, const Inst& i, Mask) {
       (i.b ? e[t][g] : e[g][t]) = u16(in[l]);
       (i.b ? e[t + 1][g] : e[g][t + 1]) = u16(in[l] >> 16);
     }
-    for (int r = 0; r < 8; ++r) std::memcpy(shared + at[8 * j + r], e[r], 16);
+    for (int r = 0; r < 8; ++r) std::memcpy(data[8 * j + r], e[r], 16);
   }
+  note_shared(w, i, rows, at, 16, Use::write, data[0], 16);
+  for (u32 r = 0; r < 8 * i.a; ++r) std::memcpy(shared + at[r], data[r], 16);
 }
 void ld_st_matrix(Line& l, Inst& inst) {
   bool load = l.name == "ldmatrix";

@@ -9,6 +9,7 @@ namespace ptx {
 
 std::string space_of(Line&, const std::string&);
 Program& program_of(Line&);
+void decode_bulk(Line&, Inst&);
 
 // ---- global memory ----
 
@@ -86,6 +87,17 @@ void count_global(Warp& w, const Inst&, Mask m, const Lanes& a, const u32* bytes
   }
 }
 
+void count_sector(Warp& w, u64 sector, bool write) {
+  Launch& launch = *w.cta->launch;
+  if (!launch.count) return;
+  for (size_t r = 0; r < launch.regions.size(); ++r) {
+    const Region& g = launch.regions[r];
+    if (sector * 32 + 31 < g.base || sector * 32 >= g.base + g.bytes) continue;
+    (write ? w.cta->block->stored : w.cta->block->loaded)[r][sector - g.base / 32] = true;
+    return;
+  }
+}
+
 // ---- shared memory ----
 
 u32 shared_at(Warp& w, const Inst& i, int lane, u64 address, u32 bytes) {
@@ -93,6 +105,8 @@ u32 shared_at(Warp& w, const Inst& i, int lane, u64 address, u32 bytes) {
   u32 base = cta.launch->program->shared_base;
   if (address < base || address + bytes > base + cta.launch->shared_bytes)
     w.fail(i, lane, format("shared access of %u bytes at %lld, outside the %u bytes from %u on", bytes, (long long)address, cta.launch->shared_bytes, base));
+  for (auto it = cta.mbarriers.lower_bound(u32(address) > 7 ? u32(address) - 7 : 0); it != cta.mbarriers.end() && it->first < address + bytes; ++it)
+    if (it->second.valid && i.kind != MBARRIER) w.fail(i, lane, format("the mbarrier at %u is no ordinary memory", it->first));
   if (address % bytes && bytes <= 16) w.fail(i, lane, format("shared address %llu is no multiple of %u", (unsigned long long)address, bytes));
   return u32(address);
 }
@@ -129,8 +143,6 @@ void count_shared(Warp& w, Mask m, const u32* at, u32 bytes, bool write) {
   c.shared_ideal += (distinct + 31) / 32;
   (write ? c.shared_write_bytes : c.shared_read_bytes) += u64(__builtin_popcount(m)) * bytes;
 }
-
-void note_shared(Warp&, const Inst&, Mask, const u32*, u32, Use) {}
 
 namespace {
 
@@ -275,7 +287,7 @@ void store(Warp& w, const Inst& i, Mask m) {
       u32 at[LANES];
       for (int l = 0; l < LANES; ++l)
         if (m >> l & 1) at[l] = shared_at(w, i, l, a.at[l], bytes);
-      note_shared(w, i, m, at, bytes, Use::write);
+      note_shared(w, i, m, at, bytes, Use::write, data[0], sizeof data[0]);
       for (int l = 0; l < LANES; ++l)
         if (m >> l & 1) copy_bytes(w.cta->shared.data() + at[l], data[l], bytes);
       count_shared(w, m, at, bytes, true);
@@ -436,6 +448,9 @@ void complete_copies(Warp& w, Mask m, const u32* through, bool all) {
     if (ready) {
       deliver(w, c, ready);
       c.pending &= ~ready;
+      w.touched |= ready;
+      for (int l = 0; l < LANES; ++l)
+        if (ready >> l & 1) settle_write(*w.cta, c.to[l], c.bytes, w.index, l, w.clock);
     }
     if (c.pending) {
       if (kept != k) w.copies[kept] = w.copies[k];
@@ -479,7 +494,9 @@ void copy_async(Warp& w, const Inst& i, Mask m) {
   }
   count_global(w, i, m, from, c.valid, false, i.c & PAST_L1);
   count_shared(w, m, c.to, i.a, true);
-  note_shared(w, i, m, c.to, i.a, Use::write);
+  w.touched |= m;
+  for (int l = 0; l < LANES; ++l)
+    if (m >> l & 1) note_pending_write(w, i, l, c.to[l], i.a);
   w.copies.push_back(c);
   if (w.cta->launch->mode == Mode::early) deliver(w, w.copies.back(), m);
 }
@@ -487,6 +504,7 @@ void copy_async(Warp& w, const Inst& i, Mask m) {
 void cp(Line& l, Inst& inst) {
   inst.kind = COPY_ASYNC;
   if (!l.take("async")) return;
+  if (l.take("bulk")) return decode_bulk(l, inst);
   if (l.take("commit_group")) {
     l.want(0);
     inst.run = [](Warp& w, const Inst&, Mask m) {
@@ -509,7 +527,7 @@ void cp(Line& l, Inst& inst) {
     inst.run = [](Warp& w, const Inst&, Mask m) { complete_copies(w, m, nullptr, true); };
     return;
   }
-  if (l.has("bulk") || l.has("mbarrier")) return;
+  if (l.has("mbarrier")) return;
   if (l.take("cg")) inst.c = PAST_L1;
   else l.take("ca");
   bool hint = l.take("L2::cache_hint");

@@ -155,7 +155,8 @@ struct Parser {
   Op place(u32 bytes) {
     u32 size = bytes ? bytes * LANES : 4;
     u32 to = program.register_bytes;
-    to = (to + std::min(size, 64u) - 1) / std::min(size, 64u) * std::min(size, 64u);
+    u32 align = std::min(size, 128u);  // each vector of 32-bit lanes has 128 bytes of its own
+    to = (to + align - 1) / align * align;
     program.register_bytes = to + size;
     return Op{to, u8(bytes), false, false};
   }
@@ -378,7 +379,7 @@ struct Parser {
   static const std::unordered_map<std::string, Decoder>& decoders() {
     static const auto all = [] {
       std::unordered_map<std::string, Decoder> table;
-      for (const Family* f : {&arithmetic_family(), &convert_family(), &memory_family(), &matrix_family(), &control_family()})
+      for (const Family* f : {&arithmetic_family(), &convert_family(), &memory_family(), &matrix_family(), &control_family(), &async_family(), &wgmma_family()})
         for (auto& [name, decoder] : f->table) table[name] = decoder;
       return table;
     }();
@@ -724,7 +725,12 @@ Program parse(const std::string& text, const std::string& entry) {
   p.shared_top = p.program.shared_base;
   p.module();
   p.program.shared_static = p.shared_top - p.program.shared_base;
-  p.program.register_bytes = (p.program.register_bytes + 63) / 64 * 64;
+  p.program.register_bytes = (p.program.register_bytes + 127) / 128 * 128;
+  auto& marked = p.program.wgmma_register;
+  marked.resize(p.program.register_bytes / 128);
+  for (Inst& i : p.program.code)
+    if (i.kind != WGMMA)
+      for (u32 k = 0; k < i.ops; ++k) i.wgmma_registers |= i.op[k].at / 128 < marked.size() && marked[i.op[k].at / 128];
   return std::move(p.program);
 }
 

@@ -62,6 +62,8 @@ void start(Cta& cta) {
   std::fill(cta.local.begin(), cta.local.end(), 0xff);
   u32 threads = cta.launch->block[0] * cta.launch->block[1] * cta.launch->block[2];
   for (Barrier& b : cta.barriers) b = Barrier{};
+  cta.mbarriers.clear();
+  cta.bulks.clear();
   for (Warp& w : cta.warps) {
     std::fill(w.file.begin(), w.file.end(), 0xff);
     for (auto& [at, bytes] : p.fill) std::copy(bytes.begin(), bytes.end(), w.file.begin() + at);
@@ -73,7 +75,13 @@ void start(Cta& cta) {
     w.groups.assign(1, Group{0, w.alive});
     w.barrier = -1;
     w.copies.clear();
+    w.failed_wait = w.yielded = false;
     std::fill(w.committed, w.committed + LANES, 0);
+    std::fill(w.bulk_committed, w.bulk_committed + LANES, 0);
+    w.wgmmas.clear();
+    w.wgmma_committed = 0;
+    w.wgmma_fenced = false;
+    w.wgmma_state.assign(p.wgmma_register.size(), 0);
   }
 }
 
@@ -96,6 +104,16 @@ void insert(Warp& w, Group g) {
     it->parked = it->asleep = false;
   } else {
     w.groups.insert(it, g);
+  }
+}
+
+// Registers of a wgmma, touched by another instruction.
+void touch_wgmma(Warp& w, const Inst& i) {
+  for (u32 k = 0; k < i.ops; ++k) {
+    u32 at = i.op[k].at / 128;
+    if (at >= w.wgmma_state.size() || !w.cta->launch->program->wgmma_register[at] || i.op[k].bytes != 4) continue;
+    if (w.wgmma_state[at] & 1) w.fail(i, 0, "a register of a wgmma that is under way: no wgmma.wait_group covers it yet");
+    w.wgmma_state[at] |= 2;
   }
 }
 
@@ -140,7 +158,8 @@ void run(Warp& w, u64 quantum) {
     counts.thread_instructions += __builtin_popcount(m);
     cta.steps++;
     if (i.flow == Flow::next) {
-      if (m || i.sync == Sync::none) i.run(w, i, m);
+      if (i.wgmma_registers && m) touch_wgmma(w, i);
+      if (m) i.run(w, i, m);
       if (w.failed_wait) {  // a try_wait that found its phase open: let others run first
         w.failed_wait = false;
         g.asleep = true;
@@ -188,6 +207,7 @@ void stuck(Cta& cta) {
 
 void run_cta(Cta& cta) {
   start(cta);
+  start_races(cta);
   const Mode mode = cta.launch->mode;
   std::vector<u32> order(cta.warps.size());
   for (u32 k = 0; k < order.size(); ++k) order[k] = k;
@@ -210,11 +230,25 @@ void run_cta(Cta& cta) {
       yielded |= w.yielded;
     }
     if (!alive) break;
+    auto to_shared = [](const Bulk& b) { return b.to_shared; };
+    if (mode == Mode::random && !cta.bulks.empty() && cta.random() % 2) {
+      size_t which = cta.random() % cta.bulks.size();
+      if (cta.bulks[which].to_shared) complete_bulk(cta, which);
+    }
     bool moved = cta.progress != before || (cta.steps != steps && !yielded);
+    if (!moved) {  // as late as the program allows: when it can do nothing else
+      auto first = std::find_if(cta.bulks.begin(), cta.bulks.end(), to_shared);
+      if (first != cta.bulks.end()) {
+        complete_bulk(cta, first - cta.bulks.begin());
+        continue;
+      }
+    }
     idle = moved ? 0 : idle + 1;
     if (idle > 200) stuck(cta);
     if (!moved && cta.steps == steps) stuck(cta);
   }
+  for (const Bulk& b : cta.bulks)
+    cta.warps[b.warp].fail(*b.inst, b.lane, b.to_shared ? "nobody has waited for this copy when the block ends" : "no cp.async.bulk.wait_group covers this copy, and the block ends");
 }
 
 }  // namespace

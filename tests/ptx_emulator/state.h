@@ -67,6 +67,7 @@ struct Inst {
   u8 member_op = 0;     // Sync::members: the operand that holds the mask
   u32 target = 0;       // Flow::branch
   i64 offset = 0;       // displacement of the address operand
+  bool wgmma_registers = false;    // some operand is also an accumulator or a fragment of a wgmma
   u32 a = 0, b = 0, c = 0, d = 0;  // meaning depends on the family
   u32 line = 0;
   u32 index = 0;
@@ -101,6 +102,8 @@ struct Program {
   u32 required_threads[3] = {0, 0, 0};
   u32 required_cluster[3] = {0, 0, 0};
   std::string entry;
+  std::vector<bool> wgmma_register;  // per 128 bytes of the register file
+  bool async_proxy = false;
 };
 
 Program parse(const std::string& text, const std::string& entry);
@@ -165,6 +168,62 @@ struct Copy {
   const Inst* inst;
 };
 
+// What a thread, or everyone who passed a barrier, knows: for each agent (a warp, or an mbarrier standing for the bulk copies that
+// complete on it) the clock up to which its accesses to shared memory lie in the past. See races.cpp.
+struct View {
+  std::vector<u32> seen;    // per agent
+  std::vector<u32> fenced;  // the part of it that fence.proxy.async has made visible to the async proxy
+};
+
+struct MBarrier {
+  bool valid = false;
+  u32 agent = 0;
+  u32 expected = 0, pending = 0;  // arrivals
+  i64 tx = 0;                     // bytes still expected
+  u32 phase = 0;
+  View open, done;
+  const Inst* init = nullptr;
+};
+
+struct TensorMap {  // 128 bytes that Python makes from the arguments of cuTensorMapEncodeTiled; the layout is ours
+  u64 magic;
+  u64 address;
+  u64 strides[4];  // bytes, of dimensions 1 to rank - 1
+  u32 dims[5];
+  u32 box[5];
+  u32 rank, element_bytes, swizzle;  // 0, 32, 64, 128
+  u32 unused[7];
+};
+static_assert(sizeof(TensorMap) == 128);
+constexpr u32 MAX_MBARRIERS = 128;
+constexpr u64 TENSOR_MAP_MAGIC = 0x70616d726f736e74ull;
+
+// cp.async.bulk and cp.async.bulk.tensor, on their way.
+struct Bulk {
+  Cta* cta;             // whose shared memory
+  const Inst* inst;
+  u32 warp, lane;       // who issued it
+  bool to_shared;
+  bool tensor;
+  TensorMap map;
+  i32 at[5];            // coordinates
+  u64 global;           // plain bulk copies
+  u32 shared, bytes;
+  u32 mbarrier;         // to shared: signalled; its offset
+  u32 group;            // to global: bulk group of the issuing thread
+  bool read_done = false;
+};
+
+struct Wgmma {  // one warp's quarter of wgmma.mma_async, on its way
+  const Inst* inst;
+  u32 group;
+  u64 a, b;                   // descriptors
+  std::vector<u32> a_values;  // A from registers
+  bool keep;                  // scale-d: D = A B + D
+  bool computed = false;
+  std::vector<u32> chunks;    // 16-byte pieces of shared memory that it reads
+};
+
 struct Group {  // lanes at one place of the program
   u32 pc;
   Mask mask;
@@ -183,6 +242,15 @@ struct Warp {
   bool yielded = false;      // every group that could run waits for something
   bool failed_wait = false;  // the last instruction was a try_wait that did not succeed
   std::vector<Copy> copies;   // cp.async in order of issue
+  std::vector<Wgmma> wgmmas;  // in order of issue
+  u32 wgmma_committed = 0;
+  std::vector<u8> wgmma_state;  // per 128 bytes of the file: bit 0 in use by a wgmma, bit 1 accessed since the last wgmma.fence
+  bool wgmma_fenced = false;
+  u32 bulk_committed[LANES] = {};
+  u32 clock = 1;              // of its accesses to shared memory; grows with every synchronisation
+  u32 own_fenced = 0;         // own accesses up to this clock are visible to the async proxy
+  Mask touched = 0;           // lanes that accessed shared memory at this clock
+  std::vector<u32> seen, fenced;  // [agent][lane]: a View for every lane
   u32 committed[LANES] = {};
 
 
@@ -219,6 +287,7 @@ struct Barrier {
   u32 arrived = 0, expected = 0;
   std::vector<u32> waiting;  // warps
   const Inst* first = nullptr;
+  View view;
 };
 
 struct Cta {
@@ -230,6 +299,14 @@ struct Cta {
   std::vector<u8> shared;
   std::vector<u8> local;
   Barrier barriers[16];
+  std::map<u32, MBarrier> mbarriers;  // by offset in shared memory
+  u32 agents = 0;                     // warps and mbarriers so far
+  std::vector<Bulk> bulks;            // in order of issue
+  // Who last touched each granule of shared memory; races.cpp.
+  std::vector<u64> writer;
+  std::vector<u32> readers;           // [granule][warp]: clock
+  std::vector<u8> reader_lanes;       // [granule][warp]
+  bool async_proxy = false;           // the program uses wgmma or bulk copies
   std::mt19937_64 random;
   u64 steps = 0;
   u64 progress = 0;  // grows whenever something happens that others may have waited for
