@@ -69,6 +69,7 @@ if reason is None:
         [
             "csrc/cpu_ops.cpp",
             "csrc/encoder_ops.cpp",
+            "csrc/operators.cpp",
             *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp")),
         ],
         depends=["csrc/checks.h", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.h"))],

@@ -44,10 +44,13 @@ def whole(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def check_zeros(model: nn.Module, pruner: sp.Pruner) -> None:
+def check_zeros(model: nn.Module, pruner: sp.Pruner, optimizer: torch.optim.Optimizer) -> None:
     """Pruned blocks are exactly zero in the weights and in the optimizer's moments; kept ones are not all zero."""
     weights = whole(model)
     for name, mask in pruner.masks.items():
+        moment = optimizer.state[model.get_submodule(name).weight]["exp_avg"]
+        moment = moment.full_tensor() if hasattr(moment, "full_tensor") else moment
+        assert not moment[weights[f"{name}.weight"] == 0].any(), f"{name}: momentum would revive pruned weights"
         weight = weights[f"{name}.weight"]
         weight = weight.t() if isinstance(model.get_submodule(name), Conv1D) else weight
         blocks = sp.BsrWeight.from_dense(weight, torch.ones_like(mask), BLOCK).values.abs().amax((1, 2))
@@ -88,10 +91,11 @@ def trainer_with_ddp(out: Path) -> None:
         callback = PruningCallback(pruner, resume)
         trainer = DistillationTrainer(model, args, train_dataset=Texts(), callbacks=[callback], teacher=teacher)
         assert trainer.accelerator.num_processes == 2
-        pruner.attach(trainer.create_optimizer())
+        optimizer = trainer.create_optimizer()
+        pruner.attach(optimizer)
         trainer.train(resume_from_checkpoint=resume and str(resume))
         pruner.apply_()
-        check_zeros(model, pruner)
+        check_zeros(model, pruner, optimizer)
         agreed(pruner.masks, f"masks by {criterion}")
         agreed(pruner.state_dict(), f"the pruner's state by {criterion}")
         agreed(whole(model), f"weights by {criterion}")
@@ -151,7 +155,7 @@ def loop_with_fsdp2(accelerator: Accelerator) -> None:
         saved = copy.deepcopy((optimizer.state_dict(), pruner.state_dict()))
         agreed(saved[1], f"the pruner's state by {criterion}")
         steps(*run, range(3, 6), lambda step: data[step, rank])
-        check_zeros(model, pruner)
+        check_zeros(model, pruner, optimizer)
         agreed(pruner.masks, f"masks by {criterion}")
 
         other = make(criterion, sharded=True)
