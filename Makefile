@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 export MAX_JOBS ?= 2
 
-.PHONY: help install demo ablation test bench clean
+.PHONY: help install demo ablation test bench peers clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,22 @@ test: $(INSTALLED) ## lint and all tests
 
 bench: $(INSTALLED) ## sparse against dense and against peers on this machine
 	@$(BIN)/python -m pytest bench
+
+# Each engine wants versions of its own (DeepSparse: Python 3.8 to 3.11 and numpy below 2), so each gets an environment.
+PEERS := runs/peers
+peers: $(PEERS)/deepsparse/.installed $(PEERS)/openvino/.installed $(PEERS)/onnxruntime/.installed ## DeepSparse, OpenVINO, ONNX Runtime for `bench`
+
+$(PEERS)/deepsparse/.installed: PEER_PYTHON = python3.11
+$(PEERS)/deepsparse/.installed: PEER_NEEDS = deepsparse==1.8.0 'numpy<2'
+$(PEERS)/openvino/.installed: PEER_NEEDS = openvino onnx
+$(PEERS)/onnxruntime/.installed: PEER_NEEDS = onnxruntime onnx
+$(PEERS)/%/.installed: PEER_PYTHON ?= $(PYTHON)
+$(PEERS)/%/.installed: bench/peers.py
+	@echo "Making an environment for $*"
+	@$(PEER_PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install -q $(PEER_NEEDS)
+	@cp bench/peers.py $(PEERS)/peers.py
+	@touch $@
 
 clean: ## remove what the other commands made, except runs/
 	rm -rf $(VENV) build *.egg-info sparse_prune/*.so .pytest_cache .hypothesis .benchmarks

@@ -1,32 +1,25 @@
-"""`make bench`: one sparse layer against dense and against peers. Results go to runs/bench/linear.json and linear.png.
+"""`make bench`: one sparse layer against dense and against peers. Rows go to runs/bench/linear.jsonl as they are finished,
+the picture to runs/bench/linear.png; the same command after Ctrl-C goes on. SPARSE_PRUNE_BENCH=full takes the whole grid (hours).
 
-SPARSE_PRUNE_BENCH=full takes the whole grid of shapes, blocks, densities and thread counts (an hour or more); the default, minutes.
+`sparse-prune bench linear` is the same comparison with options and a table.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from sparse_prune.benchmark import DTYPES, bench_linear, plot_linear, random_mask
+from sparse_prune.benchmark import DTYPES, GRIDS, bench_linear, linear_problems, plot_linear, random_mask
 from sparse_prune.layers import SparseLinear
 
-FULL = os.environ.get("SPARSE_PRUNE_BENCH") == "full"
-SHAPES = [(384, 1536), (768, 768), (768, 3072), (3072, 768), (4096, 4096)] if FULL else [(768, 3072)]
-BLOCKS = [(16, 16), (32, 32), (64, 64), (64, 16), (128, 16)] if FULL else [(32, 32), (64, 64)]
-TOKENS = [1, 16, 128, 512, 2048] if FULL else [1, 16, 128, 512]
-DENSITIES = [0.05, 0.1, 0.2, 0.5, 0.8, 1.0] if FULL else [0.05, 0.2, 0.5, 1.0]
-THREADS = [1, 2] if FULL else [1]
+OUT = Path("runs/bench")
 
 
 def test_grid(capsys):
     """The comparison itself: every row is checked against float64, then timed in turns with its peers."""
-    out = Path("runs/bench")
-    out.mkdir(parents=True, exist_ok=True)
 
     def show(row):
         peers = ", ".join(f"{name} {us:.0f}" for name, us in row["us"].items())
@@ -38,10 +31,10 @@ def test_grid(capsys):
                 end="",
             )
 
-    rows = bench_linear(SHAPES, TOKENS, DENSITIES, BLOCKS, ("float32", "bfloat16"), THREADS, on_row=show)
-    (out / "linear.json").write_text(json.dumps(rows, indent=1))
+    problems = linear_problems(**GRIDS[os.environ.get("SPARSE_PRUNE_BENCH", "small")])
+    rows = bench_linear(problems, keep=OUT / "linear.jsonl", on_row=show)
     pytest.importorskip("matplotlib")
-    plot_linear([r for r in rows if (r["K"], r["N"]) == (768, 3072) and r["threads"] == 1], out / "linear.png")
+    plot_linear(rows, OUT / "linear.png")
 
 
 @pytest.mark.parametrize("density", [0.2, 1.0])

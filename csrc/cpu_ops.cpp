@@ -4,6 +4,7 @@
 #include <string>
 
 #include "checks.h"
+#include "cpu/roofline.h"
 
 namespace {
 
@@ -185,3 +186,9 @@ SPARSE_PRUNE_EXPORT int sparse_prune_force_isa(const char* name) { return sp::fo
 
 // dtype: 0 float32, 1 bfloat16, 2 float16, 3 float64
 SPARSE_PRUNE_EXPORT const char* sparse_prune_cpu_isa(int dtype) { return sp::kernels_for(static_cast<sp::DType>(dtype)).name; }
+
+SPARSE_PRUNE_EXPORT double sparse_prune_peak_flops(const char* isa) { return sp::peak_flops(isa); }
+
+SPARSE_PRUNE_EXPORT double sparse_prune_read_bytes_per_second(const char* isa, const void* data, int64_t bytes) {
+  return sp::read_bytes_per_second(isa, data, bytes);
+}

@@ -9,7 +9,6 @@ result = sp.sparsify_(model, sp.BlockSparseConfig(blocksize=(32, 32), density=0.
 
 from __future__ import annotations
 
-from .backends import show_config
 from .bsr import BsrWeight
 from .convert import BlockSparseConfig, SparsifyResult, sparsify_
 from .criteria import block_mask
@@ -18,7 +17,7 @@ from .fuse import fuse_encoder_, unfuse_encoder_
 from .integrations import watch
 from .layers import SparseLinear, fused_linear
 from .masks import suggest_blocksize
-from .ops import backend_for, bsr_linear
+from .ops import backend_for, bsr_linear, show_config
 from .pruner import PruneConfig, Pruner
 from .serialization import load_packed, save_packed
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import os
+import platform
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +50,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(files[0]))
         library.sparse_prune_cpu_isas.restype = ctypes.c_char_p
         library.sparse_prune_cpu_isa.restype = ctypes.c_char_p
+        library.sparse_prune_peak_flops.restype = ctypes.c_double
+        library.sparse_prune_read_bytes_per_second.restype = ctypes.c_double
+        library.sparse_prune_read_bytes_per_second.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64)
     except (OSError, AttributeError) as error:
         return None, f"the C++ extension {files[0].name} does not load: {error}"
     wanted = os.environ.get("SPARSE_PRUNE_ISA", "")
@@ -64,6 +70,9 @@ except ModuleNotFoundError:
     _kernels = None
 _library, _reason = _load()
 _forced: list[str] = [os.environ.get("SPARSE_PRUNE_ISA", "")]
+epoch = (
+    0  # changes whenever another kernel may be chosen than before, so that what layers derived for one is made again
+)
 
 
 def cpu_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -104,20 +113,57 @@ def cpu_isa(dtype: torch.dtype) -> str:
     return _library.sparse_prune_cpu_isa(_DTYPES[dtype]).decode()
 
 
+def cpu_name() -> str:
+    """Processor model, as the operating system names it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def cpu_build() -> str:
+    """Names the build of the C++ kernels, so that numbers of another build are not taken for this one's; "" without them."""
+    if _library is None:
+        return ""
+    return hashlib.sha256(Path(_library._name).read_bytes()).hexdigest()[:12]
+
+
+def peak_flops(isa: str) -> float:
+    """FLOP/s of one thread doing multiply-adds on registers alone, by a set of cpu_isas(); 0 for one without a probe."""
+    return _library.sparse_prune_peak_flops(isa.encode())
+
+
+def read_bytes_per_second(data: torch.Tensor) -> float:
+    """Bytes/s of one thread that reads a contiguous CPU tensor in order, again and again."""
+    size = data.numel() * data.element_size()
+    return _library.sparse_prune_read_bytes_per_second(cpu_isas()[0].encode(), ctypes.c_void_p(data.data_ptr()), size)
+
+
+def together(threads: int, probe: Callable[[], float]) -> float:
+    """The sum of what probe() gives in that many threads at once."""
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(lambda _: probe(), range(threads)))
+
+
 @contextlib.contextmanager
 def force_isa(name: str) -> Iterator[None]:
     """Use no instruction set above `name` inside the block, in every thread of the process.
 
     Raises SparsePruneError for a name that is not in cpu_isas().
     """
+    global epoch
     if _library is None or not name or not _library.sparse_prune_force_isa(name.encode()):
         offered = ", ".join(cpu_isas()) or f"none here: {_reason}"
         raise SparsePruneError("name", f"an instruction set of this machine ({offered})", repr(name), "see cpu_isas()")
     _forced.append(name)
+    epoch += 1
     try:
         yield
     finally:
         _forced.pop()
+        epoch += 1
         _library.sparse_prune_force_isa(_forced[-1].encode())
 
 
@@ -134,10 +180,3 @@ def status() -> list[BackendStatus]:
         BackendStatus("cpu", _library is not None, _reason and f"{_reason}; encoders run unfused", detail),
         BackendStatus("reference", True, "", f"plain PyTorch {torch.__version__}, any device"),
     ]
-
-
-def show_config() -> None:
-    """Print which backends work here, and why the others do not."""
-    for backend in status():
-        verdict = f"yes: {backend.detail}" if backend.available else f"no: {backend.reason}"
-        print(f"{backend.name:<10} {verdict}")

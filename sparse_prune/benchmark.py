@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
+import json
 import platform
+import random
 import statistics
+import subprocess
+import tempfile
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,25 +33,20 @@ from .layers import SparseLinear
 from .masks import check_density, expand_mask, grid_shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DENSE = ("dense", "dense_prepacked")  # what a ratio to dense takes the faster of
 
 
 def machine() -> dict[str, str | int]:
     """CPU model, best instruction set, threads, and the versions that a number depends on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
     isa = backends.cpu_isas()[0] if backends.cpu_isas() else "none (plain PyTorch)"
     return {
-        "cpu": cpu,
+        "cpu": backends.cpu_name(),
         "isa": isa,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "sparse_prune": __version__,
+        "build": backends.cpu_build(),
     }
 
 
@@ -59,19 +61,34 @@ def thread_count(threads: int | None) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-def interleaved_medians(candidates: dict[str, Callable[[], object]], seconds: float = 1.0) -> dict[str, float]:
-    """Median seconds of each candidate; they run in turn, 5 to 51 times each, for about `seconds` after two warm-up turns."""
-    for _ in range(2):
-        start = time.perf_counter()
-        for run in candidates.values():
-            run()
-        turn = time.perf_counter() - start
+def interleaved_medians(
+    candidates: dict[str, Callable[[], object]], seconds: float = 1.0, hopeless: float = float("inf")
+) -> dict[str, float]:
+    """Median seconds of each candidate; they run in turns, 5 to 51 times each, for about `seconds` after two warm-up turns.
+
+    The order changes from turn to turn: what a neighbour leaves in the caches is worth microseconds. A candidate that takes more
+    than `hopeless` times the first one's time in the warm-up is not run again, and that time is its result.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(min(51, max(5, round(seconds / turn)))):
-        for name, run in candidates.items():
+    order = random.Random(0)
+
+    def turn(names: list[str]) -> float:
+        begin = time.perf_counter()
+        for name in order.sample(names, len(names)):
             start = time.perf_counter()
-            run()
+            candidates[name]()
             times[name].append(time.perf_counter() - start)
+        return time.perf_counter() - begin
+
+    for _ in range(2):
+        turn(list(candidates))
+    first = times[next(iter(candidates))][-1]
+    running = [name for name in candidates if times[name][-1] <= hopeless * first]
+    for name in candidates:
+        del times[name][: 2 if name in running else 1]
+    spent, count = 0.0, 0
+    while count < 5 or (spent < seconds and count < 51):
+        spent, count = spent + turn(running), count + 1
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -82,6 +99,40 @@ def random_mask(shape: Sequence[int], blocksize: Sequence[int], density: float, 
     mask = torch.zeros(rows * cols, dtype=torch.bool)
     mask[torch.randperm(rows * cols, generator=generator)[:keep]] = True
     return mask.view(rows, cols)
+
+
+def limits(dtype: torch.dtype, threads: int) -> dict[str, float | str]:
+    """This machine's roofline for a dtype: GFLOP/s of multiply-adds on registers alone and GB/s of reading, `threads` at once.
+
+    Where the instruction set in force has no such probe (AMX) the GFLOP/s are those of a large dense product, and `peak` says so.
+    Reading is measured over 8 MiB a thread, which a last-level cache holds, and over 256 MiB, which it does not.
+    """
+    isa, element = backends.cpu_isa(dtype), torch.tensor([], dtype=dtype).element_size()
+    # Where a dtype has no instructions of its own the kernels compute in float32.
+    probe = isa if isa.endswith("bf16") else backends.cpu_isa(torch.float32)
+    flops = backends.together(threads, lambda: backends.peak_flops(probe))
+    source = "multiply-adds on registers"
+    if not flops:
+        a, b = torch.randn(1024, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+        with thread_count(threads):
+            flops = 2 * a.shape[0] * b.numel() / interleaved_medians({"dense": lambda: a @ b}, 0.3)["dense"]
+        source = "a dense product of 1024 x 2048 x 2048"
+    read = {}
+    for name, size in (("cached", 8 << 20), ("memory", 256 << 20)):
+        data = [torch.zeros(size // element, dtype=dtype) for _ in range(threads)]
+        read[name] = backends.together(threads, lambda data=data: backends.read_bytes_per_second(data.pop())) / 1e9
+    return {
+        "peak": source,
+        "gflops": flops / 1e9,
+        "cached_gbytes_per_s": read["cached"],
+        "memory_gbytes_per_s": read["memory"],
+    }
+
+
+def _bound_seconds(limit: dict, flops: float, moved: int) -> float:
+    """The least time for that work under the roofline: the products or the bytes, whichever takes longer."""
+    read = limit["cached_gbytes_per_s" if moved <= 8 << 20 else "memory_gbytes_per_s"]
+    return max(flops / limit["gflops"], moved / read) / 1e9
 
 
 def _peers(x: Tensor, linear: nn.Linear, packed: BsrWeight) -> dict[str, Callable[[], object]]:
@@ -129,82 +180,271 @@ def _relative_error(got: object, exact: Tensor) -> float:
     return float((torch.as_tensor(got).double() - exact).norm() / exact.norm())
 
 
-@torch.no_grad()
-def bench_linear(
-    shapes: Iterable[tuple[int, int]] = ((768, 3072),),
-    tokens: Iterable[int] = (1, 16, 128, 512),
-    densities: Iterable[float] = (0.1, 0.2, 0.5, 1.0),
-    blocksizes: Iterable[tuple[int, int]] = ((32, 32),),
-    dtypes: Iterable[str] = ("float32", "bfloat16"),
-    threads: Iterable[int | None] = (1,),
-    seconds: float = 1.0,
-    on_row: Callable[[dict], None] | None = None,
-) -> list[dict]:
-    """Time y[M, N] = x[M, K] @ W[N, K]^T + b for every combination, one row each.
+class Engine:
+    """A peer in an environment of its own (`make peers`): a process that times a model whenever it is asked to."""
 
-    shapes are (K, N), tokens are M, seconds is spent on each row, on_row is called with each row as it is finished. A row holds the
-    problem, the thread count, `machine()`, median microseconds of every candidate ("us"), and for the sparse layer: useful and
-    dense-equivalent GFLOP/s, GB/s of x, y, blocks and indices, `speedup` over the best dense, and `share` = speedup * density,
-    the part of the ideal 1/density that is reached.
-
-    Raises SparsePruneError for an unknown dtype or a density outside (0, 1], ArithmeticError if the sparse result is wrong.
-    """
-    unknown = [name for name in dtypes if name not in DTYPES]
-    if unknown:
-        raise SparsePruneError("dtypes", f"names among {', '.join(DTYPES)}", unknown[0], "choose some of these")
-    generator = torch.Generator().manual_seed(0)
-    grid = [
-        (k, n, m, density, blocksize, dtype, thread)
-        for k, n in shapes
-        for dtype in dtypes
-        for blocksize in blocksizes
-        for thread in threads
-        for m in tokens
-        for density in densities
-    ]
-    about, rows = machine(), []
-    for k, n, m, density, blocksize, dtype_name, thread in grid:
-        dtype = DTYPES[dtype_name]
-        mask = random_mask((n, k), blocksize, density, generator)
-        x = torch.randn(m, k, generator=generator).to(dtype)
-        linear = nn.Linear(k, n).eval()
-        linear.weight.mul_(expand_mask(mask, blocksize, (n, k)))
-        linear = linear.to(dtype).requires_grad_(False)
-        layer = SparseLinear.from_dense(linear, mask, blocksize)
-        exact = F.linear(x.double(), linear.weight.double(), linear.bias.double())
-        error, dense_error = (
-            _relative_error(layer(x), exact),
-            _relative_error(F.linear(x, linear.weight, linear.bias), exact),
-        )
-        if not error <= 2 * max(dense_error, torch.finfo(dtype).eps / 4):
-            raise ArithmeticError(
-                f"sparse result for M={m} K={k} N={n} {dtype_name}: error {error:.1e}, dense {dense_error:.1e}"
+    def __init__(self, name: str, folder: str | Path) -> None:
+        """Start runs/peers/NAME; raises SparsePruneError if it does not answer."""
+        self.name, self.reason = name, ""
+        command = [str(Path(folder) / name / "bin" / "python"), str(Path(folder) / "peers.py"), name]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen(command, **pipes, text=True)
+        self.version = self._read().get("ready", "")
+        if not self.version:
+            raise SparsePruneError(
+                "peers", f"an engine that starts under {folder}", f"{name}: {self.reason}", "make peers"
             )
-        with thread_count(thread) as used:
-            candidates = {"sparse": lambda layer=layer, x=x: layer(x), **_peers(x, linear, layer.packed)}
-            medians = interleaved_medians(candidates, seconds)
-        sparse = medians["sparse"]
-        best_dense = min(medians[name] for name in ("dense", "dense_prepacked") if name in medians)
-        moved = layer.packed.nbytes + (x.numel() + m * n) * x.element_size()
-        rows.append(
-            {
-                "kind": "linear",
-                **about,
-                **{"M": m, "K": k, "N": n, "blocksize": list(blocksize), "density": layer.density, "dtype": dtype_name},
-                "threads": used,
-                "us": {name: seconds * 1e6 for name, seconds in medians.items()},
-                "useful_gflops": 2 * m * k * n * layer.density / sparse / 1e9,
-                "dense_equivalent_gflops": 2 * m * k * n / sparse / 1e9,
-                "gbytes_per_s": moved / sparse / 1e9,
-                "speedup": best_dense / sparse,
-                "share": best_dense / sparse * layer.density,
-                "error": error,
-                "dense_error": dense_error,
-            }
-        )
+
+    def time(
+        self, model: str | Path, inputs: dict[str, Tensor], dtype: str, threads: int, seconds: float
+    ) -> tuple[float, list[Tensor]] | None:
+        """Median seconds of a call and its outputs, or None, with `reason` saying why the engine cannot run that.
+
+        model is an ONNX file, or an .npz file of linear layers (see bench/peers.py); inputs go in as they are, dtype is what the
+        engine may compute in.
+        """
+        if self._process.poll() is not None:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            files = {name: str(Path(folder) / f"{name}.npz") for name in ("inputs", "outputs")}
+            np.savez(files["inputs"], **{name: value.numpy() for name, value in inputs.items()})
+            request = {"model": str(model), **files, "dtype": dtype, "threads": threads, "seconds": seconds}
+            try:
+                print(json.dumps(request), file=self._process.stdin, flush=True)
+            except BrokenPipeError:
+                self.reason = "its process has ended"
+                return None
+            answer = self._read()
+            if "us" not in answer:
+                return None
+            with np.load(files["outputs"]) as outputs:
+                return answer["us"] * 1e-6, [torch.from_numpy(outputs[name]) for name in outputs.files]
+
+    def _read(self) -> dict:
+        line = self._process.stdout.readline()
+        answer = json.loads(line) if line else {"error": f"its process has ended with code {self._process.wait()}"}
+        self.reason = answer.get("error", "")
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+
+@contextlib.contextmanager
+def engines(folder: str | Path | None) -> Iterator[list[Engine]]:
+    """The engines that `make peers` has installed under folder (None: none), running inside the block."""
+    found: list[Engine] = []
+    try:
+        for path in sorted(Path(folder).glob("*/.installed")) if folder is not None else []:
+            found.append(Engine(path.parent.name, folder))
+        yield found
+    finally:
+        for engine in found:
+            engine.close()
+
+
+GRIDS = {
+    "small": {
+        "shapes": ((768, 3072),),
+        "tokens": (1, 16, 128, 512),
+        "densities": (0.05, 0.2, 0.5, 0.8, 1.0),
+        "blocksizes": ((32, 32),),
+        "dtypes": ("float32", "bfloat16"),
+        "threads": (1,),
+    },
+    "full": {
+        "shapes": ((384, 1536), (768, 768), (768, 3072), (3072, 768), (4096, 4096)),
+        "tokens": (1, 16, 128, 512, 2048),
+        "densities": (0.05, 0.1, 0.2, 0.5, 0.8, 1.0),
+        "blocksizes": ((16, 16), (32, 32), (64, 64), (64, 16), (128, 16)),
+        "dtypes": ("float32", "bfloat16"),
+        "threads": (1, 2),
+    },
+}
+
+
+def linear_problems(
+    shapes: Iterable[tuple[int, int]],
+    tokens: Iterable[int],
+    densities: Iterable[float],
+    blocksizes: Iterable[tuple[int, int]],
+    dtypes: Iterable[str],
+    threads: Iterable[int],
+) -> list[dict]:
+    """Every combination of a grid (see GRIDS), as the fields that name a row of bench_linear; shapes are (K, N), tokens are M.
+
+    Raises SparsePruneError for an unknown dtype, a density outside (0, 1] or a number that is not positive.
+    """
+    problems = []
+    for (k, n), dtype, block, thread, m, density in itertools.product(
+        shapes, dtypes, blocksizes, threads, tokens, densities
+    ):
+        if dtype not in DTYPES:
+            raise SparsePruneError("dtypes", f"names among {', '.join(DTYPES)}", dtype, "choose some of these")
+        check_density(density)
+        if min(k, n, m, thread) < 1:
+            raise SparsePruneError(
+                "grid", "positive sizes, M and thread counts", (k, n, m, thread), "leave it at the default"
+            )
+        fields = {
+            "K": k,
+            "N": n,
+            "M": m,
+            "blocksize": list(block),
+            "density": density,
+            "dtype": dtype,
+            "threads": thread,
+        }
+        problems.append(fields)
+    return problems
+
+
+def bench_linear(
+    problems: Sequence[dict],
+    seconds: float = 1.0,
+    keep: str | Path | None = None,
+    on_row: Callable[[dict], None] | None = None,
+    peers: Sequence[Engine] = (),
+) -> list[dict]:
+    """Time y[M, N] = x[M, K] @ W[N, K]^T + b for each of linear_problems, one row each.
+
+    seconds is spent on each row; keep is a file of JSON lines to which rows are added as they are finished and from which rows of
+    the same machine, versions and build are taken in place of measuring them again; on_row is called with each row; peers are
+    timed too, each in its own process right after, and compared with the sparse kernel run by itself ("sparse_alone").
+
+    A row holds the problem, `machine()`, median microseconds of every candidate ("us"), and for the sparse kernel: useful and
+    dense-equivalent GFLOP/s, GB/s of x, y, blocks and indices, `speedup` over the best dense, `share` = speedup * density, the part
+    of the ideal 1/density that is reached, and `roofline`, the part of what `limits` allow. `auto` says what SparseLinear runs
+    here by itself and `auto_speedup` how fast.
+
+    Raises ArithmeticError if the result of any candidate is wrong.
+    """
+    about, rows = machine() | {"engines": {engine.name: engine.version for engine in peers}}, []
+    kept = _kept_rows(keep, about)
+    roofs: dict[tuple, dict] = {}
+    for problem in problems:
+        row = kept.get(json.dumps(problem))
+        if row is None:
+            roof = (problem["dtype"], problem["threads"])
+            if backends.cpu_isas() and roof not in roofs:
+                roofs[roof] = limits(DTYPES[roof[0]], roof[1])
+            row = {"kind": "linear", **about, **problem, **_time_linear(problem, seconds, roofs.get(roof), peers)}
+            if keep is not None:
+                with open(keep, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"problem": problem, "row": row}) + "\n")
+        rows.append(row)
         if on_row is not None:
-            on_row(rows[-1])
+            on_row(row)
     return rows
+
+
+def _kept_rows(path: str | Path | None, about: dict) -> dict[str, dict]:
+    """Rows in a file of bench_linear that this machine, with these versions and this build, measured."""
+    found: dict[str, dict] = {}
+    if path is None:
+        return found
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # a line that was being written when the run was stopped
+        row = entry["row"]
+        if all(row.get(name) == value for name, value in about.items() if name != "threads"):
+            found[json.dumps(entry["problem"])] = row
+    if text and not text.endswith("\n"):
+        path.write_text("".join(f"{line}\n" for line in text.splitlines()[:-1]), encoding="utf-8")
+    return found
+
+
+@torch.no_grad()
+def _time_linear(problem: dict, seconds: float, limit: dict | None, engines: Sequence[Engine]) -> dict:
+    k, n, m, blocksize, dtype = problem["K"], problem["N"], problem["M"], problem["blocksize"], DTYPES[problem["dtype"]]
+    generator = torch.Generator().manual_seed(zlib.crc32(json.dumps(problem).encode()))
+    mask = random_mask((n, k), blocksize, problem["density"], generator)
+    x = torch.randn(m, k, generator=generator).to(dtype)
+    linear = nn.Linear(k, n).eval()
+    for parameter, bound in ((linear.weight, k**-0.5), (linear.bias, k**-0.5)):
+        parameter.uniform_(-bound, bound, generator=generator)
+    linear.weight.mul_(expand_mask(mask, blocksize, (n, k)))
+    linear = linear.to(dtype).requires_grad_(False)
+    kernel = SparseLinear.from_dense(linear, mask, blocksize)
+    kernel.planned = False
+    peers = _peers(x, linear, kernel.packed)
+    candidates = {"sparse": lambda: kernel(x)} | {name: peers.pop(name) for name in DENSE if name in peers}
+    auto = SparseLinear.from_dense(linear, mask, blocksize)
+    runs = auto.backend_for(m)
+    if runs.startswith("dense"):
+        candidates["auto"] = lambda: auto(x)
+    exact = F.linear(x.double(), linear.weight.double(), linear.bias.double())
+    errors = {name: _relative_error(run(), exact) for name, run in (candidates | peers).items()}
+    allowed = 2 * max(errors["dense"], torch.finfo(dtype).eps / 4)
+    for name, error in errors.items():
+        limit_here = allowed if name in candidates else 4 * allowed  # another's rounding is not ours to judge
+        if not error <= limit_here:
+            text = (
+                f"{name} is wrong at M={m} K={k} N={n} {problem['dtype']}: error {error:.1e}, allowed {limit_here:.1e}"
+            )
+            raise ArithmeticError(text)
+    with thread_count(problem["threads"]):
+        medians = interleaved_medians(candidates, seconds)
+        if peers:
+            # Apart: a peer that sweeps the caches with its temporaries would be timed in the numbers of those that come after it.
+            medians = interleaved_medians({"sparse": candidates["sparse"], **peers}, seconds / 4, hopeless=50) | medians
+        if engines:
+            # As an engine runs in its process: nothing between two calls that would sweep the caches.
+            medians["sparse_alone"] = interleaved_medians({"sparse": candidates["sparse"]}, seconds / 2)["sparse"]
+    medians |= _time_engines(engines, problem, linear, x, exact, 4 * allowed, seconds / 2)
+    best_dense = min(medians[name] for name in DENSE if name in medians)
+    sparse, density = medians["sparse"], kernel.density
+    moved = kernel.packed.nbytes + (x.numel() + m * n) * x.element_size()
+    row = {
+        "density": density,
+        "us": {name: value * 1e6 for name, value in medians.items()},
+        "useful_gflops": 2 * m * k * n * density / sparse / 1e9,
+        "dense_equivalent_gflops": 2 * m * k * n / sparse / 1e9,
+        "gbytes_per_s": moved / sparse / 1e9,
+        "speedup": best_dense / sparse,
+        "share": best_dense / sparse * density,
+        "auto": runs,
+        "auto_speedup": best_dense / medians.get("auto", sparse),
+        "error": errors["sparse"],
+        "dense_error": errors["dense"],
+    }
+    if limit is not None:
+        row |= {"limits": limit, "roofline": _bound_seconds(limit, 2 * m * k * n * density, moved) / sparse}
+    return row
+
+
+def _time_engines(
+    engines: Sequence[Engine],
+    problem: dict,
+    linear: nn.Linear,
+    x: Tensor,
+    exact: Tensor,
+    allowed: float,
+    seconds: float,
+) -> dict[str, float]:
+    """Median seconds of each engine that can run the layer; their weights and inputs are float32, whatever they compute in."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "layers.npz"
+        if engines:
+            np.savez(model, w0=linear.weight.float().numpy(), b0=linear.bias.float().numpy())
+        for engine in engines:
+            timed = engine.time(model, {"x": x.float()}, problem["dtype"], problem["threads"], seconds)
+            if timed is None:
+                continue
+            error = _relative_error(timed[1][0], exact)
+            if not error <= allowed:
+                raise ArithmeticError(f"{engine.name} is wrong at {problem}: error {error:.1e}, allowed {allowed:.1e}")
+            found[engine.name] = timed[0]
+    return found
 
 
 def token_inputs(model: nn.Module) -> Callable[[int, int], dict[str, Tensor]]:
@@ -295,31 +535,59 @@ def _tensors(output: object) -> Iterator[Tensor]:
 
 
 def plot_linear(rows: Sequence[dict], path: str | Path) -> None:
-    """Draw speedup over density, one panel per dtype, one line per M and blocksize, with the 1/density ideal; needs matplotlib."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FormatStrFormatter, NullFormatter
+    """Draw speed-up and share of the roofline over density, one column per dtype; needs matplotlib.
 
-    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    figure = Figure(figsize=(5.2 * len(dtypes), 4.2), layout="constrained")
-    for axes, dtype in zip(figure.subplots(1, len(dtypes), squeeze=False)[0], dtypes, strict=True):
-        chosen = [row for row in rows if row["dtype"] == dtype]
-        densities = sorted({row["density"] for row in chosen})
-        axes.plot(densities, [1 / d for d in densities], "--", color="0.6", label="ideal, 1/density")
-        for m, block in dict.fromkeys((row["M"], tuple(row["blocksize"])) for row in chosen):
-            line = sorted((r["density"], r["speedup"]) for r in chosen if (r["M"], tuple(r["blocksize"])) == (m, block))
-            axes.plot(*zip(*line, strict=True), marker="o", markersize=3.5, label=f"M = {m}, {block[0]}x{block[1]}")
-        axes.axhline(1, color="0.85", linewidth=0.8)
-        axes.set(xscale="log", yscale="log", xlabel="density of blocks", title=dtype)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FormatStrFormatter("%g"))
-            axis.set_minor_formatter(NullFormatter())
-        axes.set_xticks(densities)
-        axes.set_yticks([1, 2, 4, 8, 16])
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
-    figure.axes[0].set_ylabel("times faster than the best dense PyTorch")
+    The rows of the first weight and thread count are drawn, a line per M (colour) and block size (dashes), and the 1/density ideal.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, NullFormatter, NullLocator
+
     first = rows[0]
-    figure.suptitle(
-        f"{first['K']} to {first['N']}, {first['threads']} thread(s), {first['cpu']}, {first['isa']}", fontsize=9
+    rows = [row for row in rows if all(row[name] == first[name] for name in ("K", "N", "threads"))]
+    dtypes, tokens, blocks, densities = (
+        sorted({row[name] if name != "blocksize" else tuple(row[name]) for row in rows})
+        for name in ("dtype", "M", "blocksize", "density")
     )
+    dtypes.sort(key=list(DTYPES).index)
+    colours = ["#c6dbef", "#9ecae1", "#6baed6", "#2f7cc8", "#08306b"][-len(tokens) :]  # darker: more tokens
+    dashes = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1))]
+    figure = Figure(figsize=(1.2 + 4.4 * len(dtypes), 7.4), layout="constrained")
+    axes = figure.subplots(2, len(dtypes), squeeze=False, sharex=True, sharey="row")
+    for column, dtype in enumerate(dtypes):
+        above, below = axes[:, column]
+        ticks = [0.05, 0.1, 0.2, 0.5, 0.8, 1.0] if len(densities) > 1 else densities
+        line = [densities[0] * (densities[-1] / densities[0]) ** (step / 50) for step in range(51)]
+        above.plot(line, [1 / density for density in line], color="0.6", linewidth=1, label="ideal, 1/density")
+        for axis in (above, below):
+            axis.axhline(1, color="0.6", linewidth=0.8)
+        for m, colour in zip(tokens, colours, strict=True):
+            for block, dash in zip(blocks, itertools.cycle(dashes), strict=False):
+                chosen = [r for r in rows if (r["dtype"], r["M"], tuple(r["blocksize"])) == (dtype, m, block)]
+                chosen.sort(key=lambda row: row["density"])
+                style = {"color": colour, "linestyle": dash, "marker": "o", "markersize": 3.5}
+                name = f"M = {m}" + (f", {block[0]}x{block[1]}" if len(blocks) > 1 else "")
+                above.plot([r["density"] for r in chosen], [r["speedup"] for r in chosen], label=name, **style)
+                roof = [(r["density"], r["roofline"]) for r in chosen if "roofline" in r]
+                if roof:
+                    below.plot(*zip(*roof, strict=True), **style)
+        above.set(xscale="log", yscale="log", title=dtype)
+        above.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        above.yaxis.set_minor_formatter(NullFormatter())
+        above.set_yticks([0.5, 1, 2, 5, 10, 20])
+        above.set_ylim(0.6, 24)
+        below.set(xlabel="density of blocks", ylim=(0, 1.1))
+        below.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        below.xaxis.set_minor_locator(NullLocator())
+        below.set_xticks([tick for tick in ticks if densities[0] * 0.99 <= tick <= densities[-1] * 1.01] or densities)
+        for axis in (above, below):
+            axis.spines[["top", "right"]].set_visible(False)
+    axes[0, -1].legend(frameon=False, fontsize=8)
+    axes[0, 0].set_ylabel("times faster than the best dense PyTorch")
+    axes[1, 0].set_ylabel("share of the roofline")
+    versions = f"torch {first['torch']}, sparse-prune {first['sparse_prune']}"
+    block = "" if len(blocks) > 1 else f", {blocks[0][0]}x{blocks[0][1]} blocks"
+    title = (
+        f"{first['K']} to {first['N']}{block}, {first['threads']} thread(s); {first['cpu']}, {first['isa']}; {versions}"
+    )
+    figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=150)

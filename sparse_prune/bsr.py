@@ -32,6 +32,25 @@ def dense_from_bsr(crow_indices: Tensor, col_indices: Tensor, values: Tensor, sh
     return grid.view(rows, cols, r, c).transpose(1, 2).reshape(rows * r, cols * c)[: shape[0], : shape[1]]
 
 
+class Derived:
+    """What was made from a weight's values for the kernels of this machine: kept beside the weight, never copied or saved with it.
+
+    key         says which values it was made from; None: nothing yet
+    prepacked   the values in the order that the CPU kernels read, or None
+    plan        planner.Plan, or None where the sparse operator always runs
+    dense       the dense weight by form (planner.DENSE_FORMS), made when the plan first asks for it: N * K elements of memory each
+    """
+
+    __slots__ = ("key", "prepacked", "plan", "dense")
+
+    def __init__(self, key: object = None, prepacked: Tensor | None = None, plan: object = None) -> None:
+        self.key, self.prepacked, self.plan = key, prepacked, plan
+        self.dense: dict[str, Tensor] = {}
+
+    def __reduce__(self):
+        return Derived, ()
+
+
 @dataclass(eq=False)
 class BsrWeight:
     """W[N, K] in block sparse row form, the layout that state dicts and files hold and every backend accepts.
@@ -48,7 +67,7 @@ class BsrWeight:
     crow_indices: Tensor
     col_indices: Tensor
     values: Tensor
-    _prepacked: tuple[object, Tensor] | None = field(default=None, init=False, repr=False)
+    derived: Derived = field(default_factory=Derived, init=False, repr=False)
 
     @classmethod
     def from_dense(cls, weight: Tensor, mask: Tensor, blocksize: Sequence[int] = (32, 32)) -> BsrWeight:

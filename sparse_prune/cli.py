@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -323,7 +325,7 @@ def info(
 @app.command()
 def doctor(json_file: Json = None) -> None:
     """Which backends work on this machine, and why the others do not."""
-    from . import __version__, backends
+    from . import __version__, backends, planner
 
     table = Table(title=f"sparse-prune {__version__}", title_justify="left")
     for column in ("backend", "works", "detail"):
@@ -334,60 +336,174 @@ def doctor(json_file: Json = None) -> None:
             status.name, "[green]yes[/]" if status.available else "no", _escape(status.detail or status.reason)
         )
     console.print(table)
+    console.print(f"planner     {planner.describe()}", markup=False, highlight=False)
     _write_json(json_file, [vars(status) for status in statuses])
+
+
+@app.command()
+def tune(
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="table to write; the planner reads the default, another one by SPARSE_PRUNE_TUNING=FILE"),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="fewer block sizes and M: seconds in place of minutes")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16")] = "float32,bfloat16,float16",
+    isa: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="instruction sets to measure, or all", show_default="the best for each dtype"),
+    ] = None,
+    threads: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="thread counts, of which the worst ratio counts", show_default="PyTorch's own"),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="time spent on each of some hundred rows")] = 0.5,
+    json_file: Json = None,
+) -> None:
+    """Measure when sparse is faster than dense on this machine, once: layers then run whichever is.
+
+    The same command after Ctrl-C goes on. `sparse-prune doctor` tells which table is in force.
+    """
+    from . import backends, planner
+    from .tuning import tune as measure
+
+    isas = backends.cpu_isas() if isa == "all" else isa.split(",") if isa else None
+    path = out or planner.cache_file()
+    counts = _numbers(threads, int) if threads else ()
+    with _progress("from the last finished row") as report:
+        table = measure(path, quick, dtype.split(","), isas, counts, seconds, report)
+    shown = Table(title="density from which dense is faster (768 to 3072)", title_justify="left")
+    for column in ("isa", "dtype", "block", *(f"M={m}" for m in sorted({row.tokens for row in table.rows}))):
+        shown.add_column(column, justify="right", no_wrap=True)
+    largest = max((row.shape for row in table.rows), key=math.prod)
+    lines: dict[tuple, dict[int, float]] = {}
+    for row in table.rows:
+        if row.shape == largest:
+            lines.setdefault((row.isa, row.dtype, row.blocksize), {})[row.tokens] = row.break_even()
+    for (name, kind, block), found in lines.items():
+        cells = [f"{found[m]:.2f}" if m in found else "" for m in sorted({row.tokens for row in table.rows})]
+        shown.add_row(name, SHORT[kind], "x".join(map(str, block)), *cells)
+    console.print(shown)
+    console.print(f"table       {path}", markup=False, highlight=False)
+    _write_json(json_file, json.loads(path.read_text(encoding="utf-8")))
 
 
 @bench_app.command("linear")
 def bench_linear(
-    shapes: Annotated[str, typer.Option(help="K:N pairs, comma-separated")] = "768:3072,3072:768",
-    tokens: Annotated[str, typer.Option(help="M values")] = "1,16,128,512",
-    density: Annotated[str, typer.Option(help="kept fractions")] = "0.05,0.1,0.2,0.5,1",
-    block: Annotated[str, typer.Option(help="block sizes")] = "32x32",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16")] = "float32,bfloat16",
-    threads: Annotated[str, typer.Option(help="thread counts")] = "1",
+    grid: Annotated[str, typer.Option(help="small: some two minutes; full: every combination, hours")] = "small",
+    shapes: Annotated[Optional[str], typer.Option(help="K:N pairs, comma-separated; None: the grid's")] = None,  # noqa: UP045
+    tokens: Annotated[Optional[str], typer.Option(help="M values; None: the grid's")] = None,  # noqa: UP045
+    density: Annotated[Optional[str], typer.Option(help="kept fractions; None: the grid's")] = None,  # noqa: UP045
+    block: Annotated[Optional[str], typer.Option(help="block sizes; None: the grid's")] = None,  # noqa: UP045
+    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16, float16; None: the grid's")] = None,  # noqa: UP045
+    threads: Annotated[Optional[str], typer.Option(help="thread counts; None: the grid's")] = None,  # noqa: UP045
     seconds: Annotated[float, typer.Option(help="time spent on each row")] = 1.0,
-    picture: Annotated[Optional[Path], typer.Option(help="draw speed-up over density to this PNG")] = None,  # noqa: UP045
+    out: Annotated[
+        Path, typer.Option(help="directory of linear.jsonl (rows as they are finished) and linear.png")
+    ] = Path("runs/bench"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="measure again what linear.jsonl holds already")] = False,
+    picture: Annotated[Optional[Path], typer.Option(help="draw to this PNG", show_default="OUT/linear.png")] = None,  # noqa: UP045
+    peers: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="directory of what `make peers` installed: runs/peers"),
+    ] = None,
     json_file: Json = None,
 ) -> None:
-    """Time one sparse layer against dense PyTorch (plain and prepacked), torch BSR and scipy BSR."""
+    """Time one sparse layer against dense PyTorch (plain and prepacked), torch BSR, scipy BSR, and the engines under --peers.
+
+    Rows are kept as they are finished: the same command after Ctrl-C goes on, and measures again after a rebuild.
+    """
     from . import benchmark
 
-    pairs = [parse_pair(text) for text in shapes.split(",")]
-    title = "microseconds, medians of runs in turn; ratio to the best dense, share of the ideal 1/density"
-    table = Table(title=title, title_justify="left")
-    for column in ("weight", "M", "block", "density", "dtype", "thr", "sparse", "dense", "ratio", "share"):
-        table.add_column(column, justify="right", no_wrap=True)
-    with _progress() as report:
-        blocks = [parse_block(text) for text in block.split(",")]
-        grid = [
-            pairs,
-            _numbers(tokens, int),
-            _numbers(density, float),
-            blocks,
-            dtype.split(","),
-            _numbers(threads, int),
-        ]
-        total, done = math.prod(len(axis) for axis in grid), 0
+    if grid not in benchmark.GRIDS:
+        raise SparsePruneError("--grid", f"one of {', '.join(benchmark.GRIDS)}", grid, "or give the axes one by one")
+    given = {
+        "shapes": shapes and [parse_pair(text) for text in shapes.split(",")],
+        "tokens": tokens and _numbers(tokens, int),
+        "densities": density and _numbers(density, float),
+        "blocksizes": block and [parse_block(text) for text in block.split(",")],
+        "dtypes": dtype and dtype.split(","),
+        "threads": threads and _numbers(threads, int),
+    }
+    chosen = benchmark.GRIDS[grid] | {name: values for name, values in given.items() if values}
+    problems = benchmark.linear_problems(**chosen)
+    keep, measured = out / "linear.jsonl", []
+    if fresh:
+        keep.unlink(missing_ok=True)
+    with _progress("from the last finished row") as report:
 
         def on_row(row: dict) -> None:
-            nonlocal done
-            done += 1
-            report("bench", done, total, f"M={row['M']} density {row['density']:.2f}: {row['speedup']:.2f}x")
+            measured.append(row)
+            text = f"{SHORT[row['dtype']]} M={row['M']} density {row['density']:.2f}: {row['speedup']:.2f}x"
+            report("bench", len(measured), len(problems), text)
 
-        rows = benchmark.bench_linear(*grid, seconds=seconds, on_row=on_row)
+        with benchmark.engines(peers) as found:
+            rows = benchmark.bench_linear(problems, seconds, keep, on_row, found)
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["K"], row["N"], *row["blocksize"], SHORT[row["dtype"]], row["threads"]), []).append(row)
+    for (k, n, r, c, name, count), group in groups.items():
+        console.print(_linear_table(f"{k}->{n}, {r}x{c} blocks, {name}, {count} thread(s)", group))
+    console.print(
+        "sparse, dense: microseconds, medians of runs in turns; dense: the better of plain and prepacked;\n"
+        "ideal: share of 1/density; roof: share of the roofline; auto: what SparseLinear runs, d for dense with its ratio;\n"
+        "BSR (torch), DS (DeepSparse), ORT (ONNX Runtime), OV (OpenVINO): their time over ours",
+        soft_wrap=True,
+    )
+    _show_machine(rows)
+    for name, limit in {(row["dtype"], row["threads"]): row["limits"] for row in rows if "limits" in row}.items():
+        text = f"{SHORT[name[0]]}, {name[1]} thread(s): {limit['gflops']:.0f} GFLOP/s ({limit['peak']}), "
+        text += (
+            f"{limit['cached_gbytes_per_s']:.0f} GB/s from cache, {limit['memory_gbytes_per_s']:.0f} GB/s from memory"
+        )
+        console.print(f"roofline    {text}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"rows        {keep}", markup=False, highlight=False)
+    if importlib.util.find_spec("matplotlib"):
+        picture = picture or out / "linear.png"
+        benchmark.plot_linear(rows, picture)
+        console.print(f"picture     {picture}", markup=False, highlight=False)
+    elif picture:
+        raise SparsePruneError("--picture", "matplotlib, to draw", "none", "install sparse-prune[report]")
+    _write_json(json_file, rows)
+
+
+ENGINES = {"deepsparse": "DS", "onnxruntime": "ORT", "openvino": "OV"}
+
+
+def _runs_dense(row: dict) -> bool:
+    return row["auto"].startswith("dense")
+
+
+def _linear_table(title: str, rows: list[dict]) -> Table:
+    from .benchmark import DENSE
+
+    table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1), box=box.SIMPLE_HEAD)
+    # Columns that have nothing to say are left out, so that the table fits a terminal.
+    some = {
+        "auto": any(_runs_dense(row) for row in rows),
+        "BSR": any("torch_bsr" in row["us"] for row in rows),
+        **{name: any(name in row["us"] for row in rows) for name in rows[0]["engines"]},
+    }
+    columns = ["M", "dens", "sparse", "dense", "ratio", "ideal", "roof", *(name for name in some if some[name])]
+    for column in columns:
+        table.add_column(ENGINES.get(column, column), justify="right", no_wrap=True)
     for row in rows:
         us = row["us"]
-        best = min(us[name] for name in ("dense", "dense_prepacked") if name in us)
-        block_text = "x".join(map(str, row["blocksize"]))
-        problem = (f"{row['K']}->{row['N']}", row["M"], block_text, f"{row['density']:.2f}", SHORT[row["dtype"]])
-        values = (row["threads"], f"{us['sparse']:.0f}", f"{best:.0f}", f"{row['speedup']:.2f}", f"{row['share']:.2f}")
-        table.add_row(*map(str, (*problem, *values)))
-    console.print(table)
-    _show_machine(rows)
-    if picture:
-        benchmark.plot_linear(rows, picture)
-        console.print(f"picture     {picture}")
-    _write_json(json_file, rows)
+        cells = {
+            "M": str(row["M"]),
+            "dens": f"{row['density']:.2f}",
+            "sparse": f"{us['sparse']:.0f}",
+            "dense": f"{min(us[name] for name in DENSE if name in us):.0f}",
+            "ratio": f"{row['speedup']:.2f}",
+            "ideal": f"{row['share']:.2f}",
+            "roof": f"{row['roofline']:.2f}" if "roofline" in row else "",
+            "auto": f"d {row['auto_speedup']:.2f}" if _runs_dense(row) else "sparse",
+            "BSR": f"{us['torch_bsr'] / us['sparse']:.0f}x" if "torch_bsr" in us else "",
+        }
+        cells |= {name: f"{us[name] / us['sparse_alone']:.2f}x" for name in row["engines"] if name in us}
+        table.add_row(*(cells.get(column, "") for column in columns))
+    return table
 
 
 @bench_app.command("model")
@@ -464,7 +580,7 @@ def _show_machine(rows: list[dict]) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Any]:
+def _progress(goes_on: str = "from the last finished epoch") -> Iterator[Any]:
     """A function report(phase, step, of, text) that draws one bar per phase; where there is no terminal, a line now and then."""
     from rich.progress import (
         BarColumn,
@@ -502,7 +618,7 @@ def _progress() -> Iterator[Any]:
             yield report
         except KeyboardInterrupt:
             progress.stop()
-            Console(stderr=True).print("\nstopped; the same command goes on from the last finished epoch")
+            Console(stderr=True).print(f"\nstopped; the same command goes on {goes_on}")
             raise typer.Exit(130) from None
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from . import planner
 from .criteria import block_mask
 from .errors import SparsePruneError
 from .fuse import FuseResult, fuse_encoder_
@@ -26,17 +27,24 @@ class BlockSparseConfig:
     density       kept fraction of each layer's blocks; used where no masks are given
     criterion     "magnitude" or "random", which need the weight alone; for the others prune with a Pruner and pass its masks
     max_density   layers that keep more than this stay dense, because a dense matmul is then as fast
+    tokens        M of the calls to come (batch x length): layers that the planner expects to lose to dense at it, on this CPU, stay
+                  dense. None: max_density alone decides, for the model may run elsewhere
     """
 
     blocksize: tuple[int, int] = (32, 32)
     density: float = 0.2
     criterion: str = "magnitude"
     max_density: float = 0.9
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocksize", check_blocksize(self.blocksize))
         check_density(self.density)
         check_density(self.max_density)
+        if self.tokens is not None and not (isinstance(self.tokens, int) and self.tokens > 0):
+            raise SparsePruneError(
+                "tokens", "a positive integer or None", repr(self.tokens), "give batch size x length"
+            )
 
 
 @dataclass(frozen=True)
@@ -134,6 +142,8 @@ def sparsify_(
         density = 1.0 if mask is None else element_density(mask, config.blocksize, shape)
         if not reason and density > config.max_density:
             reason = f"density {density:.3f} is above max_density {config.max_density}"
+        if not reason and config.tokens is not None:
+            reason = _slower(linear.weight, mask, config)
         dense_bytes = linear.weight.numel() * linear.weight.element_size()
         packed_bytes = dense_bytes
         if not reason:
@@ -187,3 +197,11 @@ def _why_dense(model, name, linear, shared, filter_fn) -> str:
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads the weight itself"
     return ""
+
+
+def _slower(weight: Tensor, mask: Tensor, config: BlockSparseConfig) -> str:
+    """Why the planner would run this weight dense at config.tokens, with its numbers; "" where sparse wins or nothing is known."""
+    density = mask.float().mean().item()
+    plan = planner.plan(weight.device, weight.dtype, config.blocksize, density, tuple(weight.shape))
+    choice = None if plan is None else plan.at(config.tokens)
+    return choice.reason if choice is not None and choice.dense else ""

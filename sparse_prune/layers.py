@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .bsr import BsrWeight
+from . import ops
+from .bsr import BsrWeight, Derived
 from .errors import SparsePruneError
 from .linears import as_matrix, is_linear
-from .masks import check_blocksize
-from .ops import Activation, bsr_linear, flatten_rows, prepack, values_key
+from .masks import check_blocksize, grid_shape
+from .ops import Activation, bsr_linear, flatten_rows
 from .reference import ACTIVATIONS
 
 
@@ -25,6 +26,9 @@ class SparseLinear(nn.Module):
     values change. A write through `values.data` is invisible to PyTorch's version counter: call `refresh_()` after one. Code that
     torch.compile made sees no version counter at all: there it is made again by eval(), load_state_dict() and to(), and after
     another write in place it takes a call outside of the compiled code.
+
+    Where the planner expects dense to be faster on this CPU at the M of a call, dense PyTorch runs in the kernel's place, and the
+    dense weight is kept too: `backend_for(M)` tells; `planned = False`, or SPARSE_PRUNE_TUNING=off for all layers, forbids it.
     """
 
     def __init__(
@@ -42,8 +46,8 @@ class SparseLinear(nn.Module):
         self.register_buffer("col_indices", col_indices)
         self.values = nn.Parameter(values)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
-        self._prepacked: Tensor | None = None
-        self._prepacked_key: object = None
+        self.planned = True
+        self._derived = Derived()
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, mask: Tensor, blocksize: Sequence[int] = (32, 32)) -> SparseLinear:
@@ -99,7 +103,7 @@ class SparseLinear(nn.Module):
 
     def refresh_(self) -> SparseLinear:
         """Forget what was derived from values."""
-        self._prepacked = self._prepacked_key = None
+        self._derived = Derived()
         return self
 
     def train(self, mode: bool = True) -> SparseLinear:
@@ -116,8 +120,8 @@ class SparseLinear(nn.Module):
         return self._renew()
 
     def _renew(self) -> SparseLinear:
-        if self._prepacked is not None:
-            self._current_prepacked(self.values)
+        if self._derived.key is not None:
+            self._current(self.values)
         return self
 
     def forward(self, x: Tensor, activation: Activation = "none", residual: Tensor | None = None) -> Tensor:
@@ -134,11 +138,25 @@ class SparseLinear(nn.Module):
         if shape[-1:] != (self.in_features,) or x.dtype != values.dtype or x.device != values.device:
             self._explain(x, values, bias, activation, residual)
         changing = values is not own or (own.requires_grad and torch.is_grad_enabled())
-        prepacked = None if changing else self._current_prepacked(own)
         if residual is not None:
             residual = residual.reshape(-1, self.out_features).contiguous()
+        x, prepacked = flatten_rows(x), None
+        compiling = torch.compiler.is_compiling()
+        # In training a compiled graph would keep the values that it was traced with.
+        if not changing and not (compiling and self.training):
+            derived = self._current(own)
+            # A compiled graph serves every M, so it holds the sparse operator; sparsify_(tokens=...) decides before it is made.
+            if self.planned and not compiling:
+                form = ops.dense_form(derived, x.shape[0])
+                if form:
+                    weight = derived.dense.get(form)
+                    if weight is None:
+                        weight = ops.dense_weight(derived, form, self.packed.to_dense)
+                    y = ops.dense_linear(weight, form, x, bias, activation, residual)
+                    return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
+            prepacked = derived.prepacked
         y = torch.ops.sparse_prune.bsr_linear(
-            flatten_rows(x),
+            x,
             buffers["crow_indices"],
             buffers["col_indices"],
             values,
@@ -150,17 +168,23 @@ class SparseLinear(nn.Module):
         )
         return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
 
-    def _current_prepacked(self, values: Tensor) -> Tensor | None:
+    def _current(self, values: Tensor) -> Derived:
+        """What is derived from the present values; under torch.compile and torch.export what an earlier call left."""
         if torch.compiler.is_compiling():
-            if self.training:
-                return None
             if torch.compiler.is_dynamo_compiling():
                 _derive(self)
-            return self._prepacked
-        key = values_key(values)
-        if key != self._prepacked_key:
-            self._prepacked, self._prepacked_key = prepack(values.detach()), key
-        return self._prepacked
+        elif self._derived.key != ops.values_key(values):
+            self._derived = ops.current(self._derived, self.packed)
+        return self._derived
+
+    def backend_for(self, tokens: int) -> str:
+        """What a call without gradients runs for M = tokens: "cpu:ISA", "triton", "reference", or "dense: why"."""
+        if not self.planned:
+            return ops.backend_for(self.values.device, self.values.dtype, "auto", self.blocksize)
+        values, shape = self.values, (self.out_features, self.in_features)
+        rows, cols = grid_shape(shape, self.blocksize)
+        density = values.shape[0] / (rows * cols)
+        return ops.backend_for(values.device, values.dtype, "auto", self.blocksize, density, tokens, shape)
 
     def _explain(
         self, x: Tensor, values: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
@@ -181,8 +205,8 @@ class SparseLinear(nn.Module):
 
 def _derive(layer: SparseLinear) -> bool:
     """While torch.compile traces, derive for real what the code will read; torch.export keeps what an earlier call left."""
-    if layer._prepacked is None:
-        layer._prepacked, layer._prepacked_key = prepack(layer.values.detach()), values_key(layer.values)
+    if layer._derived.key is None:
+        layer._derived = ops.current(layer._derived, layer.packed)
     return True
 
 

@@ -6,18 +6,21 @@ sparse_prune_kernels (Triton) registers CUDA, and plain PyTorch (reference.py) s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, reference
-from .bsr import BsrWeight
+from . import backends, planner, reference
+from .bsr import BsrWeight, Derived
 from .errors import SparsePruneError
+from .masks import grid_shape
 
 Activation = Literal["none", "relu", "gelu", "gelu_tanh", "silu"]
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
-BACKENDS = ("auto", "cpu", "triton", "reference")
+BACKENDS = ("auto", "cpu", "triton", "dense", "reference")
 
 _LINEAR = (
     "(Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor? prepacked, int out_features, Tensor? bias, "
@@ -109,15 +112,30 @@ torch.library.register_autograd("sparse_prune::bsr_linear", _backward, setup_con
 
 
 def backend_for(
-    device: torch.device | str, dtype: torch.dtype, backend: str = "auto", blocksize: tuple[int, int] = (32, 32)
+    device: torch.device | str,
+    dtype: torch.dtype,
+    backend: str = "auto",
+    blocksize: tuple[int, int] = (32, 32),
+    density: float | None = None,
+    tokens: int | None = None,
+    shape: tuple[int, int] | None = None,
 ) -> str:
-    """The backend that bsr_linear runs: "cpu" (with its instruction set, "cpu:avx512"), "triton" or "reference".
+    """The backend that bsr_linear runs: "cpu" (with its instruction set, "cpu:avx512"), "triton", "reference" or "dense".
 
+    With a density of blocks and M (tokens) the planner is asked too, as under "auto" when no gradient of the weight is wanted: the
+    answer is "dense: reason" where it expects dense to be faster for a weight of that shape (N, K; None: a large one).
     Raises SparsePruneError with the reason when a backend is named that cannot run.
     """
     if backend not in BACKENDS:
         raise SparsePruneError("backend", f"one of {', '.join(BACKENDS)}", repr(backend), "leave it at 'auto'")
     device = torch.device(device)
+    if backend == "dense":
+        return "dense: asked for"
+    if backend == "auto" and density is not None and tokens is not None:
+        plan = planner.plan(device, dtype, blocksize, density, shape)
+        choice = None if plan is None else plan.at(tokens)
+        if choice is not None and choice.dense:
+            return f"dense: {choice.reason}"
     reasons = {
         "cpu": lambda: backends.cpu_unavailable(device, dtype),
         "triton": lambda: backends.triton_unavailable(device, dtype, blocksize),
@@ -133,6 +151,14 @@ def backend_for(
                 "backend", "a backend that can run here", repr(name), f"{reason}; backend='auto' uses plain PyTorch"
             )
     return "reference"
+
+
+def show_config() -> None:
+    """Print which backends work here, why the others do not, and which table decides between sparse and dense."""
+    for backend in backends.status():
+        verdict = f"yes: {backend.detail}" if backend.available else f"no: {backend.reason}"
+        print(f"{backend.name:<10} {verdict}")
+    print(f"{'planner':<10} {planner.describe()}")
 
 
 def prepack(values: Tensor) -> Tensor | None:
@@ -153,8 +179,10 @@ def bsr_linear(
     """y[..., N] = act(x[..., K] @ W[N, K]^T + bias[N]) + residual[..., N], accumulated in float32.
 
     x, packed.values, bias and residual share one dtype (float32, bfloat16, float16; float64 by plain PyTorch) and device.
-    Differentiable in x, packed.values, bias and residual. `backend_for(x.device, x.dtype, backend, packed.blocksize)` tells which
-    backend runs.
+    Differentiable in x, packed.values, bias and residual. backend "auto" runs the sparse kernel, or on a CPU, where no gradient of
+    the weight is wanted, dense PyTorch if the planner expects that to be faster; the dense weight is then made once and kept beside
+    the packed one, N * K more elements of memory. `backend_for(x.device, x.dtype, backend, packed.blocksize, density, M, shape)`
+    tells which runs.
     Raises SparsePruneError for shapes, dtypes or devices that do not agree, and for a backend that cannot run here.
     """
     n, k = packed.shape
@@ -175,12 +203,18 @@ def bsr_linear(
     rows = flatten_rows(x)  # [M, K]
     flat_residual = None if residual is None else residual.reshape(-1, n).contiguous()  # [M, N]
     bsr = (packed.crow_indices, packed.col_indices, packed.values)
-    if chosen == "reference":
+    derived, form = None, "plain" if backend == "dense" else ""
+    if not (torch.is_grad_enabled() and packed.values.requires_grad):
+        derived = packed.derived = current(packed.derived, packed)
+        if backend == "auto":
+            form = dense_form(derived, rows.shape[0])
+    if form and derived is not None:
+        y = dense_linear(dense_weight(derived, form, packed.to_dense), form, rows, bias, activation, flat_residual)
+    elif form or chosen == "reference":
         y = reference.bsr_linear(rows, *bsr, n, bias, activation, flat_residual)
     else:
-        training = torch.is_grad_enabled() and packed.values.requires_grad
-        packed_values = None if training else _cached_prepack(packed)
-        y = torch.ops.sparse_prune.bsr_linear(rows, *bsr, packed_values, n, bias, activation, flat_residual)
+        prepacked = None if derived is None else derived.prepacked
+        y = torch.ops.sparse_prune.bsr_linear(rows, *bsr, prepacked, n, bias, activation, flat_residual)
     return y.reshape(out_shape)
 
 
@@ -223,17 +257,59 @@ def flatten_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def values_key(values: Tensor) -> object:
-    """Changes whenever values were written in place or replaced, so that what is derived from them is made again."""
-    version = 0 if values.is_inference() else values._version
-    return version, values.data_ptr(), values.dtype, values.device
-
-
-def _cached_prepack(packed: BsrWeight) -> Tensor | None:
+def current(derived: Derived, packed: BsrWeight) -> Derived:
+    """derived, or a new one if values (or the kernels that run here) are not those that it was made for."""
     key = values_key(packed.values)
-    if packed._prepacked is None or packed._prepacked[0] != key:
-        packed._prepacked = (key, prepack(packed.values.detach()))
-    return packed._prepacked[1]
+    if derived.key == key:
+        return derived
+    values = packed.values.detach()
+    rows, cols = grid_shape(packed.shape, packed.blocksize)
+    plan = planner.plan(values.device, values.dtype, packed.blocksize, packed.nnzb / (rows * cols), packed.shape)
+    return Derived(key, prepack(values), plan)
+
+
+def values_key(values: Tensor) -> object:
+    """Changes whenever values were written in place or replaced, or other kernels chosen, so that what is derived is made again."""
+    version = 0 if values.is_inference() else values._version
+    return backends.epoch, version, values.data_ptr(), values.dtype, values.device
+
+
+def dense_form(derived: Derived, tokens: int) -> str:
+    """The form of the dense product that the plan chooses for M = tokens, or "" for the sparse operator.
+
+    oneDNN's product with a reordered weight has no gradient: where gradients are on, the plain one runs in its place.
+    """
+    if derived.plan is None or tokens == 0:
+        return ""
+    form = derived.plan.at(tokens).dense
+    return "plain" if form and torch.is_grad_enabled() else form
+
+
+def dense_weight(derived: Derived, form: str, to_dense: Callable[[], Tensor]) -> Tensor:
+    """The dense weight in that form, made at the first call and kept in derived."""
+    if form not in derived.dense:
+        # Not under inference_mode, for a later call may want gradients of x.
+        with torch.inference_mode(False), torch.no_grad():
+            weight = to_dense()
+            derived.dense[form] = torch.ops.mkldnn._reorder_linear_weight(weight) if form == "prepacked" else weight
+    return derived.dense[form]
+
+
+def dense_linear(
+    weight: Tensor, form: str, rows: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+) -> Tensor:
+    """act(rows[M, K] @ weight^T + bias[N]) + residual[M, N] by PyTorch's dense product, weight as dense_weight made it."""
+    if form == "prepacked":
+        y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    else:
+        y = F.linear(rows, weight, bias)
+    if activation != "none":
+        _require(activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+        y = reference.ACTIVATIONS[activation](y)
+    if residual is None:
+        return y
+    _require(residual.shape == y.shape, "residual", f"shape {tuple(y.shape)}", tuple(residual.shape))
+    return y + residual
 
 
 def _require(ok: bool, argument: str, expected: str, got: object) -> None:

@@ -212,9 +212,11 @@ def test_block_text():
 
 def test_bench(run, dense, tmp_path):
     grid = ("--shapes", "64:96", "--tokens", "1,8", "--density", "0.5", "--dtype", "float32", "--seconds", "0")
-    code, text = run("bench", "linear", *grid, "--json", tmp_path / "linear.json", "--picture", tmp_path / "linear.png")
-    assert code == 0 and "64->96" in text and (tmp_path / "linear.png").is_file(), text
+    code, text = run("bench", "linear", *grid, "--out", tmp_path / "b", "--json", tmp_path / "linear.json")
+    assert code == 0 and "64->96" in text and (tmp_path / "b" / "linear.png").is_file(), text
     assert [row["M"] for row in json.loads((tmp_path / "linear.json").read_text())] == [1, 8]
+    code, text = run("bench", "linear", "--grid", "huge")
+    assert code == 2 and "--grid: expected one of small, full, got huge" in text
     code, text = run("bench", "linear", "--tokens", "many")
     assert code == 2 and "expected whole numbers separated by commas, got many" in text
     code, text = run("bench", "model", dense, dense, "--batch", "1", "--length", "8", "--dtype", "float32")

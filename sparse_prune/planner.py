@@ -1,0 +1,270 @@
+"""Sparse or dense: which is faster for a weight on this CPU, read from a small table of measurements.
+
+A row of the table says, for one instruction set, dtype, block size, M and weight, how long a sparse layer takes as a fraction of
+the best dense one, at a few densities. `sparse-prune tune` measures this machine (tuning.py); the table that ships with the
+package was measured by the same command (bench/shipped_table.py) and serves where that has not been run.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import backends
+from .errors import SparsePruneError
+
+VARIABLE = "SPARSE_PRUNE_TUNING"  # a file, or one of:
+SHIPPED, OFF = "shipped", "off"
+FORMAT = 1
+DENSE_FORMS = ("plain", "prepacked")  # nn.Linear's own product, and oneDNN's with a reordered weight
+_SHIPPED_FILE = Path(__file__).with_name("tuning.json")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: ratio[i] = time of the sparse layer / time of the best dense one (whose form is `dense`) at densities[i]."""
+
+    isa: str
+    dtype: str
+    blocksize: tuple[int, int]
+    tokens: int
+    shape: tuple[int, int]  # (N, K)
+    dense: str
+    densities: tuple[float, ...]
+    ratio: tuple[float, ...]
+
+    def ratio_at(self, density: float) -> float:
+        """The ratio between the measured densities, on a straight line; below the lowest on the line of the first two."""
+        at = min(max(bisect_right(self.densities, density), 1), len(self.densities) - 1)
+        d0, d1 = self.densities[at - 1 : at + 1]
+        r0, r1 = self.ratio[at - 1 : at + 1]
+        return max(0.0, r0 + (r1 - r0) * (density - d0) / (d1 - d0))
+
+    def break_even(self) -> float:
+        """The density from which dense is faster: where the ratio reaches 1; 0 or 1 where sparse always loses or always wins."""
+        low, high = 0.0, 1.0
+        if self.ratio_at(high) <= 1:
+            return 1.0
+        for _ in range(20):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.ratio_at(middle) <= 1 else (low, middle)
+        return low
+
+
+@dataclass(frozen=True)
+class Table:
+    """Measurements, where they come from, and on which machine they were made."""
+
+    source: str
+    machine: dict[str, Any]
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to run from one measured M to the next: dense is "" for the sparse kernel, else one of DENSE_FORMS."""
+
+    tokens: int
+    dense: str
+    ratio: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Choices for one weight by M: choices[i] serves M below bounds[i], the last one all above."""
+
+    bounds: tuple[float, ...]
+    choices: tuple[Choice, ...]
+
+    def at(self, tokens: int) -> Choice:
+        """The choice for M = tokens; well under a microsecond, for it is asked on every call."""
+        return self.choices[bisect_right(self.bounds, tokens)]
+
+
+def plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    blocksize: Sequence[int],
+    density: float,
+    shape: Sequence[int] | None = None,
+) -> Plan | None:
+    """The plan for a weight [N, K] (shape None: a large one) that keeps `density` of its blocks, for x of that dtype.
+
+    None where there is nothing to choose: off the CPU, with the planner off, or where nothing was measured; the sparse operator
+    runs then. Without C++ kernels for the dtype every choice is dense: plain PyTorch would make the weight dense on each call.
+    Raises SparsePruneError for a table in force that cannot be read.
+    """
+    if device.type != "cpu" or _setting() == OFF:
+        return None
+    missing = backends.cpu_unavailable(device, dtype)
+    if missing is not None:
+        return Plan((), (Choice(1, "plain", None, f"no sparse kernel runs here: {missing}"),))
+    isa, name = backends.cpu_isa(dtype), str(dtype).removeprefix("torch.")
+    return _plan(_tables(_setting()), isa, name, (blocksize[0], blocksize[1]), density, tuple(shape or (4096, 4096)))
+
+
+def _plan(
+    tables: tuple[Table, ...],
+    isa: str,
+    dtype: str,
+    blocksize: tuple[int, int],
+    density: float,
+    shape: tuple[int, int],
+) -> Plan | None:
+    rows, table = [], None
+    for table in tables:
+        # Where an instruction set was not measured the next lower one is asked: what it calls too slow is too slow here as well,
+        # for dense gains more from better instructions.
+        for name in backends.ISAS[backends.ISAS.index(isa) :]:
+            rows = rows or [row for row in table.rows if row.isa == name and row.dtype == dtype]
+        if rows:
+            break
+    if not rows:
+        return None
+    block = _measured_block({row.blocksize for row in rows}, blocksize)
+    rows = [row for row in rows if row.blocksize == block]
+    size = math.log(shape[0] * shape[1])
+    nearest = min((row.shape for row in rows), key=lambda found: abs(math.log(found[0] * found[1]) - size))
+    rows = sorted((row for row in rows if row.shape == nearest), key=lambda row: row.tokens)
+    choices = []
+    for row in rows:
+        ratio = row.ratio_at(density)
+        reason = (
+            f"sparse is expected to run {1 / max(ratio, 1e-3):.2f}x as fast as dense near M = {row.tokens} "
+            f"at density {density:.3f} ({row.isa}, {dtype}, {block[0]}x{block[1]} blocks; "
+            f"break-even {row.break_even():.2f}; {table.source})"
+        )
+        choices.append(Choice(row.tokens, row.dense if ratio > 1 else "", ratio, reason))
+    bounds = tuple(math.sqrt(a.tokens * b.tokens) for a, b in zip(choices, choices[1:], strict=False))
+    return Plan(bounds, tuple(choices))
+
+
+def _measured_block(measured: set[tuple[int, int]], blocksize: tuple[int, int]) -> tuple[int, int]:
+    """The largest measured block that fits inside blocksize, for smaller blocks are slower; the smallest one if none does."""
+    fitting = [block for block in measured if block[0] <= blocksize[0] and block[1] <= blocksize[1]]
+    return max(fitting, key=math.prod) if fitting else min(measured, key=math.prod)
+
+
+def use_table(choice: str | Path | None) -> None:
+    """Plan with a table file, the shipped table ("shipped") or not at all ("off"); None: as the environment and the cache say.
+
+    Layers plan again at their next call. Raises SparsePruneError if the file cannot be read.
+    """
+    global _chosen
+    if choice is not None and str(choice) not in (SHIPPED, OFF):
+        load_table(choice)
+    _chosen = None if choice is None else str(choice)
+    refresh()
+
+
+@contextmanager
+def using_table(choice: str | Path | None) -> Iterator[None]:
+    """use_table inside the block, then what was in force before."""
+    global _chosen
+    before = _chosen
+    use_table(choice)
+    try:
+        yield
+    finally:
+        _chosen = before
+        refresh()
+
+
+def refresh() -> None:
+    """Forget the tables that were read: files may have changed."""
+    _tables.cache_clear()
+    backends.epoch += 1
+
+
+def table_in_force() -> Table | None:
+    """The table that plans here, None with the planner off; raises SparsePruneError if it cannot be read."""
+    return None if _setting() == OFF else _tables(_setting())[0]
+
+
+def describe() -> str:
+    """One sentence: the table in force, where it was measured, and how to measure this machine."""
+    table = table_in_force()
+    if table is None:
+        return f"off ({VARIABLE}={OFF}): the sparse kernels always run"
+    measured = {(row.isa, row.dtype) for row in table.rows}
+    text = f"{table.source}, {len(table.rows)} rows, measured on {table.machine.get('cpu', 'an unnamed processor')}"
+    names = [name for name in ("float32", "bfloat16", "float16") if backends.cpu_isas()]
+    lacks = [name for name in names if (backends.cpu_isa(getattr(torch, name)), name) not in measured]
+    if lacks:
+        text += f"; not measured for {', '.join(lacks)} on this instruction set"
+    return text if table.source != "shipped table" else text + "; `sparse-prune tune` measures this machine"
+
+
+def cache_file() -> Path:
+    """Where `sparse-prune tune` keeps this machine's table: one file per processor model under the user's cache directory."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    slug = re.sub(r"[^a-z0-9]+", "-", backends.cpu_name().lower()).strip("-")
+    return Path(root) / "sparse-prune" / f"tuning-{slug}.json"
+
+
+def load_table(path: str | Path) -> Table:
+    """Read and check a table file; raises SparsePruneError that names the file and what is wrong in it."""
+
+    def wrong(got: object) -> SparsePruneError:
+        remedy = f"run `sparse-prune tune` again, or unset {VARIABLE} and delete the file"
+        return SparsePruneError(str(path), "a table that `sparse-prune tune` wrote", got, remedy)
+
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise wrong(error) from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise wrong(f"no JSON object with format {FORMAT}")
+    try:
+        densities = tuple(float(value) for value in data["densities"])
+        rows = tuple(_row(entry, densities) for entry in data["rows"])
+        machine = dict(data["machine"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise wrong(f"a damaged one ({type(error).__name__}: {error})") from None
+    if not rows:
+        raise wrong("one without rows")
+    source = "shipped table" if Path(path) == _SHIPPED_FILE else f"table {path}"
+    return Table(source, machine, rows)
+
+
+def _row(entry: dict, densities: tuple[float, ...]) -> Row:
+    (r, c), (k, n) = entry["block"], entry["weight"]
+    ratio = tuple(float(value) for value in entry["ratio"])
+    row = Row(entry["isa"], entry["dtype"], (r, c), entry["M"], (n, k), entry["dense"], densities, ratio)
+    numbers = (*row.blocksize, row.tokens, *row.shape)
+    if not all(type(number) is int and number > 0 for number in numbers):
+        raise ValueError(f"block, M and weight must be positive integers, not {numbers}")
+    if len(ratio) != len(densities) or len(ratio) < 2 or not all(math.isfinite(v) and v > 0 for v in ratio):
+        raise ValueError(f"ratio must hold {len(densities)} positive numbers, one per density, not {entry['ratio']}")
+    if list(densities) != sorted(set(densities)) or not (densities[0] > 0 and densities[-1] <= 1):
+        raise ValueError(f"densities must rise within (0, 1], not {densities}")
+    if row.dense not in DENSE_FORMS:
+        raise ValueError(f"dense must be one of {', '.join(DENSE_FORMS)}, not {row.dense!r}")
+    return row
+
+
+_chosen: str | None = None
+
+
+def _setting() -> str:
+    return _chosen or os.environ.get(VARIABLE, "")
+
+
+@functools.lru_cache(maxsize=4)
+def _tables(setting: str) -> tuple[Table, ...]:
+    """The tables to look in, first to last: an instruction set or dtype that the first lacks is looked up in the shipped one."""
+    shipped = load_table(_SHIPPED_FILE)
+    own = "" if setting == SHIPPED else setting or (str(cache_file()) if cache_file().exists() else "")
+    return (load_table(own), shipped) if own else (shipped,)

@@ -1,0 +1,157 @@
+"""`sparse-prune tune`: measure when a sparse layer is faster than a dense one on this machine, for the planner (planner.py).
+
+Every row times one block size, dtype, M and weight: SparseLinear at a few densities and nn.Linear, plain and with oneDNN's
+reordered weight, in turns. Rows are kept as they are finished, so that a run that was stopped goes on; the table appears whole at
+the end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import backends, planner
+from .benchmark import DTYPES, interleaved_medians, machine, random_mask, thread_count
+from .errors import SparsePruneError
+from .layers import SparseLinear
+from .serialization import atomic_path
+
+DENSITIES = (0.1, 0.25, 0.5, 0.75, 1.0)
+SHAPES = ((384, 384), (768, 3072))  # (K, N): one that caches hold, one that they do not in float32
+BLOCKS = ((1, 1), (4, 4), (8, 8), (16, 16), (32, 32), (64, 64))
+TOKENS = (1, 16, 128, 512)
+QUICK_BLOCKS, QUICK_TOKENS = ((4, 4), (16, 16), (32, 32)), (1, 128)
+HOPELESS = (
+    8  # a candidate that takes this many times the dense one's time is not run again: its exact time decides nothing
+)
+
+
+def tune(
+    out: str | Path | None = None,
+    quick: bool = False,
+    dtypes: Iterable[str] = ("float32", "bfloat16", "float16"),
+    isas: Iterable[str] | None = None,
+    threads: Iterable[int] = (),
+    seconds: float = 0.5,
+    report: Callable[[str, int, int, str], None] = lambda *_: None,
+) -> planner.Table:
+    """Measure, write the table to `out` (None: planner.cache_file(), where the planner looks), and return it.
+
+    quick takes fewer block sizes and M; isas are the instruction sets to measure (None: the one that runs for each dtype here);
+    threads the thread counts (none: PyTorch's present one), of which the worst ratio counts; seconds is spent on each row;
+    report(phase, step, of, text) is called after each row.
+
+    Raises SparsePruneError where no CPU kernel runs, or for an unknown dtype or instruction set.
+    """
+    if not backends.cpu_isas():
+        reason = backends.cpu_unavailable(torch.device("cpu"), torch.float32)
+        raise SparsePruneError("tune", "the C++ kernels, to measure them", "none", str(reason))
+    unknown = [name for name in dtypes if name not in DTYPES]
+    if unknown:
+        raise SparsePruneError("dtypes", f"names among {', '.join(DTYPES)}", unknown[0], "choose some of these")
+    out = Path(out) if out is not None else planner.cache_file()
+    threads = tuple(threads) or (torch.get_num_threads(),)
+    about = {key: value for key, value in machine().items() if key != "threads"} | {"threads": list(threads)}
+    partial = out.with_name(out.name + ".partial.jsonl")
+    done = _resume(partial, about)
+    problems = list(_problems(quick, tuple(dtypes), isas))
+    with planner.using_table(planner.OFF):
+        for step, problem in enumerate(problems, 1):
+            key = json.dumps(problem)
+            if key not in done:
+                done[key] = problem | _measure(problem, threads, seconds)
+                with partial.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"problem": key, "row": done[key]}) + "\n")
+            row = done[key]
+            block, m = "x".join(map(str, row["block"])), row["M"]
+            report(
+                "tune",
+                step,
+                len(problems),
+                f"{row['isa']} {row['dtype']} {block} M={m}: {row['ratio'][0]:.2f} of dense",
+            )
+    rows = [done[json.dumps(problem)] for problem in problems]
+    write_table(out, about, rows)
+    partial.unlink(missing_ok=True)
+    planner.refresh()
+    return planner.load_table(out)
+
+
+def write_table(out: Path, about: dict, rows: list[dict]) -> None:
+    """The file that planner.load_table reads, one row a line."""
+    head = json.dumps({"format": planner.FORMAT, "machine": about, "densities": list(DENSITIES)})
+    with atomic_path(out) as temporary:
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        temporary.write_text(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+def _problems(quick: bool, dtypes: tuple[str, ...], isas: Iterable[str] | None) -> Iterator[dict]:
+    wanted = None if isas is None else tuple(isas)
+    for dtype in dtypes:
+        for isa in wanted or (backends.cpu_isa(DTYPES[dtype]),):
+            with backends.force_isa(isa):
+                if backends.cpu_isa(DTYPES[dtype]) != isa:
+                    continue  # this dtype stops at a lower instruction set, which has rows of its own
+            for block in QUICK_BLOCKS if quick else BLOCKS:
+                for k, n in SHAPES:
+                    for m in QUICK_TOKENS if quick else TOKENS:
+                        if max(block) < 8 and m > 128:
+                            continue  # slow to measure, and decided long before
+                        yield {"isa": isa, "dtype": dtype, "block": list(block), "M": m, "weight": [k, n]}
+
+
+def _resume(partial: Path, about: dict) -> dict[str, dict]:
+    """Rows that an earlier run of the same machine, versions and threads left; else an empty start."""
+    try:
+        lines = [json.loads(line) for line in partial.read_text(encoding="utf-8").splitlines()]
+        if lines and lines[0] == about:
+            return {line["problem"]: line["row"] for line in lines[1:]}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # nothing there, or cut in the middle of a line: measuring again is safe
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps(about) + "\n", encoding="utf-8")
+    return {}
+
+
+def _measure(problem: dict, threads: tuple[int, ...], seconds: float) -> dict:
+    """{"dense": the faster form, "ratio": sparse over dense at each of DENSITIES}, the worst over thread counts."""
+    (k, n), m, dtype = problem["weight"], problem["M"], DTYPES[problem["dtype"]]
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(k, n).to(dtype).eval().requires_grad_(False)
+    x = torch.randn(m, k, generator=generator).to(dtype)  # [M, K]
+    candidates: dict[str, Callable[[], Tensor]] = {"plain": lambda: F.linear(x, linear.weight, linear.bias)}
+    prepacked = prepacked_linear(linear, x)
+    if prepacked is not None:
+        candidates["prepacked"] = prepacked
+    for density in DENSITIES:
+        mask = random_mask((n, k), problem["block"], density, generator)
+        layer = SparseLinear.from_dense(linear, mask, problem["block"])
+        candidates[str(density)] = lambda layer=layer: layer(x)
+    worst: list[float] = []
+    with backends.force_isa(problem["isa"]), torch.inference_mode():
+        for count in threads:
+            with thread_count(count):
+                times = interleaved_medians(candidates, seconds, HOPELESS)
+            dense = min((name for name in planner.DENSE_FORMS if name in times), key=times.__getitem__)
+            ratio = [times[str(density)] / times[dense] for density in DENSITIES]
+            worst = [max(pair) for pair in zip(worst or ratio, ratio, strict=True)]
+    return {"dense": dense, "ratio": [float(f"{value:.3g}") for value in worst]}
+
+
+def prepacked_linear(linear: nn.Linear, x: Tensor) -> Callable[[], Tensor] | None:
+    """x -> linear(x) by oneDNN with the weight reordered beforehand, or None where this build or dtype has no such product."""
+    try:
+        reordered = torch.ops.mkldnn._reorder_linear_weight(linear.weight)
+
+        def run() -> Tensor:
+            return torch.ops.mkldnn._linear_pointwise(x, reordered, linear.bias, "none", [], "")
+
+        run()
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return None
+    return run

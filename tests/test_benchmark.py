@@ -1,0 +1,168 @@
+"""bench linear keeps its rows, measures again what another build measured, and refuses wrong results; timings are not judged."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sparse_prune as sp
+from sparse_prune import backends, benchmark, planner
+
+GRID = {
+    "shapes": [(64, 96)],
+    "tokens": [1, 8],
+    "densities": [0.5],
+    "blocksizes": [(32, 32)],
+    "dtypes": ["float32"],
+    "threads": [1],
+}
+needs_kernels = pytest.mark.skipif(not backends.cpu_isas(), reason=backends._reason or "built")
+
+
+def test_rows_are_kept_and_a_run_goes_on(tmp_path, monkeypatch):
+    keep, problems = tmp_path / "b" / "linear.jsonl", benchmark.linear_problems(**GRID)
+    timed = []
+    real = benchmark._time_linear
+    monkeypatch.setattr(
+        benchmark, "_time_linear", lambda problem, *rest: timed.append(problem["M"]) or real(problem, *rest)
+    )
+    first = benchmark.bench_linear(problems[:1], 0, keep)
+    keep.write_text(keep.read_text() + '{"problem": {"K"')  # stopped while a row was being written
+    rows = benchmark.bench_linear(problems, 0, keep)
+    assert timed == [1, 8] and rows[0] == first[0]
+    assert [json.loads(line)["row"]["M"] for line in keep.read_text().splitlines()] == [1, 8]
+    monkeypatch.setattr(backends, "cpu_build", lambda: "another")
+    benchmark.bench_linear(problems, 0, keep)
+    assert timed == [1, 8, 1, 8], "rows of another build are not this one's"
+
+
+def test_a_row_says_what_was_compared():
+    (row,) = benchmark.bench_linear(benchmark.linear_problems(**GRID | {"tokens": [8]}), 0)
+    assert {"sparse", "dense"} <= set(row["us"]) and row["build"] == backends.cpu_build() and row["threads"] == 1
+    best = min(us for name, us in row["us"].items() if name in ("dense", "dense_prepacked"))
+    assert row["speedup"] == pytest.approx(best / row["us"]["sparse"])
+    assert row["share"] == pytest.approx(row["speedup"] * row["density"])
+    if backends.cpu_isas():
+        limit, moved = row["limits"], 3 * 32 * 32 * 4 + 4 * (4 + 3) + 4 * (8 * 64 + 8 * 96)
+        bound = max(2 * 8 * 64 * 96 * 0.5 / limit["gflops"], moved / limit["cached_gbytes_per_s"]) / 1e3
+        assert row["roofline"] == pytest.approx(bound / row["us"]["sparse"])
+
+
+@needs_kernels
+def test_auto_is_timed_where_it_runs_dense():
+    problems = benchmark.linear_problems(**GRID | {"tokens": [8]})
+    plan = planner.Plan((), (planner.Choice(1, "plain", 2.0, "a test"),))
+    for found, runs in ((plan, "dense: a test"), (None, f"cpu:{backends.cpu_isa(torch.float32)}")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(planner, "plan", lambda *_, found=found: found)
+            (row,) = benchmark.bench_linear(problems, 0)
+        assert row["auto"] == runs and ("auto" in row["us"]) == (found is not None)
+        assert row["auto_speedup"] == pytest.approx(row["speedup"]) or found is not None
+
+
+def test_a_wrong_result_is_refused(monkeypatch):
+    real = sp.SparseLinear.forward
+    monkeypatch.setattr(sp.SparseLinear, "forward", lambda self, x: real(self, x) * 1.001)
+    with pytest.raises(ArithmeticError, match="sparse is wrong at M=1 K=64 N=96 float32"):
+        benchmark.bench_linear(benchmark.linear_problems(**GRID), 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtypes": ["float8"]}, "dtypes: expected names among float32"),
+        ({"densities": [1.5]}, "density: expected"),
+        ({"tokens": [0]}, "grid: expected positive sizes"),
+    ],
+)
+def test_a_wrong_grid_is_told(change, message):
+    with pytest.raises(sp.SparsePruneError, match=message):
+        benchmark.linear_problems(**GRID | change)
+
+
+@needs_kernels
+def test_limits_are_measured_for_every_instruction_set():
+    for isa in backends.cpu_isas():
+        assert backends.peak_flops(isa) > 0 or isa.startswith("amx")
+    assert backends.peak_flops("unknown") == 0
+    data = torch.zeros(1 << 16)
+    assert backends.read_bytes_per_second(data) > 0
+    both = backends.together(2, lambda: 1.5)
+    assert both == 3.0
+
+
+def test_medians_run_each_candidate_and_drop_what_has_no_hope():
+    runs = []
+    ticks = iter(range(10**6))
+
+    def wait(name, ticks_needed):
+        return lambda: runs.append(name) or [next(ticks) for _ in range(ticks_needed)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark.time, "perf_counter", lambda: float(next(ticks)))
+        found = benchmark.interleaved_medians({"first": wait("first", 1), "slow": wait("slow", 50)}, 0.0, hopeless=8)
+    assert runs.count("slow") == 2 and runs.count("first") == 7
+    assert found == {"first": 2.0, "slow": 51.0}
+
+
+@pytest.fixture
+def peers(tmp_path):
+    """A folder like that of `make peers`, with an engine that multiplies by numpy, and fails or dies when the dtype asks for it."""
+    folder = tmp_path / "peers"
+    (folder / "numpy" / "bin").mkdir(parents=True)
+    (folder / "numpy" / ".installed").touch()
+    (folder / "numpy" / "bin" / "python").symlink_to(sys.executable)
+    source = (Path(__file__).parents[1] / "bench" / "peers.py").read_text()
+    cut = source.index('if __name__ == "__main__":')
+    engine = """
+def fake(path, inputs, threads, dtype):
+    if dtype == "float16":
+        raise ValueError("no float16 here")
+    if dtype == "bfloat16":
+        os._exit(3)
+    layers = np.load(path + ".npz")
+    print("a greeting on stdout")
+    return lambda: [inputs["x"] @ layers["w0"].T + layers["b0"] * threads]
+
+
+ENGINES["numpy"] = fake
+linear_onnx = lambda layers, tokens, path: np.savez(path, **layers)
+"""
+    (folder / "peers.py").write_text(source[:cut] + engine + source[cut:])
+    return folder
+
+
+def test_an_engine_in_its_own_process_is_timed_and_checked(peers):
+    problems = benchmark.linear_problems(**GRID)
+    with benchmark.engines(peers) as found:
+        assert [engine.name for engine in found] == ["numpy"] and found[0].version == f"numpy {np.__version__}"
+        rows = benchmark.bench_linear(problems, 0, None, peers=found)
+        assert all(row["us"]["numpy"] > 0 and row["engines"] == {"numpy": found[0].version} for row in rows)
+        with pytest.raises(ArithmeticError, match="numpy is wrong at"):
+            benchmark.bench_linear(benchmark.linear_problems(**GRID | {"threads": [2]}), 0, None, peers=found)
+        x = {"x": torch.randn(2, 4)}
+        assert found[0].time("nowhere.npz", x, "float32", 1, 0) is None and "No such file" in found[0].reason
+        (row,) = benchmark.bench_linear(
+            benchmark.linear_problems(**GRID | {"dtypes": ["float16"]})[:1], 0, None, peers=found
+        )
+        assert "numpy" not in row["us"] and "no float16 here" in found[0].reason
+        rows = benchmark.bench_linear(
+            benchmark.linear_problems(**GRID | {"dtypes": ["bfloat16"]}), 0, None, peers=found
+        )
+        assert all("numpy" not in row["us"] for row in rows) and "ended with code 3" in found[0].reason
+    with benchmark.engines(None) as found:
+        assert found == []
+
+
+def test_an_engine_that_does_not_start_is_told(peers):
+    (peers / "peers.py").write_text("raise SystemExit(5)")
+    with (
+        pytest.raises(sp.SparsePruneError, match="peers: expected an engine that starts.*code 5; make peers"),
+        benchmark.engines(peers),
+    ):
+        pass

@@ -1,0 +1,414 @@
+"""Sparse or dense: which one runs, that the answer stays the same, and that tables are measured, kept and checked."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sparse_prune as sp
+from sparse_prune import backends, ops, planner, tuning
+from sparse_prune.masks import expand_mask, grid_shape
+
+needs_kernels = pytest.mark.skipif(not backends.cpu_isas(), reason=backends._reason or "built")
+N, K = 96, 64
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operators that ran inside."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def path(self) -> str:
+        if any("sparse_prune.bsr_linear" in name for name in self.names):
+            return "sparse"
+        return "prepacked" if any("mkldnn._linear_pointwise" in name for name in self.names) else "plain"
+
+
+def write_table(path, ratio, dense="plain", **change):
+    """A table whose one row per dtype says the same at every M, unless ratio is {M: ratios}."""
+    by_tokens = ratio if isinstance(ratio, dict) else {1: ratio}
+    rows = [
+        {"isa": isa, "dtype": dtype, "block": [1, 1], "M": m, "weight": [K, N], "dense": dense, "ratio": list(ratios)}
+        | change
+        for isa in backends.ISAS
+        for dtype in ("float32", "bfloat16")
+        for m, ratios in by_tokens.items()
+    ]
+    path.write_text(json.dumps({"format": 1, "machine": {"cpu": "a test"}, "densities": [0.1, 1.0], "rows": rows}))
+    return path
+
+
+@pytest.fixture
+def always_dense(tmp_path):
+    with planner.using_table(write_table(tmp_path / "dense.json", (2.0, 3.0))):
+        yield
+
+
+def make(density=0.5, blocksize=(32, 32), dtype=torch.float32):
+    linear = nn.Linear(K, N).to(dtype)
+    mask = torch.rand(grid_shape((N, K), blocksize)) < density
+    mask[0, 0] = True
+    with torch.no_grad():
+        linear.weight.mul_(expand_mask(mask, blocksize, (N, K)))
+    return linear, sp.SparseLinear.from_dense(linear, mask, blocksize).eval()
+
+
+def path_of(layer, *args, **kwargs):
+    with torch.no_grad(), Recorder() as recorder:
+        layer(*args, **kwargs)
+    return recorder.path
+
+
+@needs_kernels
+@pytest.mark.parametrize("dense", planner.DENSE_FORMS)
+@pytest.mark.parametrize("ratio", [0.5, 2.0])
+def test_the_table_decides_and_the_answer_is_the_same(tmp_path, ratio, dense):
+    linear, layer = make()
+    x, residual = torch.randn(2, 5, K), torch.randn(2, 5, N)
+    exact = F.gelu(linear(x)) + residual
+    expected = "sparse" if ratio < 1 else dense
+    if dense == "prepacked" and tuning.prepacked_linear(linear.requires_grad_(False), x) is None:
+        pytest.skip("this build of PyTorch has no oneDNN product with reordered weights")
+    with planner.using_table(write_table(tmp_path / "t.json", (ratio, ratio), dense)):
+        assert path_of(layer, x, "gelu", residual) == expected
+        packed = layer.packed
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x, "gelu", residual), exact)
+            with Recorder() as recorder:
+                y = sp.bsr_linear(x, packed, layer.bias, "gelu", residual)
+            torch.testing.assert_close(y, exact)
+            assert recorder.path == expected
+        told = layer.backend_for(10)
+        assert (
+            told.startswith("dense: sparse is expected to run 0.50x as fast") if ratio > 1 else told.startswith("cpu:")
+        )
+        asked = sp.backend_for("cpu", torch.float32, "auto", (32, 32), layer.density, 10, (N, K))
+        assert asked == told
+        assert sp.backend_for("cpu", torch.float32).startswith("cpu:")  # without a density: which kernel there is
+
+
+@needs_kernels
+def test_each_m_has_its_own_choice(tmp_path):
+    _, layer = make()
+    with planner.using_table(write_table(tmp_path / "t.json", {1: (2, 2), 64: (0.5, 0.5), 1024: (3, 3)})):
+        chosen = {m: path_of(layer, torch.randn(m, K)) for m in (0, 1, 7, 9, 200, 300)}
+    assert chosen == {0: "sparse", 1: "plain", 7: "plain", 9: "sparse", 200: "sparse", 300: "plain"}
+
+
+@needs_kernels
+def test_named_backends_are_not_planned(always_dense, tmp_path):
+    linear, layer = make()
+    x = torch.randn(3, K)
+    for backend, path in {"auto": "plain", "cpu": "sparse", "dense": "plain"}.items():
+        with torch.no_grad(), Recorder() as recorder:
+            torch.testing.assert_close(sp.bsr_linear(x, layer.packed, layer.bias, backend=backend), linear(x))
+        assert recorder.path == path
+    assert sp.backend_for("cpu", torch.float32, "dense") == "dense: asked for"
+    with planner.using_table("off"):
+        assert path_of(layer, x) == "sparse" and planner.table_in_force() is None
+    assert path_of(layer, x) == "plain"
+
+
+@needs_kernels
+def test_training_runs_the_sparse_operator(always_dense):
+    _, layer = make()
+    x = torch.randn(3, K, requires_grad=True)
+    with Recorder() as recorder:
+        layer(x).sum().backward()
+    assert recorder.path == "sparse" and layer.values.grad is not None
+    layer.requires_grad_(False)
+    with torch.inference_mode():
+        layer(x)
+    grad, x.grad = x.grad, None
+    with Recorder() as recorder:  # the weight does not train, x does: after a call that had no gradients at all
+        layer(x).sum().backward()
+    assert recorder.path == "plain"
+    torch.testing.assert_close(x.grad, grad)
+
+
+@needs_kernels
+def test_the_dense_weight_follows_writes_and_is_never_saved(always_dense):
+    linear, layer = make()
+    x = torch.randn(3, K)
+    with torch.no_grad():
+        before = set(layer.state_dict())
+        layer(x)
+        assert list(layer._derived.dense) == ["plain"]
+        kept = layer._derived.dense["plain"]
+        layer(x)
+        assert layer._derived.dense["plain"] is kept, "derived once, not on each call"
+        assert set(layer.state_dict()) == before
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert twin._derived.dense == {} and twin._derived.key is None
+            torch.testing.assert_close(twin(x), linear(x))
+        layer.values.mul_(2)
+        torch.testing.assert_close(layer(x), 2 * (linear(x) - linear.bias) + linear.bias)
+        layer.values.data.div_(2)
+        torch.testing.assert_close(layer.refresh_()(x), linear(x))
+
+
+@needs_kernels
+def test_compiled_graphs_hold_the_sparse_operator(always_dense):
+    linear, layer = make()
+    x = torch.randn(3, K)
+    with torch.no_grad():
+        layer(x)
+        compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), linear(x))
+        exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("m")},), strict=False)
+        assert any("bsr_linear" in str(node.target) for node in exported.graph.nodes)
+        torch.testing.assert_close(exported.module()(torch.cat([x, x])), linear(torch.cat([x, x])))
+
+
+@needs_kernels
+def test_another_instruction_set_is_planned_anew(tmp_path):
+    _, layer = make()
+    path = write_table(tmp_path / "t.json", (2, 2))
+    data = json.loads(path.read_text())
+    data["rows"] = [row for row in data["rows"] if row["isa"] == "portable"]
+    best = [dict(row, isa=backends.cpu_isa(torch.float32), ratio=[0.5, 0.5]) for row in data["rows"]]
+    if best[0]["isa"] == "portable":
+        pytest.skip("this processor has one instruction set only")
+    path.write_text(json.dumps(data | {"rows": data["rows"] + best}))
+    x = torch.randn(3, K)
+    with planner.using_table(path):
+        assert path_of(layer, x) == "sparse"
+        with backends.force_isa("portable"):
+            assert path_of(layer, x) == "plain"
+        assert path_of(layer, x) == "sparse"
+
+
+def test_without_kernels_the_weight_is_made_dense_once(monkeypatch):
+    monkeypatch.setattr(backends, "_library", None)
+    linear, layer = make()
+    x = torch.randn(3, K)
+    with planner.using_table("shipped"), torch.no_grad():
+        torch.testing.assert_close(layer(x), linear(x))
+        kept = layer._derived.dense["plain"]
+        layer(x)
+        assert layer._derived.dense["plain"] is kept
+        assert layer.backend_for(3).startswith("dense: no sparse kernel runs here: ")
+
+
+def test_wrong_arguments_are_told_on_the_dense_path_too(always_dense):
+    _, layer = make()
+    x = torch.randn(3, K)
+    with torch.no_grad():
+        with pytest.raises(sp.SparsePruneError, match="activation: expected one of none, relu"):
+            layer(x, "swish")
+        with pytest.raises(sp.SparsePruneError, match=r"residual: expected shape \(3, 96\), got \(1, 96\)"):
+            layer(x, "none", torch.randn(1, N))
+
+
+@needs_kernels
+def test_sparsify_keeps_a_layer_dense_where_sparse_would_lose(tmp_path):
+    with planner.using_table(write_table(tmp_path / "t.json", {1: (1.5, 2.5), 256: (0.2, 2.0)})):
+        for tokens, kept in ((1, True), (256, False), (None, False)):
+            model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+            result = sp.sparsify_(model, sp.BlockSparseConfig(density=0.25, tokens=tokens))
+            assert (result.converted == []) == kept and (type(model[0]) is nn.Linear) == kept
+            if kept:
+                assert "0.60x as fast as dense near M = 1 at density 0.250" in result.kept_dense["0"]
+                assert "t.json" in result.kept_dense["0"] and "float32" in result.kept_dense["0"]
+    with pytest.raises(sp.SparsePruneError, match="tokens: expected a positive integer or None, got 0"):
+        sp.BlockSparseConfig(tokens=0)
+
+
+def row(**change):
+    fields = {
+        "isa": "avx2",
+        "dtype": "float32",
+        "blocksize": (32, 32),
+        "tokens": 1,
+        "shape": (64, 64),
+        "dense": "plain",
+    }
+    return planner.Row(**fields | {"densities": (0.1, 0.5, 1.0), "ratio": (0.2, 0.6, 1.6)} | change)
+
+
+def test_between_and_beyond_the_measured_densities():
+    found = [row().ratio_at(density) for density in (0.01, 0.1, 0.3, 0.5, 0.75, 1.0)]
+    assert found == pytest.approx([0.11, 0.2, 0.4, 0.6, 1.1, 1.6])
+    assert row().break_even() == pytest.approx(0.7, abs=1e-4)
+    assert row(ratio=(0.1, 0.5, 0.9)).break_even() == 1.0
+    assert row(ratio=(1.2, 1.5, 1.9)).break_even() == 0.0
+    assert row(ratio=(0.9, 5.0, 9.0)).ratio_at(0.01) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [((32, 32), (32, 32)), ((64, 16), (16, 16)), ((128, 128), (64, 64)), ((4, 8), (4, 4)), ((1, 4), (1, 1))],
+)
+def test_a_block_is_planned_as_the_largest_measured_one_inside(asked, found):
+    assert planner._measured_block(set(tuning.BLOCKS), asked) == found
+    assert planner._measured_block({(16, 16), (8, 8)}, (4, 4)) == (8, 8)
+
+
+def test_the_shipped_table_is_whole_and_makes_sense():
+    table = planner.load_table(planner._SHIPPED_FILE)
+    measured = {(row.isa, row.dtype) for row in table.rows}
+    assert {
+        ("avx512", "float32"),
+        ("avx2", "float32"),
+        ("avx512_bf16", "bfloat16"),
+        ("portable", "float16"),
+    } <= measured
+    for found in table.rows:
+        assert found.blocksize in tuning.BLOCKS and found.tokens in tuning.TOKENS
+        if found.blocksize == (32, 32) and found.tokens >= 128 and found.isa != "portable":
+            assert found.ratio_at(0.1) < 0.7 < found.break_even(), found
+        if found.blocksize == (1, 1) and found.dtype == "float32":
+            assert found.break_even() < 0.3, found
+        if found.tokens >= 16:  # below, a small layer is all overhead
+            assert found.ratio[0] < 1.1 * found.ratio[-1], found
+
+
+DAMAGED = {
+    "not there": (None, "No such file"),
+    "no JSON": ("{", "Expecting property name"),
+    "a list": ("[]", "no JSON object with format 1"),
+    "another format": ('{"format": 2}', "no JSON object with format 1"),
+    "no rows": ({"rows": []}, "one without rows"),
+    "rows missing": ({"rows": None}, "a damaged one"),
+    "a field missing": ({"rows": [{}]}, r"a damaged one \(KeyError: 'block'"),
+    "M of zero": ({"M": 0}, "must be positive integers"),
+    "M as text": ({"M": "1"}, "must be positive integers"),
+    "a ratio missing": ({"ratio": [1.0]}, "ratio must hold 2 positive numbers"),
+    "NaN": ({"ratio": [1.0, float("nan")]}, "ratio must hold 2 positive numbers"),
+    "a form unknown": ({"dense": "quick"}, "dense must be one of plain, prepacked, not 'quick'"),
+    "densities falling": ({"densities": [0.5, 0.1]}, r"densities must rise within \(0, 1\]"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_table_is_told(case, tmp_path, monkeypatch):
+    change, message = DAMAGED[case]
+    path = tmp_path / "t.json"
+    if isinstance(change, str):
+        path.write_text(change)
+    elif change is not None:
+        data = json.loads(write_table(path, (0.5, 2.0)).read_text())
+        where = data if set(change) & set(data) else data["rows"][3]
+        where.update(change)
+        path.write_text(json.dumps(data))
+    expected = (
+        f"t.json: expected a table that `sparse-prune tune` wrote, got .*{message}.*; run `sparse-prune tune` again"
+    )
+    with pytest.raises(sp.SparsePruneError, match=expected):
+        planner.use_table(path)
+    assert planner.table_in_force() is None, "the table before stays"
+    if backends.cpu_isas():
+        monkeypatch.setenv(planner.VARIABLE, str(path))
+        planner.refresh()
+        with pytest.raises(sp.SparsePruneError, match=expected), torch.no_grad():
+            make()[1](torch.randn(2, K))
+        with pytest.raises(sp.SparsePruneError, match=expected):
+            sp.show_config()
+
+
+def test_where_tables_come_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(planner.VARIABLE)
+    planner.refresh()
+    try:
+        assert planner.table_in_force().source == "shipped table"
+        assert "`sparse-prune tune` measures this machine" in planner.describe()
+        own = planner.cache_file()
+        assert own.parent == tmp_path / "sparse-prune" and own.name.startswith("tuning-")
+        own.parent.mkdir()
+        write_table(own, (0.5, 0.5))
+        planner.refresh()
+        assert planner.table_in_force().source == f"table {own}"
+        other = write_table(tmp_path / "other.json", (0.5, 0.5))
+        monkeypatch.setenv(planner.VARIABLE, str(other))
+        planner.refresh()
+        assert planner.table_in_force().source == f"table {other}"
+        with planner.using_table("shipped"):
+            assert planner.table_in_force().source == "shipped table"
+        assert planner.table_in_force().source == f"table {other}"
+    finally:
+        monkeypatch.undo()
+        planner.refresh()
+
+
+@needs_kernels
+def test_what_the_own_table_lacks_is_looked_up_in_the_shipped_one(tmp_path):
+    with planner.using_table(write_table(tmp_path / "t.json", (2, 2))):
+        asked = [planner.plan(torch.device("cpu"), dtype, (32, 32), 0.5) for dtype in (torch.float32, torch.float16)]
+    assert ["t.json" in plan.choices[0].reason for plan in asked] == [True, False]
+    assert "shipped table" in asked[1].choices[0].reason
+
+
+@needs_kernels
+def test_tune_measures_resumes_and_is_then_in_force(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "SHAPES", ((32, 64),))
+    out, steps, measured = tmp_path / "t.json", [], []
+    arguments = dict(quick=True, dtypes=("float32",), seconds=0)
+
+    def stop(phase, step, of, text):
+        steps.append((step, of))
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tuning.tune(out, report=stop, **arguments)
+    assert steps == [(1, 6), (2, 6), (3, 6)] and not out.exists()
+    real = tuning._measure
+    monkeypatch.setattr(tuning, "_measure", lambda *a: measured.append(a) or real(*a))
+    table = tuning.tune(out, **arguments)
+    assert len(measured) == 3, "the three rows that were finished are kept"
+    assert [path.name for path in tmp_path.iterdir()] == ["t.json"]
+    assert len(table.rows) == 6 and {row.isa for row in table.rows} == {backends.cpu_isa(torch.float32)}
+    assert {row.blocksize for row in table.rows} == set(tuning.QUICK_BLOCKS)
+    assert all(row.ratio[0] > 0 for row in table.rows) and table.machine["cpu"] == backends.cpu_name()
+    tuning.tune(out, **arguments)
+    assert len(measured) == 9, "a finished table is measured again"
+    with pytest.raises(sp.SparsePruneError, match="dtypes: expected names among"):
+        tuning.tune(out, dtypes=("float8",))
+    with pytest.raises(sp.SparsePruneError, match="name: expected an instruction set of this machine"):
+        tuning.tune(out, dtypes=("float32",), isas=("sse2",))
+
+
+@needs_kernels
+def test_a_row_is_the_worst_ratio_to_the_best_dense(monkeypatch):
+    threads = []
+
+    def medians(candidates, seconds, hopeless):
+        threads.append(torch.get_num_threads())
+        sparse = {str(density): (1 + len(threads)) * density for density in tuning.DENSITIES}
+        assert set(candidates) - set(planner.DENSE_FORMS) == set(sparse)
+        for run in candidates.values():
+            assert run().shape == (4, 64)
+        return {name: 9.0 for name in candidates} | {"plain": 2.0} | sparse
+
+    monkeypatch.setattr(tuning, "interleaved_medians", medians)
+    isa = backends.cpu_isa(torch.float32)
+    problem = {"isa": isa, "dtype": "float32", "block": [16, 16], "M": 4, "weight": [32, 64]}
+    found = tuning._measure(problem, (1, 2), 0.0)
+    assert threads == [1, 2]
+    assert found == {
+        "dense": "plain",
+        "ratio": pytest.approx([1.5 * density for density in tuning.DENSITIES], rel=0.01),
+    }
+
+
+def test_dense_form_is_plain_where_gradients_are_on():
+    plan = planner.Plan((), (planner.Choice(1, "prepacked", 2.0, "a test"),))
+    derived = ops.Derived(None, None, plan)
+    assert ops.dense_form(derived, 4) == "plain"
+    with torch.no_grad():
+        assert ops.dense_form(derived, 4) == "prepacked" and ops.dense_form(derived, 0) == ""
