@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 export MAX_JOBS ?= 2
 
-.PHONY: help install demo ablation test bench peers wheel clean
+.PHONY: help install demo baseline ablation test bench peers wheel clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,9 @@ demo: $(INSTALLED) ## train, prune, pack, compare, report; TASK=ner for entities
 
 ablation: $(INSTALLED) ## every criterion at the same density, with and without distillation
 	@$(BIN)/sparse-prune demo --task $(TASK) --ablation --out $(RUN)$(if $(filter-out sentiment,$(TASK)),-$(TASK))
+
+baseline: $(INSTALLED) ## what SnowNLP itself scores on the same lines; TASK=ner for entities
+	@$(BIN)/sparse-prune baseline --task $(TASK) --out $(RUN)$(if $(filter-out sentiment,$(TASK)),-$(TASK))
 
 test: $(INSTALLED) ## lint and all tests
 	@$(BIN)/ruff check -q .

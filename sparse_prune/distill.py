@@ -18,20 +18,25 @@ IGNORED_LABEL = -100
 class DistillConfig:
     """loss = (1 - logits_weight) * task loss + logits_weight * distillation_loss + hidden_weight * hidden_loss.
 
+    The defaults lean on the teacher lightly. On Garlic for entities (density 0.1, a tenth of an epoch, F1 on the dev part, one run
+    each) movement pruning reached 84.7 with labels only, 84.3 with these defaults, 81.5 at T = 2 with weights 0.8 and 0, and 80.3
+    with 0.8 and 1; magnitude pruning 78.2, 79.0 and, with 0.8 and 1, 69.0. The hidden loss is then many times the tagger's
+    cross-entropy, and the student's dropout is part of it.
+
     temperature    T > 0; higher shows the student more of the teacher's second choices
     logits_weight  in [0, 1]
     hidden_weight  at least 0; 0 needs no hidden states
     """
 
-    temperature: float = 2.0
-    logits_weight: float = 0.8
-    hidden_weight: float = 1.0
+    temperature: float = 1.0
+    logits_weight: float = 0.5
+    hidden_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
-            raise SparsePruneError("temperature", "a number above 0", self.temperature, "pass for example 2.0")
+            raise SparsePruneError("temperature", "a number above 0", self.temperature, "pass for example 1.0")
         if not 0 <= self.logits_weight <= 1:
-            raise SparsePruneError("logits_weight", "a number in [0, 1]", self.logits_weight, "pass for example 0.8")
+            raise SparsePruneError("logits_weight", "a number in [0, 1]", self.logits_weight, "pass for example 0.5")
         if not self.hidden_weight >= 0:
             raise SparsePruneError(
                 "hidden_weight", "a number of at least 0", self.hidden_weight, "pass 0 to leave it out"

@@ -107,6 +107,7 @@ def expand_mask(block_mask: Tensor, blocksize: Sequence[int], shape: Sequence[in
 
 def element_density(block_mask: Tensor, blocksize: Sequence[int], shape: Sequence[int]) -> float:
     """Kept elements over all elements of a weight of shape (N, K); not the density of blocks where edge blocks are cut."""
+    check_mask(block_mask, shape, blocksize)
     (n, k), (r, c) = shape, blocksize
     rows, cols = grid_shape(shape, blocksize)
     heights = torch.full((rows,), r, dtype=torch.float64, device=block_mask.device)

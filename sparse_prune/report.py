@@ -555,18 +555,21 @@ def _class_section(analysis: dict, head: dict) -> dict[str, Any]:
 
 
 def _ablation_section(analysis: dict, head: dict) -> dict[str, Any]:
-    by_criterion: dict[str, dict[str, float]] = {}
+    by_criterion: dict[str, dict[str, Any]] = {}
     for entry in analysis["ablation"]:
-        by_criterion.setdefault(str(entry["criterion"]), {})["b" if entry["distilled"] else "a"] = number(
-            entry["score"]
-        )
-    rows = [{"name": name, "note": "", "a": None, "b": None} | scores for name, scores in by_criterion.items()]
+        found = by_criterion.setdefault(str(entry["criterion"]), {"note": ""})
+        found["b" if entry["distilled"] else "a"] = number(entry["score"])
+        if entry.get("error") is not None:
+            found["note"] += f"{', ' if found['note'] else ''}±{100 * number(entry['error']):.1f}"
+    rows = [{"name": name, "a": None, "b": None} | found for name, found in by_criterion.items()]
     rows.sort(key=lambda row: -max(v for v in (row["a"], row["b"]) if v is not None))
     top = rows[0]
     distilled = top["b"] is not None and (top["a"] is None or top["b"] >= top["a"])
     said = f"Best: {top['name']}{' with distillation' if distilled else ' without distillation'}, "
     best = top["b"] if distilled else top["a"]
-    said += f"{signed(100 * (best - head['before']))} points from dense."
+    said += f"{signed(100 * (best - head['before']))} points from dense. "
+    density = analysis.get("ablation_density")
+    said += "Short runs, all at the same density." if density is None else f"Short runs, all at density {density:g}."
     return {"said": said, **dumbbells(rows, head["before"])}
 
 

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("transformers")
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 from sparse_prune import tasks
+from sparse_prune.distill import DistillConfig
 from sparse_prune.errors import SparsePruneError
 from sparse_prune.integrations import trainer as bridge
 from sparse_prune.models.garlic import train_tokenizer
@@ -18,7 +20,7 @@ from sparse_prune.serialization import load_masks
 from sparse_prune.tasks import training
 from sparse_prune.tasks.ablation import AblationArgs
 from sparse_prune.tasks.data import TagExample, TextExample, save_examples
-from sparse_prune.tasks.models import encoder_filter, load_model
+from sparse_prune.tasks.models import AUTO_MODELS, encoder_filter, load_model
 from sparse_prune.tasks.store import last_checkpoint
 
 TINY = {
@@ -207,13 +209,32 @@ def test_a_users_own_model_is_fine_tuned_and_pruned(files):
 def test_ablation_compares_and_goes_on_where_it_stopped(files, monkeypatch):
     tasks.train(tasks.TrainArgs(out=files / "dense", **arguments(files)))
     args = {"model": files / "dense", "out": files / "ablation", "block": (16, 16), "epochs": 1.0, **arguments(files)}
-    first = tasks.ablation(AblationArgs(criteria=("random",), **args))
-    assert [(row["criterion"], row["distilled"]) for row in first] == [("random", False), ("random", True)]
+    first = tasks.ablation(AblationArgs(criteria=("random",), runs=1, **args))
+    assert [(row["criterion"], row["distilled"], row["error"]) for row in first] == [
+        ("random", False, None),
+        ("random", True, None),
+    ]
     fits = []
     original = training._fit
-    monkeypatch.setattr(training, "_fit", lambda *a, **k: fits.append(a[1].criterion) or original(*a, **k))
-    both = tasks.ablation(AblationArgs(criteria=("random", "movement"), **args))
-    assert both[:2] == first and fits == ["movement"] * 2
+    monkeypatch.setattr(training, "_fit", lambda *a, **k: fits.append((a[1].criterion, a[1].seed)) or original(*a, **k))
+    both = tasks.ablation(AblationArgs(criteria=("random", "movement"), runs=2, **args))
+    assert fits == [("movement", 0)] * 2 + [("random", 1)] * 2 + [("movement", 1)] * 2
+    assert [row["scores"][0] for row in both[:2]] == [row["score"] for row in first]
+    a, b = both[0]["scores"]
+    assert both[0]["score"] == pytest.approx((a + b) / 2) and both[0]["error"] == pytest.approx(abs(a - b) / 2)
+    written = json.loads((files / "ablation" / "ablation.json").read_text())
+    assert written["rows"] == both and written["density"] == 0.1
+
+
+def test_random_masks_follow_the_seed(files):
+    tasks.train(tasks.TrainArgs(out=files / "dense", **arguments(files)))
+    masks = []
+    for seed in (0, 1):
+        out = files / f"p{seed}"
+        args = {"block": (8, 8), "criterion": "random", "seed": seed, **arguments(files)}
+        tasks.prune(tasks.PruneArgs(model=files / "dense", out=out, **args))
+        masks.append(load_masks(out / "masks.safetensors")[0])
+    assert any(not torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
 
 
 def test_the_teacher_changes_the_loss_and_stays_as_it_is(files):
@@ -228,6 +249,37 @@ def test_the_teacher_changes_the_loss_and_stays_as_it_is(files):
         scores[distill] = load_file(files / f"p{distill}" / "model.safetensors")
     assert any(not torch.equal(scores[True][key], scores[False][key]) for key in before)
     assert all(torch.equal(value, before[key]) for key, value in load_file(dense / "model.safetensors").items())
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.5, 0.0), (2.0, 0.8, 3.0), (1.0, 0.0, 1.0)])
+@pytest.mark.parametrize("task", ["sentiment", "ner"])
+def test_the_loss_with_a_teacher_is_the_stated_sum(files, task, weights):
+    temperature, a, b = weights
+    settings = GarlicConfig(**TINY, vocab_size=20, hidden_dropout_prob=0.0, embedding_dropout_prob=0.0)
+    settings.token_dropout_prob = settings.classifier_dropout = 0.0
+    student, teacher = (AUTO_MODELS[task].from_config(settings) for _ in range(2))
+    ids = torch.tensor([[2, 7, 8, 3], [2, 9, 3, 0]])
+    labels = torch.tensor([1, 0]) if task == "sentiment" else torch.tensor([[-100, 1, 0, -100], [-100, 1, -100, -100]])
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
+    trainer = bridge.DistillationTrainer(
+        model=student,
+        args=TrainingArguments(output_dir=str(files / "t"), report_to="none", use_cpu=True),
+        teacher=teacher,
+        distill=DistillConfig(temperature, a, b),
+    )
+    student.train()
+    found = trainer.compute_loss(student, dict(batch))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    own, taught = (net(**inputs, output_hidden_states=True) for net in (student, teacher))
+    counted = labels != -100
+    hard = F.cross_entropy(own.logits[counted], labels[counted])
+    p, q = (F.log_softmax(out.logits[counted] / temperature, -1) for out in (taught, own))
+    soft = temperature**2 * (p.exp() * (p - q)).sum() / counted.sum()
+    kept = batch["attention_mask"].bool()
+    pairs = zip(own.hidden_states, taught.hidden_states, strict=True)
+    apart = sum(((x[kept] - y[kept]) ** 2).sum() / (y[kept] ** 2).sum() for x, y in pairs) / len(own.hidden_states)
+    torch.testing.assert_close(found, (1 - a) * hard + a * soft + b * apart)
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 
 
 def test_bad_input_is_told_in_one_sentence(files):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .ablation import AblationArgs, ablation
+from .baseline import BaselineArgs, baseline
 from .data import builtin, export, load_examples, save_examples
 from .demo import DemoArgs, demo
 from .packing import PackResult, pack
@@ -10,11 +11,13 @@ from .training import PruneArgs, TrainArgs, evaluate, prune, train
 
 __all__ = [
     "AblationArgs",
+    "BaselineArgs",
     "DemoArgs",
     "PackResult",
     "PruneArgs",
     "TrainArgs",
     "ablation",
+    "baseline",
     "builtin",
     "demo",
     "evaluate",

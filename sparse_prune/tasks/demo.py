@@ -9,20 +9,27 @@ from pathlib import Path
 from ..serialization import atomic_dir, read_json, write_json
 from .ablation import AblationArgs, ablation
 from .data import check_task, export
-from .training import ANALYSIS_NAME, METRICS_NAME, PACKED_NAME, PruneArgs, Report, TrainArgs, _arg, prune, train
+from .training import ANALYSIS_NAME, METRICS_NAME, PACKED_NAME, PruneArgs, Report, TrainArgs, prune, train
 
 
 @dataclass(frozen=True)
 class DemoArgs:
-    """Arguments of demo."""
+    """Arguments of demo.
 
-    out: Path = _arg("directory for everything the demo makes", Path("runs/demo"))
-    task: str = _arg("sentiment or ner", "sentiment")
-    density: float = _arg("kept fraction of the encoder's blocks, in (0, 1]", 0.2)
-    block: tuple[int, int] = _arg("block size (rows, columns)", (32, 32))
-    seed: int = _arg("seed of everything random", 0)
-    full: bool = _arg("the longer recipe: more accurate, several times the time", False)
-    ablation: bool = _arg("also prune by every criterion, with and without distillation", False)
+    out       directory for everything the demo makes
+    density   kept fraction of the encoder's blocks, in (0, 1]
+    block     block size (rows, columns)
+    full      the longer recipe: more accurate, several times the time
+    ablation  also compare the criteria, with and without distillation, in short runs at a lower density
+    """
+
+    out: Path = Path("runs/demo")
+    task: str = "sentiment"
+    density: float = 0.2
+    block: tuple[int, int] = (32, 32)
+    seed: int = 0
+    full: bool = False
+    ablation: bool = False
 
 
 def demo(args: DemoArgs, report: Report | None = None) -> dict:
@@ -54,7 +61,6 @@ def demo(args: DemoArgs, report: Report | None = None) -> dict:
             task=task,
             train=files["train"],
             eval=files["test"],
-            density=args.density,
             block=args.block,
             seed=args.seed,
         )

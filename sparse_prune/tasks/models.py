@@ -17,6 +17,7 @@ from ..errors import SparsePruneError
 from ..linears import is_linear
 from ..models.garlic import train_tokenizer
 from ..models.garlic_config import GarlicConfig
+from ..serialization import is_packed
 from .data import Example, TagExample, check_task
 
 GARLIC = "garlic"
@@ -71,7 +72,7 @@ def load_model(name: str | Path, task: str, labels: Sequence[str] | None = None)
         model = auto.from_pretrained(source, dtype=torch.float32, **options)
     except SparsePruneError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         told = " ".join(str(error).split())[:200]
         expected = "garlic, a model directory or a name on the Hugging Face hub"
         raise SparsePruneError("model", expected, f"{source} ({told})", "check the path or name") from None
@@ -83,7 +84,25 @@ def load_model(name: str | Path, task: str, labels: Sequence[str] | None = None)
         raise SparsePruneError(
             "model", "a tokenizer with a padding token", "none", "set pad_token in its tokenizer_config.json"
         )
-    return model, tokenizer
+    return check_finite(source, model), tokenizer
+
+
+def check_finite(source: str, model: nn.Module) -> nn.Module:
+    """model itself; raises SparsePruneError where a weight is NaN or infinite."""
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise SparsePruneError(
+                f"{source}: {name}", "finite numbers", "NaN or infinity", "train the model again or load another"
+            )
+    return model
+
+
+def check_dense(name: str | Path) -> None:
+    """Raise SparsePruneError where a directory holds a packed model, which has no dense layers left to train."""
+    if is_packed(name):
+        raise SparsePruneError(
+            str(name), "a dense model", "a packed one", "pass the dense directory that it was packed from"
+        )
 
 
 def check_model_dir(path: str | Path) -> None:

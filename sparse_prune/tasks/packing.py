@@ -41,7 +41,12 @@ def pack(model_dir: Path, out: Path, blocksize: tuple[int, int] | None = None) -
     check_out(out)
     model, tokenizer = load_model(source, task_of(source))
     if (source / MASKS_NAME).is_file():
-        masks, blocksize = load_masks(source / MASKS_NAME)
+        masks, found = load_masks(source / MASKS_NAME)
+        if blocksize not in (None, found):
+            raise SparsePruneError(
+                "block", f"{found[0]}x{found[1]}, as in {MASKS_NAME}", "x".join(map(str, blocksize)), "leave it out"
+            )
+        blocksize = found
     else:
         inside = encoder_filter(model)
         blocksize = blocksize or _common_blocksize(model, inside)

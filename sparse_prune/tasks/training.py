@@ -7,6 +7,7 @@ same arguments and data; finished, they return what they found. Results appear u
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from ..benchmark import interleaved_medians
 from ..convert import BlockSparseConfig, SparsifyResult, sparsify_
+from ..errors import SparsePruneError
 from ..integrations.trainer import (
     PRUNER_STATE_NAME,
     CurveCallback,
@@ -37,6 +39,8 @@ from .encoding import Collator, LengthBatches, encode
 from .evaluation import Score, label_names, predict, score
 from .models import (
     GARLIC,
+    check_dense,
+    check_finite,
     check_model_dir,
     encoder_filter,
     labels_of,
@@ -93,55 +97,80 @@ PRUNE_RECIPES = {
 FINE_TUNE = Recipe(3, 5e-5, 32, 1.0, 0.01)  # a model that comes trained: the rate that BERT's authors suggest
 
 
-def _arg(help_text: str, default=None):
-    return field(default=default, metadata={"help": help_text})
+@dataclass(frozen=True, kw_only=True)
+class RunArgs:
+    """What train, prune and ablation have in common.
+
+    out            directory to write
+    task           "sentiment" or "ner"
+    train          training file (TSV, CSV, JSONL; CoNLL for ner); None: the built-in train part
+    eval           file whose score is reported at the end; None: the built-in test part
+    dev            file scored after each epoch, to watch; None: the built-in dev part where train is built in
+    epochs         passes over the training file; None: the task's recipe, as for learning_rate and batch_size
+    learning_rate  peak learning rate
+    batch_size     examples a step
+    max_length     tokens a row at most
+    seed           seed of everything random
+    full           the longer recipe
+    """
+
+    out: Path
+    task: str = "sentiment"
+    train: Path | None = None
+    eval: Path | None = None
+    dev: Path | None = None
+    epochs: float | None = None
+    learning_rate: float | None = None
+    batch_size: int | None = None
+    max_length: int = 128
+    seed: int = 0
+    full: bool = False
+
+    def __post_init__(self) -> None:
+        check_task(self.task)
+        for name in ("epochs", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise SparsePruneError(name, "a number above 0", value, "leave it out for the task's recipe")
+        for name, least, most in (("batch_size", 1, None), ("max_length", 3, None), ("seed", 0, 2**32 - 1)):
+            value = getattr(self, name)
+            if value is not None and (value < least or (most is not None and value > most)):
+                expected = f"a whole number of at least {least}" + (f" and at most {most}" if most else "")
+                raise SparsePruneError(name, expected, value, "pass such a number or leave it out")
 
 
-@dataclass(frozen=True)
-class TrainArgs:
-    """Arguments of train."""
+@dataclass(frozen=True, kw_only=True)
+class TrainArgs(RunArgs):
+    """Arguments of train: those of RunArgs, and
 
-    out: Path = _arg("directory for the trained model")
-    model: str = _arg("garlic, a model directory, or a name on the Hugging Face hub", GARLIC)
-    task: str = _arg("sentiment or ner", "sentiment")
-    train: Path | None = _arg("training file (TSV, CSV, JSONL; CoNLL for ner); none: the built-in train part")
-    eval: Path | None = _arg("file whose score is reported at the end; none: the built-in test part")
-    dev: Path | None = _arg(
-        "file scored after each epoch, to watch; none: the built-in dev part where --train is built in"
-    )
-    epochs: float | None = _arg("passes over the training file; none: the task's recipe")
-    learning_rate: float | None = _arg("peak learning rate; none: the task's recipe")
-    batch_size: int | None = _arg("examples a step; none: the task's recipe")
-    max_length: int = _arg("tokens a row at most", 128)
-    seed: int = _arg("seed of everything random", 0)
-    full: bool = _arg("the longer recipe", False)
+    model  garlic, a model directory, or a name on the Hugging Face hub
+    """
+
+    model: str = GARLIC
 
 
-@dataclass(frozen=True)
-class PruneArgs:
-    """Arguments of prune."""
+@dataclass(frozen=True, kw_only=True)
+class PruneArgs(RunArgs):
+    """Arguments of prune: those of RunArgs, and
 
-    model: Path = _arg("directory of a trained model")
-    out: Path = _arg("directory for the pruned model")
-    task: str = _arg("sentiment or ner", "sentiment")
-    train: Path | None = _arg("training file; none: the built-in train part")
-    eval: Path | None = _arg("file whose score is reported at the end; none: the built-in test part")
-    dev: Path | None = _arg(
-        "file scored after each epoch, to watch; none: the built-in dev part where --train is built in"
-    )
-    density: float = _arg("kept fraction of the encoder's blocks, in (0, 1]", 0.2)
-    block: tuple[int, int] = _arg("block size (rows, columns)", (32, 32))
-    criterion: str = _arg("what makes a block worth keeping", "movement")
-    schedule: str = _arg("how the density falls", "cubic")
-    scope: str = _arg("global: blocks of all layers compete; local: within their layer", "global")
-    distill: bool = _arg("learn from the dense model too", True)
-    curve: bool = _arg("measure score and latency on the way down", True)
-    epochs: float | None = _arg("passes over the training file; none: the task's recipe")
-    learning_rate: float | None = _arg("peak learning rate; none: the task's recipe")
-    batch_size: int | None = _arg("examples a step; none: the task's recipe")
-    max_length: int = _arg("tokens a row at most", 128)
-    seed: int = _arg("seed of everything random", 0)
-    full: bool = _arg("the longer recipe", False)
+    model      directory of a trained model
+    density    kept fraction of the encoder's blocks, in (0, 1]
+    block      block size (rows, columns)
+    criterion  what makes a block worth keeping
+    schedule   how the density falls
+    scope      "global": blocks of all layers compete; "local": within their layer
+    distill    learn from the dense model too
+    curve      measure score and latency on the way down
+    """
+
+    model: Path
+    density: float = 0.2
+    block: tuple[int, int] = (32, 32)
+    criterion: str = "movement"
+    schedule: str = "cubic"
+    scope: str = "global"
+    distill: bool = True
+    curve: bool = True
 
 
 @quiet()
@@ -151,7 +180,8 @@ def train(args: TrainArgs, report: Report | None = None) -> dict:
     Returns {"task", "score": {"name", "value", "per_class"}, "seconds", "history", "out"}. Raises SparsePruneError for bad
     arguments, files or models.
     """
-    check_task(args.task)
+    if args.model != GARLIC:
+        check_dense(args.model)
     parts = load_parts(args)
     out = Path(args.out)
     mark = _mark("train", args)
@@ -273,7 +303,6 @@ class Pruned:
 
 def check_prune_args(args: PruneArgs) -> None:
     """Raise SparsePruneError for arguments that cannot be, before anything is written."""
-    check_task(args.task)
     PruneConfig(
         criterion=args.criterion,
         schedule=args.schedule,
@@ -282,6 +311,7 @@ def check_prune_args(args: PruneArgs) -> None:
         blocksize=tuple(args.block),
     )
     check_model_dir(args.model)
+    check_dense(args.model)
 
 
 def fit_pruned(args: PruneArgs, parts: dict[str, list[Example]], mark: str, report: Report | None) -> Pruned:
@@ -351,7 +381,7 @@ class Fitted:
 
 def _fit(
     phase: str,
-    args: TrainArgs | PruneArgs,
+    args: RunArgs,
     recipe: Recipe,
     model: nn.Module,
     tokenizer,
@@ -369,8 +399,26 @@ def _fit(
     epochs = args.epochs or recipe.epochs
     steps = max(1, int(epochs * len(batches)))
     pruning = isinstance(args, PruneArgs)
+    pruner, callbacks = None, []
+    if pruning:
+        config = PruneConfig(
+            criterion=args.criterion,
+            schedule=args.schedule,
+            scope=args.scope,
+            density=args.density,
+            blocksize=tuple(args.block),
+            total_steps=steps,
+            seed=args.seed,
+        )
+        pruner = Pruner(model, config, encoder_filter(model))
     work = work_dir(Path(args.out), mark)
     resume = last_checkpoint(work, (PRUNER_STATE_NAME,) if pruning else ())
+    if pruning:
+        callbacks.append(PruningCallback(pruner, resume))
+        if args.curve:
+            callbacks.append(
+                CurveCallback(pruner, [d for d in CURVE_DENSITIES if d > args.density], lambda: dev_point())
+            )
     cpu = not torch.cuda.is_available()
     settings = TrainingArguments(
         output_dir=str(work),
@@ -390,26 +438,10 @@ def _fit(
         data_seed=args.seed,
         report_to="none",
         disable_tqdm=True,
+        logging_nan_inf_filter=False,
         dataloader_pin_memory=not cpu,
         remove_unused_columns=False,
     )
-    pruner, callbacks = None, []
-    if pruning:
-        config = PruneConfig(
-            criterion=args.criterion,
-            schedule=args.schedule,
-            scope=args.scope,
-            density=args.density,
-            blocksize=tuple(args.block),
-            total_steps=steps,
-        )
-        pruner = Pruner(model, config, encoder_filter(model))
-        callbacks.append(PruningCallback(pruner, resume))
-        if args.curve:
-            callbacks.append(
-                CurveCallback(pruner, [d for d in CURVE_DENSITIES if d > args.density], lambda: dev_point())
-            )
-
     watched = parts.get("dev", parts["eval"])[:DEV_EXAMPLES]
 
     def dev_score() -> float:
@@ -445,7 +477,15 @@ def _fit(
     trainer.remove_callback(PrinterCallback)
     if pruner is not None:
         pruner.attach(trainer.create_optimizer())
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        if not all(map(math.isfinite, losses)):
+            raise SparsePruneError("loss", "a finite number", "NaN or infinity", "lower the learning rate")
+        check_finite("trained model", model)
+    except SparsePruneError:  # such as a loss that is not finite: the same run would end the same way
+        shutil.rmtree(work)
+        raise
     # The Trainer has put an autocast around model.forward, which copies of the model would share; take it off.
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     model.__dict__.pop("forward", None)
@@ -462,7 +502,7 @@ def _fit(
     return Fitted(pruner, history(phase, log), curve, seconds_spent(log))
 
 
-def load_parts(args: TrainArgs | PruneArgs) -> dict[str, list[Example]]:
+def load_parts(args: RunArgs) -> dict[str, list[Example]]:
     """The examples of "train", "eval" and (perhaps) "dev": files where given, else the built-in parts."""
     shipped = builtin(args.task) if args.train is None or args.eval is None else None
     parts = {
@@ -476,14 +516,14 @@ def load_parts(args: TrainArgs | PruneArgs) -> dict[str, list[Example]]:
     return parts
 
 
-def _check_labels(args: TrainArgs | PruneArgs, parts: dict[str, list[Example]], labels: Sequence[str]) -> None:
+def _check_labels(args: RunArgs, parts: dict[str, list[Example]], labels: Sequence[str]) -> None:
     """Raise SparsePruneError, with file and line, for a label that the model has no class for."""
     for part, path in (("train", args.train), ("eval", args.eval), ("dev", args.dev)):
         if path is not None:
             parts[part] = load_examples(args.task, path, labels)
 
 
-def _mark(kind: str, args: TrainArgs | PruneArgs) -> str:
+def _mark(kind: str, args: RunArgs) -> str:
     """The fingerprint of a run: every argument but `out`, and what is in the files and directories they name."""
     return fingerprint(kind, args, {name: getattr(args, name) for name in ("train", "eval", "dev", "model")}, ("out",))
 
