@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import re
 
 import ptx_emulator
 import pytest
 import torch
-from ptx_emulator import EmulationError, emulate
+from ptx_emulator import EmulationError, TensorMap, emulate
 
 pytestmark = pytest.mark.skipif(ptx_emulator.unavailable() is not None, reason=str(ptx_emulator.unavailable()))
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -35,73 +37,238 @@ ret;
 # ---- whole kernels ----
 
 
-def random_bsr(n: int, k: int, r: int, c: int, density: float, dtype: torch.dtype):
-    """Dense W [n, k] and its crow_indices, col_indices, values; edge blocks padded with zeros."""
-    mask = torch.rand(-(-n // r), -(-k // c)) < density
-    mask[0] = False  # an empty block-row
-    w = torch.randn(mask.shape[0] * r, mask.shape[1] * c) * mask.repeat_interleave(r, 0).repeat_interleave(c, 1)
-    w[n:], w[:, k:] = 0, 0
-    w = w.to(dtype)
-    crow = torch.cat([torch.zeros(1, dtype=torch.long), mask.sum(1).cumsum(0)]).int()
-    rows, cols = mask.nonzero(as_tuple=True)
-    return (
-        w[:n, :k],
-        crow,
-        cols.int(),
-        w.view(mask.shape[0], r, mask.shape[1], c).transpose(1, 2)[rows, cols].contiguous(),
+POINTERS = {"a": "*{0}", "b": "*{0}", "c": "*{1}", "M": "i32", "N": "i32", "K": "i32"}
+TYPES = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "i8": torch.int8,
+    "fp8e4nv": torch.float8_e4m3fn,
+    "i32": torch.int32,
+}
+
+
+@functools.cache
+def matmul_ptx(capability: int, operand: str, result: str, block: tuple[int, int, int], warps: int):
+    import ptx_test_kernels as kernels
+
+    signature = {name: kind.format(operand, result) for name, kind in POINTERS.items()}
+    return kernels.compiled(
+        kernels.matmul, signature, dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), block, strict=True)), capability, warps
     )
 
 
-ACTIVATIONS = {
-    "none": lambda z: z,
-    "gelu": torch.nn.functional.gelu,
-    "relu": torch.relu,
-    "silu": torch.nn.functional.silu,
-    "gelu_tanh": lambda z: torch.nn.functional.gelu(z, approximate="tanh"),
-}
+def numbers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randint(-100, 100, shape).to(dtype) if dtype == torch.int8 else torch.randn(shape).to(dtype)
+
+
+def run_matmul(made, capability, operand, result, block, warps, mode="late", shape=(112, 48, 192), **options):
+    """c, what it should be, how far rounding may take it from there, and the counts."""
+    ptx, shared = made
+    m, n, k = shape
+    a, b = numbers(m, k, dtype=TYPES[operand]), numbers(n, k, dtype=TYPES[operand])
+    c = torch.full((m, n), 77).to(TYPES[result]) if result == "i32" else torch.full((m, n), torch.nan).to(TYPES[result])
+    grid = -(-m // block[0]), -(-n // block[1])
+    counts = emulate(ptx, "matmul", grid, 32 * warps, [a, b, c, m, n, k], shared_bytes=shared, mode=mode, **options)
+    exact, size = a.double() @ b.double().T, a.double().abs() @ b.double().abs().T
+    # Rounding to the result's type, and the sum in float32; tf32 operands are cut to eleven digits.
+    digits = {"fp16": 11, "bf16": 8, "fp32": 24, "i32": 60}[result]
+    allowed = exact.abs() * 2.0**-digits + size * {"i8": 0.0, "fp32": 2.0**-9}.get(operand, 2.0**-22)
+    return c.double(), exact, allowed, counts
+
+
+MATMULS = [  # capability, operands, result, block, warps, the tensor-core instruction that must run
+    (80, "fp16", "fp16", (64, 32, 32), 4, "mma"),
+    (80, "bf16", "bf16", (16, 64, 64), 4, "mma"),
+    (80, "fp32", "fp32", (32, 32, 32), 4, "mma"),
+    (80, "i8", "i32", (32, 64, 64), 4, "mma"),
+    (90, "bf16", "bf16", (128, 128, 64), 8, "wgmma"),
+    (90, "fp16", "fp32", (64, 64, 32), 4, "wgmma"),
+    (90, "fp32", "fp32", (64, 32, 32), 4, "wgmma"),
+    (90, "i8", "i32", (64, 64, 64), 4, "wgmma"),
+    (90, "fp8e4nv", "fp32", (64, 64, 64), 4, "wgmma"),
+    (90, "bf16", "bf16", (16, 64, 64), 4, "mma"),
+    (120, "bf16", "bf16", (64, 64, 32), 4, "mma"),
+    (120, "fp8e4nv", "fp32", (64, 64, 64), 4, "mma"),
+]
 
 
 @needs_triton
 @pytest.mark.parametrize("mode", ptx_emulator.MODES)
-@pytest.mark.parametrize(
-    "capability, m, n, k, r, c, dtype, precision, activation",
-    [
-        (80, 48, 80, 112, 32, 32, "bfloat16", "ieee", "gelu"),
-        (80, 208, 128, 256, 64, 64, "float16", "ieee", "gelu_tanh"),
-        (80, 80, 96, 144, 32, 32, "float32", "tf32", "relu"),
-        (80, 80, 96, 144, 32, 32, "float32", "ieee", "silu"),
-        (120, 48, 80, 112, 32, 32, "bfloat16", "ieee", "gelu"),
-    ],
-)
-def test_triton_forward_matches_float64(capability, m, n, k, r, c, dtype, precision, activation, mode):
-    from sparse_prune_kernels import config, offline
+@pytest.mark.parametrize("case", MATMULS, ids=lambda c: "-".join(map(str, c[:4])))
+def test_triton_matmul_matches_float64(case, mode):
+    *case, instruction = case
+    got, exact, allowed, counts = run_matmul(matmul_ptx(*case), *case, mode=mode)
+    assert ((got - exact).abs() <= allowed).all()
+    assert counts.kinds[instruction] > 0
+    block, (m, n, k) = case[3], (112, 48, 192)
+    assert counts.tensor_fma == -(-m // block[0]) * block[0] * -(-n // block[1]) * block[1] * k
 
-    dtype_ = getattr(torch, dtype)
-    tiles = config.linear_config(m, r, c, dtype_.itemsize)
-    made = offline.compile_linear(tiles, r, c, dtype, capability, precision, activation, False, k % c == 0)
-    w, crow, col, values = random_bsr(n, k, r, c, 0.4, dtype_)
-    x, bias, residual = torch.randn(m, k).to(dtype_), torch.randn(n).to(dtype_), torch.randn(m, n).to(dtype_)
-    y = torch.full((m, n), torch.nan, dtype=dtype_)
-    counts = emulate(
-        made.ptx,
-        "bsr_linear_kernel",
-        grid=-(-m // tiles.block_m) * -(-n // r),
-        block_threads=32 * tiles.num_warps,
-        args=[x, crow, col, values, bias, residual, y, m, n, k, k],
-        shared_bytes=made.shared,
-        mode=mode,
+
+@functools.cache
+def tma_ptx():
+    import ptx_test_kernels as kernels
+
+    described = {"a": "tensordesc<bf16[128,64]>", "b": "tensordesc<bf16[64,64]>", "c": "tensordesc<bf16[128,64]>"}
+    signature = described | {"M": "i32", "N": "i32", "K": "i32"}
+    return kernels.compiled(kernels.matmul_tma, signature, {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, 90)
+
+
+def run_tma(made, mode="late"):
+    """As run_matmul, for a problem whose edges no box meets."""
+    ptx, shared = made
+    m, n, k = 240, 112, 272
+    a, b, c = (
+        numbers(m, k, dtype=torch.bfloat16),
+        numbers(n, k, dtype=torch.bfloat16),
+        torch.full((m, n), torch.nan).bfloat16(),
     )
-    activate = ACTIVATIONS[activation]
-    expected = activate(x.double() @ w.double().T + bias.double()) + residual.double()
-    error = (y.double() - expected).abs().max()
-    own = (activate((x @ w.T + bias).float()) + residual.float()).to(dtype_)
-    allowed = 2 * (own.double() - expected).abs().max()
-    if precision == "tf32":  # operands are cut to 11 digits
-        allowed = 2**-10 * 2 * (x.double().abs() @ w.double().abs().T).max()
-    assert error <= allowed, (error, allowed)
-    if precision != "ieee" or dtype != "float32":
-        blocks_m = -(-m // tiles.block_m)
-        assert counts.tensor_fma == blocks_m * tiles.block_m * len(col) * r * c
+    args = []
+    for x, box in (
+        (a, (64, 128)),
+        (b, (64, 64)),
+        (c, (64, 128)),
+    ):  # Triton passes a descriptor as map, shape and strides
+        args += [TensorMap(x, box, swizzle=128), *x.shape, *x.stride()]
+    counts = emulate(ptx, "matmul_tma", (2, 2), 128, [*args, m, n, k], shared_bytes=shared, mode=mode)
+    exact = a.double() @ b.double().T
+    return c.double(), exact, exact.abs() * 2.0**-8 + 2.0**-12, counts
+
+
+@needs_triton
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+def test_triton_matmul_through_tensor_maps(mode):
+    got, exact, allowed, counts = run_tma(tma_ptx(), mode)
+    assert ((got - exact).abs() <= allowed).all()
+    assert (
+        counts.kinds["wgmma"]
+        and counts.kinds["copy_bulk"]
+        and counts.kinds["mbarrier"]
+        and not counts.kinds["copy_async"]
+    )
+
+
+@needs_triton
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_triton_reductions(capability, mode):
+    import ptx_test_kernels as kernels
+
+    ptx, shared = kernels.compiled(
+        kernels.softmax_and_sums, {"x": "*fp32", "y": "*fp32", "sums": "*fp32", "N": "i32"}, {"BLOCK": 512}, capability
+    )
+    x, y, sums = torch.randn(3, 432), torch.full((3, 432), torch.nan), torch.zeros(432)
+    emulate(ptx, "softmax_and_sums", 3, 128, [x, y, sums, 432], shared_bytes=shared, mode=mode)
+    assert (y - x.softmax(1)).abs().max() < 1e-7 and (sums - x.softmax(1).sum(0)).abs().max() < 1e-6
+
+
+# ---- bugs planted in real kernels: an error, or a wrong result ----
+
+
+def replaced(pattern: str, by, which: int | None = 0):
+    """An edit of the text: match number `which` of the pattern (None: all) becomes `by`."""
+
+    def edit(ptx: str) -> str:
+        matches = list(re.finditer(pattern, ptx))
+        assert matches, pattern
+        for match in reversed(matches if which is None else [matches[which]]):
+            ptx = ptx[: match.start()] + (by(match) if callable(by) else match.expand(by)) + ptx[match.end() :]
+        return ptx
+
+    return edit
+
+
+def in_main_loop(pattern: str, by: str, around: str):
+    """All matches in the loop that holds the first `around`."""
+
+    def edit(ptx: str) -> str:
+        middle = ptx.index(around)
+        start = ptx.rindex("$L__BB", 0, middle)
+        end = re.search(r"bra\s+\$L__BB0_2;", ptx[middle:]).end() + middle
+        return ptx[:start] + re.sub(pattern, by, ptx[start:end]) + ptx[end:]
+
+    return edit
+
+
+def number(match: re.Match, change) -> str:
+    at, end = match.start(1) - match.start(), match.end(1) - match.start()
+    return match[0][:at] + str(change(int(match[1]))) + match[0][end:]
+
+
+WRONG = None  # not an error, but a wrong result
+AMPERE = (80, "fp16", "fp16", (64, 32, 32), 4)
+WAIT_GROUP, RING = r"cp\.async\.wait_group\s+(\d+);", r"selp\.b32\s+(%r\d+), 0, (%r\d+), %p\d+;"
+EXPECT, INIT = r"expect_tx\S* _, \[%r\d+\], (\d+);", r"mbarrier\.init\S* \[%r\d+\], 1;"
+ZERO_FILL = r"selp\.b32\s+(%r\d+), 16, 0, %p\d+;"
+PLANTED_80 = {
+    "wait_group one too weak": (
+        replaced(WAIT_GROUP, lambda m: number(m, lambda n: n + 1), None),
+        "may still be under way",
+    ),
+    "no barrier before reading": (replaced(r"bar\.sync\s+0;", ""), r"ldmatrix.*a read .* not ordered"),
+    "no barrier before refilling a stage": (replaced(r"bar\.sync\s+0;", "", 2), r"cp\.async.*race"),
+    "commit dropped": (replaced(r"cp\.async\.commit_group;", "", 1), "may still be under way"),
+    "reads one stage for ever": (replaced(RING, r"mov.b32 \1, \2;"), "race|outside"),
+    "fills one stage for ever": (replaced(RING, r"mov.b32 \1, 0;", 1), "race"),
+    "store without its predicate": (replaced(r"@%p\d+ (st\.global)", r"\1", None), r"st\.global.*in no tensor"),
+    "load without zero fill": (replaced(ZERO_FILL, r"mov.b32 \1, 16;", None), r"cp\.async.*in no tensor"),
+    "operands of mma exchanged": (replaced(r"(mma\.sync\.\S+ \{[^}]*\}, \{ )(%r\d+), (%r\d+)", r"\1\3, \2"), WRONG),
+    "swizzle dropped": (replaced(r"xor\.b32\s+(%r\d+), (%r\d+), \d+;", r"mov.b32 \1, \2;"), WRONG),
+}
+LAST_BARRIER = r"bar\.sync\s+0;(?=(?:(?!bar\.sync)[\s\S])*bulk\.tensor\.2d\.global)"
+LOAD = r"@%p\d+ (cp\.async\.bulk\.tensor\S*shared::cta\.global)"
+PARITY = r"try_wait\S* complete, \[%r\d+\], (%r\d+);"
+WGMMA_WAIT = r"wgmma\.wait_group\S*\s+(\d);"
+PLANTED_90 = {
+    "expect_tx halved": (replaced(EXPECT, lambda m: number(m, lambda n: n // 2), None), "deadlock|under way"),
+    "expect_tx doubled": (replaced(EXPECT, lambda m: number(m, lambda n: 2 * n)), "deadlock"),
+    "two arrivals for one": (replaced(INIT, lambda m: m[0].replace(", 1;", ", 2;")), "deadlock"),
+    "wrong parity": (replaced(PARITY, lambda m: m[0].replace(m[1], "1")), "under way|deadlock"),
+    "does not wait for a copy": (replaced(r"@!complete bra\.uni waitLoop;", ""), "under way|not ordered"),
+    "no barrier before refilling a stage": (in_main_loop(r"bar\.sync\s+0;", "", "wgmma.mma_async"), "race"),
+    "wgmma wait too weak": (replaced(WGMMA_WAIT, lambda m: number(m, lambda n: n + 1)), "may still be under way"),
+    "result read too early": (replaced(r"wgmma\.wait_group\S*\s+0;", ""), "no wgmma.wait_group covers it"),
+    "no wgmma.fence": (replaced(r"wgmma\.fence\S*;", ""), "no wgmma.fence"),
+    "descriptor with another swizzle": (replaced("4611686293305294848", "9223372105574252544"), WRONG),
+    "no fence.proxy.async": (replaced(r"fence\.proxy\.async\S*;", ""), "no fence.proxy.async lies between"),
+    "no barrier before the store": (replaced(LAST_BARRIER, "", -1), "race"),
+    "block ends before its store": (
+        replaced(r"cp\.async\.bulk\.wait_group\S*\s+0;", ""),
+        "no cp.async.bulk.wait_group",
+    ),
+    "every lane issues the copy": (replaced(LOAD, r"\1"), "race"),
+}
+HARMLESS = {("does not wait for a copy", "early")}  # there the first try_wait succeeds, and that is all it takes
+
+
+def check_planted(run, message):
+    if message is WRONG:
+        got, exact, allowed, _ = run()
+        assert not ((got - exact).abs() <= allowed).all()
+    else:
+        with pytest.raises(EmulationError, match=message):
+            run()
+
+
+@needs_triton
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+@pytest.mark.parametrize("bug", PLANTED_80)
+def test_planted_bug_sm_80(bug, mode):
+    edit, message = PLANTED_80[bug]
+    ptx, shared = matmul_ptx(*AMPERE)
+    check_planted(lambda: run_matmul((edit(ptx), shared), *AMPERE, mode=mode), message)
+
+
+@needs_triton
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+@pytest.mark.parametrize("bug", PLANTED_90)
+def test_planted_bug_sm_90(bug, mode):
+    edit, message = PLANTED_90[bug]
+    ptx, shared = tma_ptx()
+    if (bug, mode) in HARMLESS:
+        run_tma((edit(ptx), shared), mode)
+    else:
+        check_planted(lambda: run_tma((edit(ptx), shared), mode), message)
 
 
 # ---- mistakes ----

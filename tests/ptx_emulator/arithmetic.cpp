@@ -330,6 +330,13 @@ void div_rem(Line& l, Inst& inst) {
 void min_max(Line& l, Inst& inst) {
   Type t = l.take_type();
   bool min = l.name == "min";
+  if (t.is_float() && l.operands.size() == 4) {  // three sources, from sm_100 on
+    if (l.take("NaN"))
+      return min ? floating<3, [](auto a, auto b, auto c) { return f_min_nan(f_min_nan(a, b), c); }>(l, inst, t)
+                 : floating<3, [](auto a, auto b, auto c) { return f_max_nan(f_max_nan(a, b), c); }>(l, inst, t);
+    return min ? floating<3, [](auto a, auto b, auto c) { return f_min(f_min(a, b), c); }>(l, inst, t)
+               : floating<3, [](auto a, auto b, auto c) { return f_max(f_max(a, b), c); }>(l, inst, t);
+  }
   if (t.is_float()) {
     if (l.take("NaN")) return min ? floating<2, f_min_nan>(l, inst, t) : floating<2, f_max_nan>(l, inst, t);
     return min ? floating<2, f_min>(l, inst, t) : floating<2, f_max>(l, inst, t);

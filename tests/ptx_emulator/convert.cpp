@@ -246,7 +246,7 @@ void move_pack(Warp& w, const Inst& i, Mask m) {  // d <- {a, b, ...}, a lowest;
   for (int l = 0; l < LANES; ++l)
     if (m >> l & 1) {
       u64 r = 0;
-      for (u32 k = 1; k < i.ops; ++k) r |= w.read(i.op[k], l) << (i.a * (k - 1));
+      for (u32 k = 1; k < i.ops; ++k) r |= (i.a == 8 ? w.read(i.op[k], l) & 255 : w.read(i.op[k], l)) << (i.a * (k - 1));
       w.write(i.op[0], l, r);
     }
 }
@@ -255,7 +255,7 @@ void move_unpack(Warp& w, const Inst& i, Mask m) {  // {a, b, ...} <- s, the las
   for (int l = 0; l < LANES; ++l) s[l] = w.read(i.op[i.ops - 1], l);
   for (u32 k = 0; k + 1 < i.ops; ++k)
     for (int l = 0; l < LANES; ++l)
-      if (m >> l & 1) w.write(i.op[k], l, s[l] >> (i.a * k));
+      if (m >> l & 1) w.write(i.op[k], l, i.a == 8 ? s[l] >> (8 * k) & 255 : s[l] >> (i.a * k));
 }
 void pack64(Warp& w, const Inst& i, Mask m) {
   u64 out[LANES];
@@ -277,9 +277,9 @@ void mov(Line& l, Inst& inst) {
   bool to_vector = l.operands[0].text[0] == '{', from_vector = l.operands[1].text[0] == '{';
   if (to_vector && from_vector) return;
   inst.a = to_vector ? t.bits / to : from_vector ? t.bits / from : 0;
-  if (inst.a % 16 || t.bits > 64) return;
-  l.push_all(0, to_vector ? inst.a / 8 : t.bytes());
-  l.push_all(1, from_vector ? inst.a / 8 : t.bytes());
+  if (inst.a % 8 || t.bits > 64) return;
+  l.push_all(0, to_vector ? std::max(inst.a / 8, 2u) : t.bytes());  // 8-bit registers take two bytes here
+  l.push_all(1, from_vector ? std::max(inst.a / 8, 2u) : t.bytes());
   if (from_vector) inst.run = from == 2 && inst.a == 32 ? pack64 : move_pack;
   else if (to_vector) inst.run = move_unpack;
   else inst.run = t.bits == 16 ? move_lanes<u16> : t.bits == 32 ? move_lanes<u32> : move_lanes<u64>;

@@ -1,4 +1,6 @@
 // ldmatrix, stmatrix and mma.sync: fragments spread over the lanes of a warp.
+#include <algorithm>
+
 #include "access.h"
 #include "decode.h"
 #include "numbers.h"
@@ -136,6 +138,9 @@ void mma_lanes(Warp& w, const Inst& i, Mask m) {
   for (int n = 0; n < 8; ++n) {
     ColumnOf<T> sum = *reinterpret_cast<ColumnOf<T>*>(c[n]);
     for (int k = 0; k < K; ++k) sum += *reinterpret_cast<ColumnOf<T>*>(a[k]) * b[n][k];
+    if constexpr (std::is_same_v<T, i32>)
+      if (i.c)  // .satfinite: the products' sum is small, so only the last addition can overflow
+        for (int r = 0; r < 16; ++r) sum[r] = i32(std::clamp<i64>(i64(c[n][r]) + (i64(sum[r]) - c[n][r] << 32 >> 32), INT32_MIN, INT32_MAX));
     *reinterpret_cast<ColumnOf<T>*>(c[n]) = sum;
   }
   if (d_registers == 4) {
@@ -162,6 +167,7 @@ void mma(Line& l, Inst& inst) {
   for (auto& [name, k] : std::initializer_list<std::pair<const char*, u32>>{{"m16n8k4", 4}, {"m16n8k8", 8}, {"m16n8k16", 16}, {"m16n8k32", 32}})
     if (l.take(name)) inst.a = k;
   l.take("kind::f8f6f4");
+  inst.c = l.take("satfinite");
   l.want(4);
   Type d = l.take_type(), a = l.take_type(), b = l.take_type(), c = l.take_type();
   if (d.kind != c.kind || d.bits != c.bits || a.bits != b.bits || inst.a == 0) return;

@@ -114,31 +114,30 @@ u32 shared_at(Warp& w, const Inst& i, int lane, u64 address, u32 bytes) {
 void count_shared(Warp& w, Mask m, const u32* at, u32 bytes, bool write) {
   if (!w.cta->launch->count || !m) return;
   Counts& c = w.cta->block->counts;
-  // Hardware serves 128 bytes at a time: all lanes up to 4 bytes each, half a warp at 8, a quarter at 16.
-  int step = bytes <= 4 ? LANES : bytes == 8 ? 16 : 8;
-  u32 all[LANES * 4], words_in_all = 0, waves = 0;
-  for (int from = 0; from < LANES; from += step) {
-    u32 words[LANES * 2];
-    int n = 0;
-    for (int l = from; l < from + step; ++l) {
-      if (!(m >> l & 1)) continue;
-      for (u32 b = 0; b < std::max(bytes, 4u); b += 4) {
-        u32 word = (at[l] + b) / 4;
-        if (n == 0 || words[n - 1] != word) words[n++] = word;
-      }
-    }
-    if (n == 0) continue;
-    std::sort(words, words + n);
-    n = std::unique(words, words + n) - words;
+  // Hardware serves 128 bytes at a time: all lanes up to 4 bytes each, half a warp at 8, a quarter at 16; in each of these parts every
+  // bank gives one word per wavefront. Words are told apart by a stamp that names the instruction and the part.
+  std::vector<u32>& stamps = w.cta->word_stamps;
+  if (stamps.size() < w.cta->shared.size() / 4 + 8) stamps.assign(w.cta->shared.size() / 4 + 8, 0);
+  if (w.cta->stamp > 0xfffffff0u) std::fill(stamps.begin(), stamps.end(), w.cta->stamp = 0);
+  const u32 start = w.cta->stamp + 4;
+  w.cta->stamp = start;
+  const int step = bytes <= 4 ? LANES : bytes == 8 ? 16 : 8;
+  u32 waves = 0, distinct = 0;
+  for (int from = 0, part = 0; from < LANES; from += step, ++part) {
     u8 in_bank[32] = {};
     u8 most = 0;
-    for (int k = 0; k < n; ++k) most = std::max(most, ++in_bank[words[k] % 32]);
+    for (int l = from; l < from + step; ++l) {
+      if (!(m >> l & 1)) continue;
+      for (u32 word = at[l] / 4; word <= (at[l] + bytes - 1) / 4; ++word) {
+        u32& stamp = stamps[word];
+        if (stamp == start + part) continue;
+        distinct += stamp < start;
+        stamp = start + part;
+        most = std::max(most, ++in_bank[word % 32]);
+      }
+    }
     waves += most;
-    std::copy(words, words + n, all + words_in_all);
-    words_in_all += n;
   }
-  std::sort(all, all + words_in_all);
-  u32 distinct = std::unique(all, all + words_in_all) - all;
   c.shared_wavefronts += waves;
   c.shared_ideal += (distinct + 31) / 32;
   (write ? c.shared_write_bytes : c.shared_read_bytes) += u64(__builtin_popcount(m)) * bytes;
@@ -370,28 +369,31 @@ u64 combine(Atomic op, Type t, u64 old, u64 b, u64 c) {
   return 0;
 }
 
-// a: operation, b: type, c: 1 if it returns the old value, d: space. Operands: [old], address, b, [c]
+// a: operation, b: type, c: 1 if it returns the old value, d: space | elements << 8. Operands: [old ...], address, b ..., [c]
 void atomic(Warp& w, const Inst& i, Mask m) {
   if (!m) return;
-  u32 base = i.c;
+  const u32 n = i.d >> 8, base = i.c ? n : 0;
   Lanes a = addresses(w, i, base);
   Type t{char(i.b & 255), i.b >> 8 & 255, i.b >> 16};
   u32 bytes = t.bytes();
-  Space space = resolve(w, i, m, a, Space(i.d));
+  Space space = resolve(w, i, m, a, Space(i.d & 255));
   if (space != GLOBAL && space != SHARED) w.fail(i, __builtin_ctz(m), "an atomic outside global and shared memory");
   std::unique_lock<std::mutex> lock(w.cta->launch->atomics);
   u32 at[LANES], each[LANES];
   for (int l = 0; l < LANES; ++l) {
     if (!(m >> l & 1)) continue;
-    each[l] = bytes;
-    u8* p = space == GLOBAL ? global_bytes(w, i, l, a.at[l], bytes, true) : w.cta->shared.data() + (at[l] = shared_at(w, i, l, a.at[l], bytes));
-    u64 old = 0;
-    std::memcpy(&old, p, bytes);
-    u64 b = w.read(i.op[base + 1], l), c = i.ops > base + 2 ? w.read(i.op[base + 2], l) : 0;
-    u64 fresh = combine(Atomic(i.a), t, old, b, c);
-    std::memcpy(p, &fresh, bytes);
-    if (i.c) w.write(i.op[0], l, old);
+    each[l] = bytes * n;
+    u8* p = space == GLOBAL ? global_bytes(w, i, l, a.at[l], each[l], true) : w.cta->shared.data() + (at[l] = shared_at(w, i, l, a.at[l], each[l]));
+    for (u32 e = 0; e < n; ++e) {
+      u64 old = 0;
+      std::memcpy(&old, p + e * bytes, bytes);
+      u64 b = w.read(i.op[base + 1 + e], l), c = i.a == CAS ? w.read(i.op[base + 2], l) : 0;
+      u64 fresh = combine(Atomic(i.a), t, old, b, c);
+      std::memcpy(p + e * bytes, &fresh, bytes);
+      if (i.c) w.write(i.op[e], l, old);
+    }
   }
+  w.cta->progress++;
   if (space == GLOBAL) count_global(w, i, m, a, each, true, true);
   else count_shared(w, m, at, bytes, true);
 }
@@ -404,6 +406,7 @@ void atom_red(Line& l, Inst& inst) {
   bool hint = l.has("L2::cache_hint");
   strike_hints(l, options);
   l.take("noftz");
+  u32 n = l.take("v2") ? 2 : l.take("v4") ? 4 : l.take("v8") ? 8 : 1;
   static const std::pair<const char*, Atomic> names[] = {{"add", ADD}, {"min", MIN}, {"max", MAX}, {"inc", INC}, {"dec", DEC}, {"and", AND}, {"or", OR}, {"xor", XOR}, {"exch", EXCH}, {"cas", CAS}};
   bool known = false;
   for (auto& [name, op] : names)
@@ -412,13 +415,14 @@ void atom_red(Line& l, Inst& inst) {
   Type t = l.take_type();
   if (t.is_float() && inst.a != ADD) return;
   inst.b = u32(t.kind) | t.bits << 8 | t.lanes << 16;
-  inst.c = returns, inst.d = space;
+  inst.c = returns, inst.d = space | n << 8;
+  if (n > 1 && (!t.is_float() || space == SHARED || l.operands[returns + 1].items.size() != n)) return;
   note_granule(l, space, t.bytes());
   size_t address = returns, sources = inst.a == CAS ? 2 : 1;
   l.want(address + 1 + sources + hint);
-  if (returns) l.push(l.operands[0].items[0], t.bytes());
+  if (returns) l.push_all(0, t.bytes());
   l.push_address(address, inst, 8);
-  for (size_t k = 0; k < sources; ++k) l.push(l.operands[address + 1 + k].items[0], t.bytes());
+  for (size_t k = 0; k < sources; ++k) l.push_all(address + 1 + k, t.bytes());
   inst.run = atomic;
 }
 

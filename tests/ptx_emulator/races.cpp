@@ -97,35 +97,36 @@ void note_shared(Warp& w, const Inst& i, Mask m, const u32* at, u32 bytes, Use u
   const u32 granule = cta.launch->program->granule;
   const size_t warps = cta.warps.size();
   const u64 mine = pack_writer(w.index, 0, w.clock);
-  for (u32 l = 0; l < LANES; ++l) {
-    if (!(m >> l & 1)) continue;
-    size_t g = at[l] / granule, end = (at[l] + bytes + granule - 1) / granule;
-    if (use == Use::read) {
-      for (; g < end; ++g) {
+  auto granules = [&](u32 l, auto visit) {
+    for (size_t g = at[l] / granule, end = (at[l] + bytes + granule - 1) / granule; g < end; ++g) visit(g);
+  };
+  if (use == Use::read) {
+    for (u32 l = 0; l < LANES; ++l)
+      if (m >> l & 1) granules(l, [&](size_t g) {
         check_writer(w, i, l, g, "a read");
         record_read(w, l, cta.readers[g * warps + w.index], cta.reader_lanes[g * warps + w.index]);
-      }
-    } else {
-      bool same = values && std::memcmp(cta.shared.data() + at[l], values + size_t(l) * stride, bytes) == 0;
-      for (; g < end; ++g) {
-        if (!same || u32(cta.writer[g]) == PENDING) {
-          check_writer(w, i, l, g, "a write");
-          check_readers(w, i, l, g);
-        }
-        cta.writer[g] = mine | u64(l) << 32;
-      }
-    }
+      });
+    return;
   }
-  // Two lanes of one instruction that write different values to the same place: the stores that follow would go unnoticed.
-  if (use == Use::write && values && (m & (m - 1)))
-    for (u32 l = 0; l < LANES; ++l) {
-      if (!(m >> l & 1)) continue;
-      u64 entry = cta.writer[at[l] / granule];
-      u32 other = u32(entry >> 32) & 63;
-      if (other == l || u32(entry >> 40) != w.index || !(m >> other & 1) || at[other] != at[l]) continue;
-      if (std::memcmp(values + size_t(l) * stride, values + size_t(other) * stride, bytes) != 0)
-        race(w, i, l, "a write", "write", at[l], w.index, other, false);
-    }
+  for (u32 l = 0; l < LANES; ++l) {
+    if (!(m >> l & 1)) continue;
+    bool same = values && std::memcmp(cta.shared.data() + at[l], values + size_t(l) * stride, bytes) == 0;
+    granules(l, [&](size_t g) {
+      if (same && u32(cta.writer[g]) != PENDING) return;
+      check_writer(w, i, l, g, "a write");
+      check_readers(w, i, l, g);
+    });
+  }
+  for (u32 l = 0; l < LANES; ++l) {
+    if (!(m >> l & 1)) continue;
+    // Lanes of one instruction may write the same value to the same place, nothing else.
+    u64 entry = cta.writer[at[l] / granule];
+    u32 other = u32(entry >> 32) & 63;
+    if (u32(entry >> 40) == w.index && u32(entry) == w.clock && other < l && (m >> other & 1) && at[other] == at[l] &&
+        !(values && std::memcmp(values + size_t(l) * stride, values + size_t(other) * stride, bytes) == 0))
+      race(w, i, l, "a write", "write", at[l], w.index, other, false);
+    granules(l, [&](size_t g) { cta.writer[g] = mine | u64(l) << 32; });
+  }
 }
 
 void note_pending_write(Warp& w, const Inst& i, int lane, u32 at, u32 bytes) {

@@ -306,7 +306,8 @@ struct Cta {
   std::vector<u64> writer;
   std::vector<u32> readers;           // [granule][warp]: clock
   std::vector<u8> reader_lanes;       // [granule][warp]
-  bool async_proxy = false;           // the program uses wgmma or bulk copies
+  std::vector<u32> word_stamps;       // for counting wavefronts
+  u32 stamp = 0;
   std::mt19937_64 random;
   u64 steps = 0;
   u64 progress = 0;  // grows whenever something happens that others may have waited for
