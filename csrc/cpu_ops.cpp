@@ -1,5 +1,7 @@
 // Registration of the CPU operators, and the checks that keep a kernel inside its arrays. The schemas of bsr_linear, bsr_linear_dx and
 // bsr_sdd are defined in Python (sparse_prune/ops.py); here are their CPU implementations.
+#include <algorithm>
+#include <limits>
 #include <optional>
 #include <string>
 
@@ -14,21 +16,30 @@ struct Index {
   int64_t nnzb;
 };
 
-// Index arrays of a pattern of rows x columns blocks. They may come from a file that nobody validated, so every entry is looked at.
-Index checked_index(const Tensor& crow_indices, const Tensor& col_indices, int64_t rows, int64_t columns) {
-  for (auto [t, name] : {std::pair{&crow_indices, "crow_indices"}, std::pair{&col_indices, "col_indices"}}) {
-    STD_TORCH_CHECK(t->is_cpu(), name, ": expected a CPU tensor, got one on another device");
-    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int, name, ": expected dtype int32, got ",
-                    torch::headeronly::toString(t->scalar_type()));
-    STD_TORCH_CHECK(t->dim() == 1 && t->is_contiguous(), name, ": expected a contiguous vector, got shape ", shape_of(*t));
-  }
+// crow_indices of `rows` block-rows that share nnzb blocks.
+const int32_t* checked_crow(const Tensor& crow_indices, int64_t rows, int64_t nnzb) {
   check_shape(crow_indices, "crow_indices", {rows + 1});
-  const int64_t nnzb = col_indices.size(0);
   const auto* crow = static_cast<const int32_t*>(crow_indices.const_data_ptr());
-  const auto* col = static_cast<const int32_t*>(col_indices.const_data_ptr());
   bool ascending = crow[0] == 0 && crow[rows] == nnzb;
   for (int64_t i = 0; i < rows; ++i) ascending &= crow[i] <= crow[i + 1];
   STD_TORCH_CHECK(ascending, "crow_indices: expected entries that rise from 0 to ", nnzb, " (the number of blocks), got others");
+  return crow;
+}
+
+void check_index_vector(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor, got one on another device");
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int, name, ": expected dtype int32, got ",
+                  torch::headeronly::toString(t.scalar_type()));
+  STD_TORCH_CHECK(t.dim() == 1 && t.is_contiguous(), name, ": expected a contiguous vector, got shape ", shape_of(t));
+}
+
+// Index arrays of a pattern of rows x columns blocks. They may come from a file that nobody validated, so every entry is looked at.
+Index checked_index(const Tensor& crow_indices, const Tensor& col_indices, int64_t rows, int64_t columns) {
+  check_index_vector(crow_indices, "crow_indices");
+  check_index_vector(col_indices, "col_indices");
+  const int64_t nnzb = col_indices.size(0);
+  const int32_t* crow = checked_crow(crow_indices, rows, nnzb);
+  const auto* col = static_cast<const int32_t*>(col_indices.const_data_ptr());
   bool inside = true;
   for (int64_t e = 0; e < nnzb; ++e) inside &= static_cast<uint32_t>(col[e]) < static_cast<uint64_t>(columns);
   STD_TORCH_CHECK(inside, "col_indices: expected entries in [0, ", columns, "), got one outside");
@@ -99,6 +110,96 @@ Tensor bsr_linear(const Tensor& x_any, const Tensor& crow_indices, const Tensor&
   return y;
 }
 
+void check_int8_values(const Tensor& values) {
+  check_values(values);
+  STD_TORCH_CHECK(values.scalar_type() == ScalarType::Char, "values: expected dtype int8, got ",
+                  torch::headeronly::toString(values.scalar_type()));
+}
+
+Tensor prepacked_int8(const Tensor& values, const int32_t* crow, int64_t rows) {
+  const Tensor source = torch::stable::contiguous(values);
+  const int64_t nnzb = source.size(0), R = source.size(1), C = source.size(2);
+  Tensor out = torch::stable::new_empty(source, {sp::int8_prepacked_bytes(nnzb, rows, R, C)});
+  const auto* from = static_cast<const int8_t*>(source.const_data_ptr());
+  const bool symmetric = sp::prepack_int8(from, crow, rows, R, C, out.mutable_data_ptr(), threads(), parallel);
+  STD_TORCH_CHECK(symmetric, "values: expected int8 from -127 to 127, got -128");
+  return out;
+}
+
+Tensor cpu_prepack_int8(const Tensor& values, const Tensor& crow_indices) {
+  check_int8_values(values);
+  check_index_vector(crow_indices, "crow_indices");
+  STD_TORCH_CHECK(crow_indices.size(0) > 0, "crow_indices: expected at least one entry, got none");
+  const int64_t rows = crow_indices.size(0) - 1;
+  return prepacked_int8(values, checked_crow(crow_indices, rows, values.size(0)), rows);
+}
+
+// y = act((round(x / x_scales) @ W^T) * scales * x_scales + bias) + residual, the sums in int32.
+Tensor bsr_linear_int8(const Tensor& x_any, const Tensor& crow_indices, const Tensor& col_indices, const Tensor& values,
+                       const Tensor& scales_any, std::optional<Tensor> packed, int64_t out_features, std::optional<Tensor> bias,
+                       std::string activation, std::optional<Tensor> residual, std::optional<double> x_scale) {
+  check_int8_values(values);
+  check_matrix(x_any, "x");
+  STD_TORCH_CHECK(x_any.is_cpu(), "x: expected a CPU tensor, got one on another device");
+  const sp::DType dtype = dtype_of(x_any, "x");
+  STD_TORCH_CHECK(dtype != sp::DType::f64, "x: expected dtype float32, bfloat16 or float16 beside int8 values, got Double");
+  const Tensor x = with_dense_rows(x_any);
+  sp::Int8Args a = {};
+  a.dtype = dtype;
+  a.M = x.size(0), a.N = out_features, a.K = x.size(1);
+  a.R = values.size(1), a.C = values.size(2);
+  STD_TORCH_CHECK(a.N >= 0, "out_features: expected a number from 0, got ", a.N);
+  const int64_t rows = blocks_along(a.N, a.R);
+  const Index index = checked_index(crow_indices, col_indices, rows, blocks_along(a.K, a.C));
+  check_shape(values, "values", {index.nnzb, a.R, a.C});
+  a.crow = index.crow, a.col = index.col;
+  int64_t most = 0;
+  for (int64_t i = 0; i < rows; ++i) most = std::max<int64_t>(most, a.crow[i + 1] - a.crow[i]);
+  STD_TORCH_CHECK(most * a.C <= sp::kInt8MaxInputs, "crow_indices: expected at most ", sp::kInt8MaxInputs / a.C, " blocks of ", a.C,
+                  " inputs in a block-row, since sums are int32, got ", most);
+  a.activation = activation_of(activation);
+  STD_TORCH_CHECK(scales_any.is_cpu(), "scales: expected a CPU tensor, got one on another device");
+  STD_TORCH_CHECK(scales_any.scalar_type() == ScalarType::Float, "scales: expected dtype float32, got ",
+                  torch::headeronly::toString(scales_any.scalar_type()));
+  check_shape(scales_any, "scales", {a.N});
+  const Tensor scales = torch::stable::contiguous(scales_any);
+  a.w_scales = static_cast<const float*>(scales.const_data_ptr());
+  if (packed) {
+    check_like(*packed, "prepacked", values, "values");
+    check_shape(*packed, "prepacked", {sp::int8_prepacked_bytes(index.nnzb, rows, a.R, a.C)});
+    STD_TORCH_CHECK(packed->is_contiguous(), "prepacked: expected what cpu_prepack_int8 gives, got a strided view");
+  }
+  if (bias) {
+    check_like(*bias, "bias", x, "x");
+    check_shape(*bias, "bias", {a.N});
+    bias = torch::stable::contiguous(*bias);
+    a.bias = bias->const_data_ptr();
+  }
+  if (residual) {
+    check_like(*residual, "residual", x, "x");
+    check_shape(*residual, "residual", {a.M, a.N});
+    residual = torch::stable::contiguous(*residual);
+    a.residual = residual->const_data_ptr();
+  }
+  const float scale = x_scale ? static_cast<float>(*x_scale) : 0.0f;
+  STD_TORCH_CHECK(!x_scale || (scale > 0 && scale < std::numeric_limits<float>::infinity()),
+                  "x_scale: expected a finite positive number, got ", x_scale.value_or(0));
+  const Tensor weights = packed ? *packed : prepacked_int8(values, index.crow, rows);
+  a.w = weights.const_data_ptr();
+  a.offsets = reinterpret_cast<const int32_t*>(static_cast<const char*>(a.w) + sp::int8_offsets_at(index.nnzb, a.R, a.C));
+  // One temporary for both: q [M, ldx] in whole cache lines, then a scale per row.
+  a.ldx = sp::int8_row_bytes(a.K, a.C);
+  const Tensor rounded = torch::stable::new_empty(values, {a.M * (a.ldx + static_cast<int64_t>(sizeof(float)))});
+  auto* q = static_cast<uint8_t*>(rounded.mutable_data_ptr());
+  auto* x_scales = reinterpret_cast<float*>(q + a.M * a.ldx);
+  a.x = q, a.x_scales = x_scales;
+  sp::run_quantize({dtype, a.K, x.const_data_ptr(), row_stride(x), scale, q, a.ldx, x_scales}, a.M, threads(), parallel);
+  Tensor y = torch::stable::new_empty(x, {a.M, a.N});
+  a.y = y.mutable_data_ptr();
+  sp::run_linear_int8(a, threads(), parallel);
+  return y;
+}
+
 // dx[M, K] = dy[M, N] @ W[N, K]: the same product, with W^T described by a transposed index over the same blocks.
 Tensor bsr_linear_dx(const Tensor& dy_any, const Tensor& crow_indices, const Tensor& col_indices, const Tensor& values,
                      int64_t in_features) {
@@ -165,11 +266,16 @@ Tensor bsr_sdd(const Tensor& dy_any, const Tensor& x_any, const Tensor& crow_ind
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(sparse_prune, m) { m.def("cpu_prepack(Tensor values) -> Tensor"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(sparse_prune, m) {
+  m.def("cpu_prepack(Tensor values) -> Tensor");
+  m.def("cpu_prepack_int8(Tensor values, Tensor crow_indices) -> Tensor");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_prune, CPU, m) {
   m.impl("cpu_prepack", TORCH_BOX(&cpu_prepack));
+  m.impl("cpu_prepack_int8", TORCH_BOX(&cpu_prepack_int8));
   m.impl("bsr_linear", TORCH_BOX(&bsr_linear));
+  m.impl("bsr_linear_int8", TORCH_BOX(&bsr_linear_int8));
   m.impl("bsr_linear_dx", TORCH_BOX(&bsr_linear_dx));
   m.impl("bsr_sdd", TORCH_BOX(&bsr_sdd));
 }
@@ -184,8 +290,10 @@ SPARSE_PRUNE_EXPORT const char* sparse_prune_cpu_isas() {
 
 SPARSE_PRUNE_EXPORT int sparse_prune_force_isa(const char* name) { return sp::force_isa(name); }
 
-// dtype: 0 float32, 1 bfloat16, 2 float16, 3 float64
-SPARSE_PRUNE_EXPORT const char* sparse_prune_cpu_isa(int dtype) { return sp::kernels_for(static_cast<sp::DType>(dtype)).name; }
+// dtype of the weight: 0 float32, 1 bfloat16, 2 float16, 3 float64, 4 int8
+SPARSE_PRUNE_EXPORT const char* sparse_prune_cpu_isa(int dtype) {
+  return dtype == 4 ? sp::int8_kernels().name : sp::kernels_for(static_cast<sp::DType>(dtype)).name;
+}
 
 SPARSE_PRUNE_EXPORT double sparse_prune_peak_flops(const char* isa) { return sp::peak_flops(isa); }
 

@@ -5,12 +5,13 @@ packed = sp.BsrWeight.from_dense(weight, mask, blocksize=(32, 32))
 y      = sp.bsr_linear(x, packed, bias, activation="gelu")
 layer  = sp.SparseLinear.from_dense(linear, mask, blocksize=(32, 32))
 result = sp.sparsify_(model, sp.BlockSparseConfig(blocksize=(32, 32), density=0.2))
+result = sp.quantize_(model)                                # int8 blocks, for inference
 """
 
 from __future__ import annotations
 
 from .bsr import BsrWeight
-from .convert import BlockSparseConfig, SparsifyResult, sparsify_
+from .convert import BlockSparseConfig, QuantizeResult, SparsifyResult, quantize_, sparsify_
 from .criteria import block_mask
 from .errors import SparsePruneError
 from .fuse import fuse_encoder_, unfuse_encoder_
@@ -28,6 +29,7 @@ __all__ = [
     "BsrWeight",
     "PruneConfig",
     "Pruner",
+    "QuantizeResult",
     "SparseLinear",
     "SparsePruneError",
     "SparsifyResult",
@@ -37,6 +39,7 @@ __all__ = [
     "fuse_encoder_",
     "fused_linear",
     "load_packed",
+    "quantize_",
     "save_packed",
     "show_config",
     "sparsify_",

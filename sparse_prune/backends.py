@@ -20,8 +20,8 @@ import torch
 
 from .errors import SparsePruneError
 
-ISAS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "portable")
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # numbered as DType in csrc/cpu/kernels.h
+ISAS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "portable")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 4}  # numbered as in csrc/cpu_ops.cpp
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ def cpu_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"the C++ kernels run on the CPU, not on {device.type}"
     if dtype not in _DTYPES:
-        return f"the C++ kernels are made for float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+        return (
+            f"the C++ kernels are made for float32, bfloat16, float16 and int8, not {str(dtype).removeprefix('torch.')}"
+        )
     return None if _library is not None else _reason
 
 
@@ -103,7 +105,9 @@ def cpu_isas() -> tuple[str, ...]:
 
 
 def cpu_isa(dtype: torch.dtype) -> str:
-    """The instruction set that runs for dtype: bfloat16 may use all of ISAS, float32 and float16 up to avx512.
+    """The instruction set that runs for weights of dtype: of those that are allowed the best one that has kernels for it.
+
+    float32 and float16 have theirs up to avx512, bfloat16 also avx512_bf16 and amx_bf16, int8 avx2, avx512_vnni and amx_int8.
 
     Raises SparsePruneError where the kernels cannot run, with the reason.
     """

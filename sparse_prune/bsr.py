@@ -13,6 +13,9 @@ from .errors import SparsePruneError
 from .masks import block_sum, check_blocksize, check_mask, element_density, grid_shape, pad_to_blocks, suggest_blocksize
 
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INT8_MAX = 127  # symmetric: -128 is never used
+# Products of int8 numbers are summed in int32: more inputs of extremes than this in one block-row would overflow it.
+INT8_MAX_INPUTS = (2**31 - 1) // INT8_MAX**2
 _REPACK = "the checkpoint is damaged or was not made by sparse-prune: pack the model again"
 
 
@@ -22,14 +25,17 @@ def block_rows(crow_indices: Tensor, nnzb: int) -> Tensor:
     return torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts, output_size=nnzb)
 
 
-def dense_from_bsr(crow_indices: Tensor, col_indices: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
-    """The dense [N, K] matrix that the BSR arrays stand for; differentiable in values."""
+def dense_from_bsr(
+    crow_indices: Tensor, col_indices: Tensor, values: Tensor, shape: Sequence[int], scales: Tensor | None = None
+) -> Tensor:
+    """The dense [N, K] matrix that the BSR arrays stand for, times scales [N] where given; differentiable in values."""
     nnzb, r, c = values.shape
     rows, cols = grid_shape(shape, (r, c))
     grid = values.new_zeros(rows * cols, r, c)
     where = block_rows(crow_indices, nnzb) * cols + col_indices  # [nnzb]
     grid = grid.index_copy(0, where, values)
-    return grid.view(rows, cols, r, c).transpose(1, 2).reshape(rows * r, cols * c)[: shape[0], : shape[1]]
+    dense = grid.view(rows, cols, r, c).transpose(1, 2).reshape(rows * r, cols * c)[: shape[0], : shape[1]]
+    return dense if scales is None else dense * scales[:, None]
 
 
 class Derived:
@@ -59,7 +65,9 @@ class BsrWeight:
     blocksize      (R, C)
     crow_indices   int32 [ceil(N/R) + 1]; block-row i owns the blocks crow[i] .. crow[i+1] - 1
     col_indices    int32 [nnzb]; block-column of each block, ascending within a block-row
-    values         [nnzb, R, C]; float32, bfloat16, float16 or float64. Blocks cut by the edge are zero-padded.
+    values         [nnzb, R, C]; float32, bfloat16, float16 or float64, or int8 in [-127, 127] (see quantize). Blocks cut by the
+                   edge are zero-padded.
+    scales         float32 [N] where values are int8: W[n, k] = scales[n] * value; else None
     """
 
     shape: tuple[int, int]
@@ -67,6 +75,7 @@ class BsrWeight:
     crow_indices: Tensor
     col_indices: Tensor
     values: Tensor
+    scales: Tensor | None = None
     derived: Derived = field(default_factory=Derived, init=False, repr=False)
 
     @classmethod
@@ -149,7 +158,8 @@ class BsrWeight:
     def to_torch(self, layout: torch.layout = torch.sparse_bsr) -> Tensor:
         """A torch sparse tensor [N, K] of layout torch.sparse_bsr (a copy of the blocks) or torch.sparse_csr (of the nonzeros).
 
-        Raises SparsePruneError for another layout, and for BSR where the blocks do not divide the shape, which torch cannot hold.
+        An int8 weight becomes float32. Raises SparsePruneError for another layout, and for BSR where the blocks do not divide the
+        shape, which torch cannot hold.
         """
         if layout is torch.sparse_csr:
             return self.to_dense().to_sparse_csr()
@@ -161,7 +171,7 @@ class BsrWeight:
                 f"{layout} for {self.shape} in {self.blocksize}",
                 "use torch.sparse_csr",
             )
-        parts = (self.crow_indices.clone(), self.col_indices.clone(), self.values.clone())
+        parts = (self.crow_indices.clone(), self.col_indices.clone(), self.dequantize().values.clone())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch calls BSR beta once per process, which the caller asked for
             return torch.sparse_bsr_tensor(*parts, self.shape, check_invariants=True)
@@ -185,7 +195,7 @@ class BsrWeight:
     def cat(cls, weights: Sequence[BsrWeight]) -> BsrWeight:
         """The weight whose outputs are those of weights, one after another: [sum of N, K], as torch.cat does for dense ones.
 
-        Raises SparsePruneError unless they share K and blocksize, and all but the last are whole block-rows high.
+        Raises SparsePruneError unless they share K, blocksize and dtype, and all but the last are whole block-rows high.
         """
         weights = list(weights)
         if not weights:
@@ -196,6 +206,9 @@ class BsrWeight:
                 expected = f"{first.shape[1]} inputs in blocks {first.blocksize}, like the first"
                 got = f"{weight.shape[1]} in {weight.blocksize}"
                 raise SparsePruneError("weights", expected, got, "join weights of one input and one blocksize")
+            if weight.values.dtype != first.values.dtype:
+                expected = f"values of {first.values.dtype}, like the first"
+                raise SparsePruneError("weights", expected, weight.values.dtype, "join weights of one dtype")
         if any(weight.shape[0] % first.blocksize[0] for weight in weights[:-1]):
             got = [weight.shape[0] for weight in weights]
             raise SparsePruneError(
@@ -211,11 +224,45 @@ class BsrWeight:
             torch.cat(crow),
             torch.cat([weight.col_indices for weight in weights]),
             torch.cat([weight.values.detach() for weight in weights]),
+            None if first.scales is None else torch.cat([weight.scales for weight in weights]),
         )
 
     def to_dense(self) -> Tensor:
-        """The weight as [N, K], zeros where blocks were pruned."""
-        return dense_from_bsr(self.crow_indices, self.col_indices, self.values, self.shape)
+        """The weight as [N, K], zeros where blocks were pruned; float32 if values are int8."""
+        return dense_from_bsr(self.crow_indices, self.col_indices, self.values, self.shape, self.scales)
+
+    def quantize(self) -> BsrWeight:
+        """The same blocks in int8, rounded half to even: value = round(W[n, k] / scales[n]) with scales[n] = max |W[n, :]| / 127.
+
+        Each weight moves by at most scales[n] / 2. A row without weights, or with zeros alone, has scale 1; no scale is smaller
+        than the smallest normal float32. Raises SparsePruneError for values that are int8 already or not finite, and for more
+        inputs in a block-row than int32 sums can hold.
+        """
+        if self.values.dtype == torch.int8:
+            raise SparsePruneError("values", "floating-point values", "int8", "quantize a weight once")
+        check_finite(self.values, "values")
+        r, _ = self.blocksize
+        values = self.values.detach()
+        values = values if values.dtype == torch.float64 else values.float()  # [nnzb, R, C]
+        highest = values.new_zeros(self.crow_indices.numel() - 1, r)  # [N/R, R]
+        rows = block_rows(self.crow_indices, self.nnzb)  # [nnzb]
+        highest = highest.scatter_reduce(0, rows[:, None].expand(-1, r), values.abs().amax(2), "amax")
+        scales = (highest / INT8_MAX).float().clamp(min=torch.finfo(torch.float32).tiny)
+        scales = torch.where(highest > 0, scales, 1.0)
+        rounded = (values / scales[rows][:, :, None]).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+        scales = scales.flatten()[: self.shape[0]].clone()  # [N]
+        return BsrWeight(self.shape, self.blocksize, self.crow_indices, self.col_indices, rounded, scales).validate()
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> BsrWeight:
+        """The weight in floating point: int8 values times their scales, computed in float32; self where values are not int8."""
+        if self.scales is None:
+            return self
+        r, _ = self.blocksize
+        scales = self.scales.new_ones((self.crow_indices.numel() - 1) * r)
+        scales[: self.shape[0]] = self.scales
+        scales = scales.view(-1, r)[block_rows(self.crow_indices, self.nnzb)]  # [nnzb, R]
+        values = (self.values * scales[:, :, None]).to(dtype)
+        return BsrWeight(self.shape, self.blocksize, self.crow_indices, self.col_indices, values)
 
     def block_mask(self) -> Tensor:
         """bool [ceil(N/R), ceil(K/C)], True where a block is stored."""
@@ -235,22 +282,27 @@ class BsrWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of values and indices, what a file holds of this weight."""
-        return sum(t.numel() * t.element_size() for t in (self.crow_indices, self.col_indices, self.values))
+        """Bytes of values, scales and indices, what a file holds of this weight."""
+        tensors = (self.crow_indices, self.col_indices, self.values, self.scales)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def to(self, *args, **kwargs) -> BsrWeight:
-        """Like Tensor.to for the values (dtype and device); the indices follow the device."""
-        values = self.values.to(*args, **kwargs)
-        return BsrWeight(
-            self.shape, self.blocksize, self.crow_indices.to(values.device), self.col_indices.to(values.device), values
-        )
+        """Like Tensor.to for the values (dtype and device); the indices follow the device.
+
+        Like a module's, the cast is of floating-point numbers: int8 values and their scales keep their dtype and only move.
+        """
+        quantized = self.scales is not None
+        cast = (self.scales if quantized else self.values).to(*args, **kwargs)
+        values, scales = (self.values.to(cast.device), self.scales.to(cast.device)) if quantized else (cast, None)
+        crow_indices, col_indices = self.crow_indices.to(cast.device), self.col_indices.to(cast.device)
+        return BsrWeight(self.shape, self.blocksize, crow_indices, col_indices, values, scales)
 
     def validate(self) -> BsrWeight:
         """Check everything a kernel relies on and return self; raises SparsePruneError with the first violation.
 
         Files are untrusted: an index out of range would make a kernel read outside its arrays.
         """
-        validate_bsr(self.shape, self.blocksize, self.crow_indices, self.col_indices, self.values)
+        validate_bsr(self.shape, self.blocksize, self.crow_indices, self.col_indices, self.values, scales=self.scales)
         return self
 
 
@@ -270,8 +322,12 @@ def validate_bsr(
     col_indices: Tensor,
     values: Tensor,
     name: str = "",
+    scales: Tensor | None = None,
 ) -> None:
-    """Raise SparsePruneError unless the arrays are a canonical BSR weight of that shape and blocksize; name says which layer."""
+    """Raise SparsePruneError unless the arrays are a canonical BSR weight of that shape and blocksize; name says which layer.
+
+    Values are either floating-point without scales (their finiteness is check_finite's), or int8 with them.
+    """
     prefix = f"{name}." if name else ""
 
     def require(ok: bool, argument: str, expected: str, got: object) -> None:
@@ -288,7 +344,21 @@ def validate_bsr(
     rows, cols = grid_shape(shape, (r, c))
     nnzb = values.shape[0] if values.ndim == 3 else -1
     require(tuple(values.shape[1:]) == (r, c), "values", f"shape [nnzb, {r}, {c}]", tuple(values.shape))
-    require(values.dtype in VALUE_DTYPES, "values", "float32, bfloat16, float16 or float64", values.dtype)
+    dtypes = (*VALUE_DTYPES, torch.int8)
+    require(values.dtype in dtypes, "values", "float32, bfloat16, float16, float64 or int8", values.dtype)
+    if values.dtype == torch.int8:
+        require(scales is not None, "scales", f"float32 [{shape[0]}] beside int8 values", "none")
+        require(scales.dtype == torch.float32, "scales", "float32", scales.dtype)
+        require(
+            tuple(scales.shape) == (shape[0],), "scales", f"shape [{shape[0]}], one per output", tuple(scales.shape)
+        )
+        require(scales.device == values.device, "scales", f"device {values.device}", scales.device)
+        positive = bool((scales > 0).all()) and bool(torch.isfinite(scales).all())
+        require(positive, "scales", "finite positive numbers", "zero, a negative number, NaN or infinity")
+        low = int(values.min()) if values.numel() else 0
+        require(low >= -INT8_MAX, "values", f"int8 from -{INT8_MAX} to {INT8_MAX}", low)
+    else:
+        require(scales is None, "scales", f"none beside {values.dtype} values", "a tensor")
     for argument, index, length in (("crow_indices", crow_indices, rows + 1), ("col_indices", col_indices, nnzb)):
         require(index.dtype == torch.int32, argument, "int32", index.dtype)
         require(tuple(index.shape) == (length,), argument, f"shape [{length}]", tuple(index.shape))
@@ -299,6 +369,10 @@ def validate_bsr(
     require(bool((crow.diff() >= 0).all()), "crow_indices", "entries that never decrease", "a decreasing entry")
     if nnzb == 0:
         return
+    if values.dtype == torch.int8:
+        most = int(crow.diff().max())
+        limit = f"at most {INT8_MAX_INPUTS // c} blocks of {c} inputs in a block-row, since sums are int32"
+        require(most * c <= INT8_MAX_INPUTS, "crow_indices", limit, most)
     require(int(col.min()) >= 0, "col_indices", "entries from 0", int(col.min()))
     require(int(col.max()) < cols, "col_indices", f"entries below {cols}, the number of block-columns", int(col.max()))
     ascending = (col.diff() > 0) | (block_rows(crow, nnzb).diff() > 0)

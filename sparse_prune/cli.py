@@ -218,18 +218,23 @@ def pack(
             help="block size where the directory has no masks.safetensors", show_default="what its zeros form"
         ),
     ] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="round the blocks to int8 too; DIRECTORY may then be packed already")
+    ] = False,
     json_file: Json = None,
 ) -> None:
     """Store only the kept blocks: a packed checkpoint (safetensors) that eval, from_pretrained and load_packed read."""
     from . import tasks
 
-    result = tasks.pack(model, out, parse_block(block) if block else None)
-    console.print(str(result.layers), markup=False, highlight=False)
+    result = tasks.pack(model, out, parse_block(block) if block else None, int8)
+    for table in (result.layers, result.int8):
+        if table is not None:
+            console.print(str(table), markup=False, highlight=False)
     ratio = result.packed_bytes / result.dense_bytes
     console.print(f"{result.dense_bytes:,} -> {result.packed_bytes:,} bytes ({ratio:.2f}x)\npacked      {out}")
     _write_json(
         json_file,
-        {"dense_bytes": result.dense_bytes, "packed_bytes": result.packed_bytes, "density": result.layers.density},
+        {"dense_bytes": result.dense_bytes, "packed_bytes": result.packed_bytes, "density": result.density},
     )
 
 

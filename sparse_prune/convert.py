@@ -97,6 +97,81 @@ class SparsifyResult:
         return "\n".join([*lines, *map(str, self.encoder.stacks)])
 
 
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """What happened to one SparseLinear: `reason` is empty where it became int8.
+
+    Bytes count the weight before and after; error is the norm of the weight's change over the norm of the weight.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    density: float
+    bytes_before: int
+    bytes: int
+    error: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """One row per SparseLinear, in module order; print it for the table."""
+
+    layers: list[QuantizedLayer]
+
+    @property
+    def converted(self) -> list[str]:
+        """Names of the layers that are int8 now."""
+        return [row.name for row in self.layers if not row.reason]
+
+    @property
+    def density(self) -> float:
+        """Kept elements over all elements of the layers."""
+        total = sum(row.shape[0] * row.shape[1] for row in self.layers)
+        return sum(row.density * row.shape[0] * row.shape[1] for row in self.layers) / total
+
+    def __str__(self) -> str:
+        width = max((len(row.name) for row in self.layers), default=4)
+        lines = [f"{'layer':<{width}}  {'shape':>13}  density  weight error  bytes"]
+        for row in self.layers:
+            shape = f"{row.shape[0]}x{row.shape[1]}"
+            what = f"{row.bytes_before} -> {row.bytes}" if not row.reason else f"kept: {row.reason}"
+            lines.append(f"{row.name:<{width}}  {shape:>13}  {row.density:7.3f}  {row.error:12.4f}  {what}")
+        lines.append(f"{len(self.converted)} of {len(self.layers)} sparse layers are int8")
+        return "\n".join(lines)
+
+
+def quantize_(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None = None) -> QuantizeResult:
+    """Turn the blocks of model's SparseLinear modules into int8 (BsrWeight.quantize), in place; for inference.
+
+    filter_fn   filter_fn(name, module) -> bool says which layers may change; default: all
+
+    Raises SparsePruneError if model has no SparseLinear.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    if not layers:
+        raise SparsePruneError(
+            "model", "at least one SparseLinear", type(model).__name__, "call sparsify_(model, ...) first"
+        )
+    rows = []
+    for name, layer in layers.items():
+        before, reason, error = layer.packed, "", 0.0
+        if not layer.values.is_floating_point():
+            reason = "it is int8 already"
+        elif filter_fn is not None and not filter_fn(name, layer):
+            reason = "left out by filter_fn"
+        after = before
+        if not reason:
+            after = layer.quantize_().packed
+            weight = before.to_dense().detach().double()
+            norm = weight.norm().item()
+            error = (after.to_dense().double() - weight).norm().item() / norm if norm else 0.0
+        rows.append(QuantizedLayer(name, before.shape, before.density, before.nbytes, after.nbytes, error, reason))
+    if any(not row.reason for row in rows):
+        announce(model)
+    return QuantizeResult(rows)
+
+
 def sparsify_(
     model: nn.Module,
     config: BlockSparseConfig | None = None,

@@ -143,24 +143,31 @@ class FusedForward:
 
 
 def _key(linear: SparseLinear) -> object:
-    bias = linear.bias
-    return values_key(linear.values), linear.col_indices.data_ptr(), None if bias is None else values_key(bias)
+    bias, scales = linear.bias, linear._buffers.get("scales")
+    quantized = None if scales is None else values_key(scales)
+    return (
+        values_key(linear.values),
+        quantized,
+        linear.col_indices.data_ptr(),
+        None if bias is None else values_key(bias),
+    )
 
 
 def _joinable(layers: tuple[nn.Module, ...]) -> bool:
     if not all(type(layer) is SparseLinear for layer in layers):
         return False
-    blocksize = layers[0].blocksize
-    return all(layer.blocksize == blocksize and layer.out_features % blocksize[0] == 0 for layer in layers)
+    blocksize, dtype = layers[0].blocksize, layers[0].values.dtype
+    alike = all(layer.blocksize == blocksize and layer.values.dtype == dtype for layer in layers)
+    return alike and all(layer.out_features % blocksize[0] == 0 for layer in layers)
 
 
 def _side_by_side(layers: tuple[SparseLinear, ...]) -> SparseLinear:
     """One layer whose outputs are those of layers, one after another: x is then read once."""
-    bias = None
-    if any(layer.bias is not None for layer in layers):
-        bias = torch.cat(
-            [layer.values.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
-        )
+    bias, biases = None, [layer.bias for layer in layers]
+    like = next((b for b in biases if b is not None), None)
+    if like is not None:
+        lacking = (like.new_zeros(layer.out_features) for layer in layers)
+        bias = torch.cat([zeros if b is None else b for b, zeros in zip(biases, lacking, strict=True)])
     return SparseLinear.from_bsr(BsrWeight.cat([layer.packed for layer in layers]), bias).requires_grad_(False).eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,7 +13,7 @@ from .bsr import BsrWeight, Derived
 from .errors import SparsePruneError
 from .linears import as_matrix, is_linear
 from .masks import check_blocksize, grid_shape
-from .ops import Activation, bsr_linear, flatten_rows
+from .ops import INT8_INPUTS, Activation, bsr_linear, flatten_rows
 from .reference import ACTIVATIONS
 
 
@@ -21,6 +22,9 @@ class SparseLinear(nn.Module):
 
     Called, trained, moved and saved like nn.Linear. Only the kept blocks exist: `values` [nnzb, R, C] is the parameter (gradients
     and optimizer state have its size) and the int32 buffers `crow_indices`, `col_indices` say where they belong.
+
+    Quantized, `values` is int8 and frozen, beside the buffer `scales` (float32 [N], see BsrWeight.quantize); both keep their dtype
+    when the layer is cast. x is then float32, bfloat16 or float16 like the bias, and no gradient passes through.
 
     The kernels read values in an order of their own, which is derived on the first call without gradients and made again when
     values change. A write through `values.data` is invisible to PyTorch's version counter: call `refresh_()` after one. Code that
@@ -39,12 +43,15 @@ class SparseLinear(nn.Module):
         col_indices: Tensor,
         values: Tensor,
         bias: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("crow_indices", crow_indices)
         self.register_buffer("col_indices", col_indices)
-        self.values = nn.Parameter(values)
+        self.values = nn.Parameter(values, requires_grad=values.is_floating_point())
+        if scales is not None:
+            self.register_buffer("scales", scales)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self.planned = True
         self._derived = Derived()
@@ -68,7 +75,14 @@ class SparseLinear(nn.Module):
     def from_bsr(cls, packed: BsrWeight, bias: Tensor | None = None) -> SparseLinear:
         """A layer that shares the tensors of packed."""
         n, k = packed.shape
-        return cls(k, n, packed.crow_indices, packed.col_indices, packed.values, bias)
+        return cls(k, n, packed.crow_indices, packed.col_indices, packed.values, bias, packed.scales)
+
+    def quantize_(self) -> SparseLinear:
+        """Turn the blocks into int8 (BsrWeight.quantize), in place, and return self; `sp.quantize_` does a whole model."""
+        packed = self.packed.quantize()
+        self.values = nn.Parameter(packed.values, requires_grad=False)
+        self.register_buffer("scales", packed.scales)
+        return self.refresh_()
 
     @property
     def blocksize(self) -> tuple[int, int]:
@@ -79,11 +93,15 @@ class SparseLinear(nn.Module):
     def packed(self) -> BsrWeight:
         """The weight as a BsrWeight that shares this layer's tensors."""
         shape = (self.out_features, self.in_features)
-        return BsrWeight(shape, self.blocksize, self.crow_indices, self.col_indices, self.values)
+        scales = self._buffers.get("scales")
+        return BsrWeight(shape, self.blocksize, self.crow_indices, self.col_indices, self.values, scales)
 
     @property
     def weight(self) -> Tensor:
-        """The weight made dense, [N, K]: for code that reads it. Computed on each access; writing to it changes nothing."""
+        """The weight made dense, [N, K]: for code that reads it. Computed on each access; writing to it changes nothing.
+
+        Of a quantized layer it is float32.
+        """
         return self.packed.to_dense()
 
     @property
@@ -92,14 +110,24 @@ class SparseLinear(nn.Module):
         return self.packed.density
 
     def to_dense(self) -> nn.Linear:
-        """The nn.Linear with the same weight and bias, zeros where blocks were pruned."""
-        like = {"device": self.values.device, "dtype": self.values.dtype}
+        """The nn.Linear with the same weight and bias, zeros where blocks were pruned.
+
+        Its dtype is that of the values, or where these are int8 that of the bias, float32 without one.
+        """
+        like = {"device": self.values.device, "dtype": self.compute_dtype}
         dense = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, bias=self.bias is not None, **like)
         with torch.no_grad():
             dense.weight.copy_(self.weight)
             if self.bias is not None:
                 dense.bias.copy_(self.bias)
         return dense.train(self.training)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The floating-point dtype of the layer's parameters: of values, or where these are int8 of bias, float32 without one."""
+        if self.values.is_floating_point():
+            return self.values.dtype
+        return torch.float32 if self.bias is None else self.bias.dtype
 
     def refresh_(self) -> SparseLinear:
         """Forget what was derived from values."""
@@ -116,7 +144,11 @@ class SparseLinear(nn.Module):
         self._renew()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> SparseLinear:
+        scales = self._buffers.get("scales")
         super()._apply(fn, recurse)
+        # Module.to casts every floating-point buffer; a scale rounded to 16 bits would shift its whole row of weights.
+        if scales is not None and self.scales.dtype != torch.float32:
+            self.scales = scales.to(self.scales.device)
         return self._renew()
 
     def _renew(self) -> SparseLinear:
@@ -132,8 +164,11 @@ class SparseLinear(nn.Module):
         values, device = own, own.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            x, values, bias = x.to(dtype), own.to(dtype), None if bias is None else bias.to(dtype)
+            x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+            values = own if own.dtype is torch.int8 else own.to(dtype)
             residual = None if residual is None else residual.to(dtype)
+        if own.dtype is torch.int8:
+            return self._forward_int8(x, bias, activation, residual)
         shape = x.shape
         if shape[-1:] != (self.in_features,) or x.dtype != values.dtype or x.device != values.device:
             self._explain(x, values, bias, activation, residual)
@@ -168,6 +203,30 @@ class SparseLinear(nn.Module):
         )
         return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
 
+    def _forward_int8(self, x: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
+        values, shape = self.values, x.shape
+        wrong_dtype = x.dtype not in INT8_INPUTS or (bias is not None and bias.dtype != x.dtype)
+        if shape[-1:] != (self.in_features,) or x.device != values.device or wrong_dtype:
+            self._explain(x, values, bias, activation, residual)
+        # In training a compiled graph would keep the values that it was traced with.
+        derived = None if torch.compiler.is_compiling() and self.training else self._current(values)
+        if residual is not None:
+            residual = residual.reshape(-1, self.out_features).contiguous()
+        y = torch.ops.sparse_prune.bsr_linear_int8(
+            flatten_rows(x),
+            self.crow_indices,
+            self.col_indices,
+            values,
+            self.scales,
+            None if derived is None else derived.prepacked,
+            self.out_features,
+            bias,
+            activation,
+            residual,
+            None,
+        )
+        return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
+
     def _current(self, values: Tensor) -> Derived:
         """What is derived from the present values; under torch.compile and torch.export what an earlier call left."""
         if torch.compiler.is_compiling():
@@ -189,17 +248,15 @@ class SparseLinear(nn.Module):
     def _explain(
         self, x: Tensor, values: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
     ) -> None:
-        shape = (self.out_features, self.in_features)
-        bsr_linear(
-            x, BsrWeight(shape, self.blocksize, self.crow_indices, self.col_indices, values), bias, activation, residual
-        )
+        packed = dataclasses.replace(self.packed, values=values)
+        bsr_linear(x, packed, bias, activation, residual)
 
     def extra_repr(self) -> str:
         """What print(layer) shows between the brackets."""
         r, c = self.blocksize
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, blocksize={r}x{c}, "
-            f"density={self.density:.3f}, bias={self.bias is not None}"
+            f"density={self.density:.3f}, bias={self.bias is not None}{', int8' if 'scales' in self._buffers else ''}"
         )
 
 

@@ -1,4 +1,4 @@
-"""The operators `sparse_prune::bsr_linear`, `bsr_linear_dx` and `bsr_sdd`, and the function people call.
+"""The operators `sparse_prune::bsr_linear`, `bsr_linear_int8`, `bsr_linear_dx` and `bsr_sdd`, and the function people call.
 
 The schema, shape rule and gradient live here once. Devices get their kernels by dispatch key: the C++ extension registers CPU,
 sparse_prune_kernels (Triton) registers CUDA, and plain PyTorch (reference.py) serves every device and dtype that has no kernel.
@@ -6,6 +6,7 @@ sparse_prune_kernels (Triton) registers CUDA, and plain PyTorch (reference.py) s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -20,11 +21,16 @@ from .masks import grid_shape
 
 Activation = Literal["none", "relu", "gelu", "gelu_tanh", "silu"]
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
+INT8_INPUTS = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of x beside an int8 weight
 BACKENDS = ("auto", "cpu", "triton", "dense", "reference")
 
 _LINEAR = (
     "(Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor? prepacked, int out_features, Tensor? bias, "
     "str activation, Tensor? residual) -> Tensor"
+)
+_INT8 = (
+    "(Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor scales, Tensor? prepacked, int out_features, "
+    "Tensor? bias, str activation, Tensor? residual, float? x_scale) -> Tensor"
 )
 _DX = "(Tensor dy, Tensor crow_indices, Tensor col_indices, Tensor values, int in_features) -> Tensor"
 _SDD = "(Tensor dy, Tensor x, Tensor crow_indices, Tensor col_indices, int block_rows, int block_cols) -> Tensor"
@@ -35,6 +41,7 @@ _LAYER_NORM = "(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? resid
 _library = torch.library.Library("sparse_prune", "FRAGMENT")
 _SCHEMAS = {
     "bsr_linear": _LINEAR,
+    "bsr_linear_int8": _INT8,
     "bsr_linear_dx": _DX,
     "bsr_sdd": _SDD,
     "attention": _ATTENTION,
@@ -50,6 +57,14 @@ def _reference_linear(x, crow_indices, col_indices, values, prepacked, out_featu
     ).contiguous()
 
 
+def _reference_int8(
+    x, crow_indices, col_indices, values, scales, prepacked, out_features, bias, activation, residual, x_scale
+):
+    return reference.bsr_linear_int8(
+        x, crow_indices, col_indices, values, scales, out_features, bias, activation, residual, x_scale
+    ).contiguous()
+
+
 _REFERENCE = {
     "bsr_linear": _reference_linear,
     "bsr_linear_dx": reference.bsr_linear_dx,
@@ -60,10 +75,16 @@ _REFERENCE = {
 for _name, _function in _REFERENCE.items():
     _library.impl(_name, _function, "CompositeExplicitAutograd")
 backends.register_triton(_library, _REFERENCE)
+_library.impl("bsr_linear_int8", _reference_int8, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("sparse_prune::bsr_linear", lib=_library)
 def _(x, crow_indices, col_indices, values, prepacked, out_features, bias, activation, residual):
+    return x.new_empty(x.shape[0], out_features)
+
+
+@torch.library.register_fake("sparse_prune::bsr_linear_int8", lib=_library)
+def _(x, crow_indices, col_indices, values, scales, prepacked, out_features, bias, activation, residual, x_scale):
     return x.new_empty(x.shape[0], out_features)
 
 
@@ -111,6 +132,17 @@ def _backward(ctx, dy):
 torch.library.register_autograd("sparse_prune::bsr_linear", _backward, setup_context=_save_for_backward, lib=_library)
 
 
+def _no_backward(ctx, dy):
+    raise SparsePruneError(
+        "backward", "a floating-point weight", "an int8 weight", "train before quantizing; int8 is for inference"
+    )
+
+
+torch.library.register_autograd(
+    "sparse_prune::bsr_linear_int8", _no_backward, setup_context=lambda ctx, inputs, output: None, lib=_library
+)
+
+
 def backend_for(
     device: torch.device | str,
     dtype: torch.dtype,
@@ -124,6 +156,8 @@ def backend_for(
 
     With a density of blocks and M (tokens) the planner is asked too, as under "auto" when no gradient of the weight is wanted: the
     answer is "dense: reason" where it expects dense to be faster for a weight of that shape (N, K; None: a large one).
+    dtype is that of the weight, torch.int8 for a quantized one, which the planner leaves to the sparse operator.
+
     Raises SparsePruneError with the reason when a backend is named that cannot run.
     """
     if backend not in BACKENDS:
@@ -161,10 +195,12 @@ def show_config() -> None:
     print(f"{'planner':<10} {planner.describe()}")
 
 
-def prepack(values: Tensor) -> Tensor | None:
+def prepack(values: Tensor, crow_indices: Tensor) -> Tensor | None:
     """values[nnzb, R, C] in the order the CPU kernels read, or None where plain PyTorch will run."""
     if backends.cpu_unavailable(values.device, values.dtype) is not None:
         return None
+    if values.dtype == torch.int8:
+        return torch.ops.sparse_prune.cpu_prepack_int8(values, crow_indices)
     return torch.ops.sparse_prune.cpu_prepack(values)
 
 
@@ -175,31 +211,43 @@ def bsr_linear(
     activation: Activation = "none",
     residual: Tensor | None = None,
     backend: str = "auto",
+    x_scale: float | None = None,
 ) -> Tensor:
     """y[..., N] = act(x[..., K] @ W[N, K]^T + bias[N]) + residual[..., N], accumulated in float32.
 
     x, packed.values, bias and residual share one dtype (float32, bfloat16, float16; float64 by plain PyTorch) and device.
     Differentiable in x, packed.values, bias and residual. backend "auto" runs the sparse kernel, or on a CPU, where no gradient of
     the weight is wanted, dense PyTorch if the planner expects that to be faster; the dense weight is then made once and kept beside
-    the packed one, N * K more elements of memory. `backend_for(x.device, x.dtype, backend, packed.blocksize, density, M, shape)`
-    tells which runs.
+    the packed one, N * K more elements of memory. `backend_for(x.device, packed.values.dtype, backend, packed.blocksize, density,
+    M, shape)` tells which runs.
+
+    Where packed.values are int8 (BsrWeight.quantize), x, bias and residual share float32, bfloat16 or float16, each row of x is
+    rounded to int8 by its own scale max|x| / 127, or by x_scale for all rows (what lies beyond +-127 x_scale saturates), products
+    are summed in int32, and the rest is float32. A row of x with NaN or infinity gives a row of NaN. For inference: no gradients.
+
     Raises SparsePruneError for shapes, dtypes or devices that do not agree, and for a backend that cannot run here.
     """
     n, k = packed.shape
     _require(x.ndim >= 1 and x.shape[-1] == k, "x", f"a last dimension of {k} (in_features)", tuple(x.shape))
     _require(activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
     out_shape = (*x.shape[:-1], n)
+    quantized = packed.values.dtype == torch.int8
+    dtype, like = (x.dtype, "x") if quantized else (packed.values.dtype, "the weight")
+    _require(not quantized or dtype in INT8_INPUTS, "x", "float32, bfloat16 or float16 beside an int8 weight", dtype)
+    _require(
+        not quantized or backend != "dense", "backend", "auto, cpu or reference beside an int8 weight", repr(backend)
+    )
+    _require(x_scale is None or quantized, "x_scale", f"None beside a weight of {packed.values.dtype}", x_scale)
+    _require(x_scale is None or 0 < x_scale < math.inf, "x_scale", "a finite positive number", x_scale)
     for name, tensor, shape in (("x", x, None), ("bias", bias, (n,)), ("residual", residual, out_shape)):
         if tensor is None:
             continue
-        _require(
-            tensor.dtype == packed.values.dtype, name, f"dtype {packed.values.dtype} like the weight", tensor.dtype
-        )
+        _require(tensor.dtype == dtype, name, f"dtype {dtype} like {like}", tensor.dtype)
         _require(
             tensor.device == packed.values.device, name, f"device {packed.values.device} like the weight", tensor.device
         )
         _require(shape is None or tuple(tensor.shape) == shape, name, f"shape {shape}", tuple(tensor.shape))
-    chosen = backend_for(x.device, x.dtype, backend, packed.blocksize)
+    chosen = backend_for(x.device, packed.values.dtype, backend, packed.blocksize)
     rows = flatten_rows(x)  # [M, K]
     flat_residual = None if residual is None else residual.reshape(-1, n).contiguous()  # [M, N]
     bsr = (packed.crow_indices, packed.col_indices, packed.values)
@@ -208,12 +256,19 @@ def bsr_linear(
         derived = packed.derived = current(packed.derived, packed)
         if backend == "auto":
             form = dense_form(derived, rows.shape[0])
-    if form and derived is not None:
+    prepacked = None if derived is None else derived.prepacked
+    if quantized:
+        arguments = (rows, *bsr, packed.scales, prepacked, n, bias, activation, flat_residual, x_scale)
+        if backend == "reference":
+            with torch.no_grad():
+                y = _reference_int8(*arguments)
+        else:
+            y = torch.ops.sparse_prune.bsr_linear_int8(*arguments)
+    elif form and derived is not None:
         y = dense_linear(dense_weight(derived, form, packed.to_dense), form, rows, bias, activation, flat_residual)
     elif form or chosen == "reference":
         y = reference.bsr_linear(rows, *bsr, n, bias, activation, flat_residual)
     else:
-        prepacked = None if derived is None else derived.prepacked
         y = torch.ops.sparse_prune.bsr_linear(rows, *bsr, prepacked, n, bias, activation, flat_residual)
     return y.reshape(out_shape)
 
@@ -265,7 +320,7 @@ def current(derived: Derived, packed: BsrWeight) -> Derived:
     values = packed.values.detach()
     rows, cols = grid_shape(packed.shape, packed.blocksize)
     plan = planner.plan(values.device, values.dtype, packed.blocksize, packed.nnzb / (rows * cols), packed.shape)
-    return Derived(key, prepack(values), plan)
+    return Derived(key, prepack(values, packed.crow_indices), plan)
 
 
 def values_key(values: Tensor) -> object:

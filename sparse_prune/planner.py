@@ -102,11 +102,12 @@ def plan(
 ) -> Plan | None:
     """The plan for a weight [N, K] (shape None: a large one) that keeps `density` of its blocks, for x of that dtype.
 
-    None where there is nothing to choose: off the CPU, with the planner off, or where nothing was measured; the sparse operator
-    runs then. Without C++ kernels for the dtype every choice is dense: plain PyTorch would make the weight dense on each call.
+    None where there is nothing to choose: off the CPU, for int8 (whose results no product of PyTorch gives), with the planner
+    off, or where nothing was measured; the sparse operator runs then. Without C++ kernels for the dtype every choice is dense:
+    plain PyTorch would make the weight dense on each call.
     Raises SparsePruneError for a table in force that cannot be read.
     """
-    if device.type != "cpu" or _setting() == OFF:
+    if device.type != "cpu" or dtype == torch.int8 or _setting() == OFF:
         return None
     missing = backends.cpu_unavailable(device, dtype)
     if missing is not None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bsr import block_rows, dense_from_bsr
+from .bsr import INT8_MAX, block_rows, dense_from_bsr
 from .masks import pad_to_blocks
 
 ACTIVATIONS = {
@@ -62,6 +62,46 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None) -> Tensor:
     """LayerNorm of x[M, H] + residual[M, H] over its rows."""
     return F.layer_norm(x if residual is None else x + residual, x.shape[-1:], weight, bias, eps)
+
+
+def quantize_rows(x: Tensor, x_scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """int8 q[M, K] and float32 scales[M] with x[m, k] ~ scales[m] * q[m, k], symmetric, rounded half to even.
+
+    scales[m] = max |x[m, :]| / 127, or x_scale for every row; what lies beyond +-127 x_scale saturates. A row with NaN or infinity
+    gets the scale NaN, so that all of its products are NaN.
+    """
+    x = x.float()
+    tiny = torch.finfo(torch.float32).tiny  # its reciprocal is finite, and a row of zeros stays zeros
+    highest = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])  # [M]
+    scales = (highest / INT8_MAX).clamp(min=tiny) if x_scale is None else torch.full_like(highest, x_scale)
+    q = (x * scales.reciprocal()[:, None]).round().clamp(-INT8_MAX, INT8_MAX)  # [M, K]
+    finite = torch.isfinite(x).all(1)
+    q = torch.where(finite[:, None], q, 0.0).to(torch.int8)
+    return q, torch.where(finite, scales, torch.nan)
+
+
+def bsr_linear_int8(
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    x_scale: float | None = None,
+) -> Tensor:
+    """y[M, N] = act(sum_k q[m, k] w[n, k] * scales[n] * x_scales[m] + b[N]) + residual[M, N]; q, x_scales = quantize_rows(x).
+
+    The sum is exact; what follows it is computed in float32 and rounded once to the dtype of x.
+    """
+    q, x_scales = quantize_rows(x, x_scale)
+    weight = dense_from_bsr(crow_indices, col_indices, values.double(), (out_features, x.shape[1]))  # [N, K]
+    total = F.linear(q.double(), weight).float()  # [M, N]; every partial sum is an integer below 2^53
+    z = total * scales * x_scales[:, None]
+    y = ACTIVATIONS[activation](z if bias is None else z + bias.float())
+    return (y if residual is None else y + residual.float()).to(x.dtype)
 
 
 def bsr_linear_dx(dy: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, in_features: int) -> Tensor:

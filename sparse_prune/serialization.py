@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from .layers import SparseLinear
 from .linears import is_linear, matrix_shape
 from .masks import suggest_blocksize
 
-VERSION = "1"
+VERSION, VERSION_INT8 = "1", "2"
 METHOD = "sparse_prune"  # quant_method in the config.json of a packed Hugging Face model
 WEIGHTS_NAME = "model.safetensors"
 MASKS_NAME = "masks.safetensors"
@@ -117,28 +118,36 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> Path:
         save_file(tensors, temporary, metadata)
     config = getattr(model, "config", None)
     if hasattr(config, "to_diff_dict"):
-        layout = {"quant_method": METHOD, "version": VERSION, "layers": describe_layers(model)}
+        layers = describe_layers(model)
+        layout = {"quant_method": METHOD, "version": version_of(layers), "layers": layers}
         about = {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
         write_json(path / "config.json", config.to_diff_dict() | about | {"quantization_config": layout})
     return path / WEIGHTS_NAME
 
 
 def describe_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What a file says of each SparseLinear: name -> {"shape": [N, K], "blocksize": [R, C], "nnzb": n}."""
+    """What a file says of each SparseLinear: name -> {"shape": [N, K], "blocksize": [R, C], "nnzb": n}, for int8 also its dtype."""
     return {
         name: {
             "shape": [layer.out_features, layer.in_features],
             "blocksize": list(layer.blocksize),
             "nnzb": layer.values.shape[0],
         }
+        | ({"dtype": "int8"} if layer.values.dtype == torch.int8 else {})
         for name, layer in model.named_modules()
         if isinstance(layer, SparseLinear)
     }
 
 
+def version_of(layers: Mapping[str, Mapping[str, Any]]) -> str:
+    """The lowest version of the layout that holds layers, as describe_layers gives them."""
+    return VERSION_INT8 if any("dtype" in entry for entry in layers.values()) else VERSION
+
+
 def layout_metadata(model: nn.Module) -> dict[str, str]:
     """The metadata of a packed safetensors file of model."""
-    return {"format": "pt", "sparse_prune": VERSION, "layers": json.dumps(describe_layers(model))}
+    layers = describe_layers(model)
+    return {"format": "pt", "sparse_prune": version_of(layers), "layers": json.dumps(layers)}
 
 
 def describe_file(path: str | os.PathLike) -> dict[str, Any]:
@@ -169,11 +178,12 @@ def describe_file(path: str | os.PathLike) -> dict[str, Any]:
                 raise SparsePruneError(f"{path}: {name}", "a tensor", "none", _DAMAGED)
             return handles.pop(name).get_tensor(name)
 
-        for name, (shape, blocksize, _) in packed.items():
-            arrays = [read(f"{name}.{part}") for part in ("crow_indices", "col_indices", "values")]
-            weight = BsrWeight(shape, blocksize, *arrays)
-            validate_bsr(shape, blocksize, *arrays, name=f"{path}: {name}")
-            layers.append(_row(name, weight, weight.nbytes) | {"blocksize": list(blocksize), "density": weight.density})
+        for name, entry in packed.items():
+            arrays = {part: read(f"{name}.{part}") for part in entry.parts}
+            weight = BsrWeight(entry.shape, entry.blocksize, **arrays)
+            validate_bsr(entry.shape, entry.blocksize, **arrays, name=f"{path}: {name}")
+            blocks = {"blocksize": list(entry.blocksize), "density": weight.density}
+            layers.append(_row(name, weight, weight.nbytes) | blocks)
         for name in sorted(handles):
             tensor = read(name)
             nbytes = tensor.numel() * tensor.element_size()
@@ -231,25 +241,25 @@ def load_packed(model: nn.Module, path: str | os.PathLike, mmap: bool = False) -
     """
     file = weights_file(path)
     tensors, metadata = read_tensors(file)
-    if metadata.get("sparse_prune") != VERSION:
+    if metadata.get("sparse_prune") not in (VERSION, VERSION_INT8):
         got = metadata.get("sparse_prune", "other safetensors")
-        raise SparsePruneError(
-            str(file), f"a packed checkpoint of version {VERSION}", got, "make it with `sparse-prune pack`"
-        )
+        expected = f"a packed checkpoint of version {VERSION} or {VERSION_INT8}"
+        raise SparsePruneError(str(file), expected, got, "make it with `sparse-prune pack`")
     described = parse_layers(_metadata_json(file, metadata, "layers"), str(file))
     aliases = _metadata_json(file, metadata, "aliases")
     assign = mmap or any(parameter.is_meta for parameter in model.parameters())
     layers = {}
-    for name, (shape, blocksize, nnzb) in described.items():
-        arrays = []
-        for part in ("crow_indices", "col_indices", "values"):
+    for name, entry in described.items():
+        arrays = {}
+        for part in entry.parts:
             if f"{name}.{part}" not in tensors:
                 raise SparsePruneError(f"{file}: {name}.{part}", "a tensor", "none", _DAMAGED)
-            arrays.append(tensors[f"{name}.{part}"])
-        validate_bsr(shape, blocksize, *arrays, name=f"{file}: {name}")
-        if arrays[2].shape[0] != nnzb:
-            raise SparsePruneError(f"{file}: {name}.values", f"{nnzb} blocks", arrays[2].shape[0], _DAMAGED)
-        layers[name] = _make_layer(model, file, name, shape, arrays, tensors.get(f"{name}.bias"), assign)
+            arrays[part] = tensors[f"{name}.{part}"]
+        validate_bsr(entry.shape, entry.blocksize, **arrays, name=f"{file}: {name}")
+        found = arrays["values"].shape[0]
+        if found != entry.nnzb:
+            raise SparsePruneError(f"{file}: {name}.values", f"{entry.nnzb} blocks", found, _DAMAGED)
+        layers[name] = _make_layer(model, file, name, entry.shape, arrays, tensors.get(f"{name}.bias"), assign)
     for name, source in aliases.items() if isinstance(aliases, dict) else [("aliases", aliases)]:
         if not isinstance(source, str) or source not in tensors:
             raise SparsePruneError(f"{file}: {name}", f"the tensor {source} that it shares", "none", _DAMAGED)
@@ -306,15 +316,32 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
 
 
-def parse_layers(described: Mapping[str, Any], source: str) -> dict[str, tuple[tuple[int, int], tuple[int, int], int]]:
-    """describe_layers read back, name -> ((N, K), (R, C), nnzb); raises SparsePruneError naming source where it is malformed."""
+@dataclass(frozen=True)
+class PackedLayer:
+    """What a file says of one SparseLinear: shape (N, K), blocksize (R, C), number of blocks, and whether they are int8."""
+
+    shape: tuple[int, int]
+    blocksize: tuple[int, int]
+    nnzb: int
+    int8: bool
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The tensors that hold the weight: NAME.part."""
+        return ("crow_indices", "col_indices", "values", *(("scales",) if self.int8 else ()))
+
+
+def parse_layers(described: Mapping[str, Any], source: str) -> dict[str, PackedLayer]:
+    """describe_layers read back; raises SparsePruneError naming source where it is malformed."""
     try:
         layers = {}
         for name, entry in described.items():
             (n, k), (r, c), nnzb = entry["shape"], entry["blocksize"], entry["nnzb"]
             if not all(isinstance(v, int) and v >= 0 for v in (n, k, r, c, nnzb)):
                 raise ValueError(f"layer {name}: sizes must be integers")
-            layers[name] = ((n, k), (r, c), nnzb)
+            if entry.get("dtype", "int8") != "int8":
+                raise ValueError(f"layer {name}: dtype {entry['dtype']!r} is not known")
+            layers[name] = PackedLayer((n, k), (r, c), nnzb, "dtype" in entry)
         return layers
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SparsePruneError(source, "a description of the packed layers", f"{error!r}", _DAMAGED) from None
@@ -346,20 +373,18 @@ def _make_layer(model, file, name, shape, arrays, bias, assign) -> SparseLinear:
         raise SparsePruneError(
             f"{file}: {name}", f"a linear layer of {k} -> {n} in the model", got, "build the model that was packed"
         )
-    crow_indices, col_indices, values = arrays
-    check_finite(values, f"{file}: {name}.values")
+    check_finite(arrays["values"], f"{file}: {name}.values")
     if (bias is None) != (module.bias is None) or (bias is not None and tuple(bias.shape) != (n,)):
         got = "none" if bias is None else tuple(bias.shape)
         raise SparsePruneError(
             f"{file}: {name}.bias", "none" if module.bias is None else f"shape ({n},)", got, _DAMAGED
         )
     if assign:
-        return SparseLinear(k, n, crow_indices, col_indices, values, bias)
-    layer = SparseLinear(
-        k, n, crow_indices, col_indices, torch.empty_like(values), None if bias is None else torch.empty_like(bias)
-    )
-    like = next(module.parameters())
-    return layer.to(like.device, like.dtype)
+        return SparseLinear(k, n, **arrays, bias=bias)
+    blank = arrays | {"values": torch.empty_like(arrays["values"])}
+    layer = SparseLinear(k, n, **blank, bias=None if bias is None else torch.empty_like(bias))
+    dtype = module.compute_dtype if isinstance(module, SparseLinear) else module.weight.dtype
+    return layer.to(next(module.parameters()).device, dtype)
 
 
 def _check_fit(model: nn.Module, file: Path, layers: Mapping[str, SparseLinear], tensors: Mapping[str, Tensor]) -> None:

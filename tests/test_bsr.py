@@ -102,7 +102,10 @@ BROKEN = {
     ),
     "col repeated": (lambda p: {"col_indices": torch.zeros_like(p.col_indices)}, "col_indices: expected ascending"),
     "values of another block": (lambda p: {"values": p.values[:, :8]}, r"values: expected shape \[nnzb, 16, 32\]"),
-    "values int8": (lambda p: {"values": p.values.to(torch.int8)}, "values: expected float32"),
+    "values int8": (
+        lambda p: {"values": p.values.to(torch.int8)},
+        r"scales: expected float32 \[48\] beside int8 values",
+    ),
     "values missing": (lambda p: {"values": p.values[1:]}, "col_indices: expected shape"),
 }
 

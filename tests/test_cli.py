@@ -294,3 +294,26 @@ def test_info_tells_blocks_and_zeros(run, dense, tmp_path):
     }
     code, text = run("info", tmp_path / "nothing.safetensors")
     assert code == 2 and "expected a safetensors file" in text
+
+
+def test_int8_from_a_pruned_and_from_a_packed_model(run, reviews, dense, tmp_path):
+    from sparse_prune import tasks
+
+    model, tokenizer = tasks.models.load_model(dense, "sentiment")
+    result = sp.sparsify_(model, sp.BlockSparseConfig(density=0.5), lambda name, _: "encoder" in name)
+    sp.save_packed(model, tmp_path / "packed")
+    tokenizer.save_pretrained(tmp_path / "packed")
+    out = tmp_path / "int8"
+    code, text = run("pack", tmp_path / "packed", "--int8", "--out", out, "--json", tmp_path / "pack.json")
+    assert code == 0, text
+    assert f"{len(result.converted)} of {len(result.converted)} sparse layers are int8" in text
+    sizes = json.loads((tmp_path / "pack.json").read_text())
+    assert sizes["packed_bytes"] < sizes["dense_bytes"] and sizes["density"] == pytest.approx(0.5)
+    code, text = run("eval", out, "--eval", reviews)
+    assert code == 0 and "accuracy" in text, text
+    code, text = run("info", out)
+    assert code == 0 and "packed checkpoint, version 2" in " ".join(text.split()) and "int8" in text
+    code, text = run("bench", "model", dense, out, "--batch", "1", "--length", "8", "--dtype", "float32,bfloat16")
+    assert code == 0 and "bfloat16" in text, text
+    code, text = run("pack", out, "--out", tmp_path / "again")
+    assert code == 2 and "expected a dense, pruned model, got a packed one" in " ".join(text.split())

@@ -33,10 +33,28 @@ inline void tile_store(void* p, int64_t stride) {
   for (int r = 0; r < emulated.config.rows[T]; ++r)
     memcpy(static_cast<char*>(p) + r * stride, emulated.data[T][r], emulated.config.row_bytes[T]);
 }
-template <int C, int A, int B>
-inline void tile_dot_bf16() {
+inline void emulated_dot_shapes(int C, int A, int B) {
   const TileConfig& c = emulated.config;
   if (c.row_bytes[A] / 4 != c.rows[B] || c.rows[A] != c.rows[C] || c.row_bytes[B] != c.row_bytes[C]) __builtin_trap();
+}
+template <int C, int A, int B>
+inline void tile_dot_u8s8() {
+  emulated_dot_shapes(C, A, B);
+  const TileConfig& c = emulated.config;
+  for (int m = 0; m < c.rows[C]; ++m)
+    for (int n = 0; n < c.row_bytes[C] / 4; ++n) {
+      int32_t sum;
+      memcpy(&sum, &emulated.data[C][m][n * 4], 4);
+      uint32_t wrapping = static_cast<uint32_t>(sum);
+      for (int k = 0; k < c.row_bytes[A]; ++k)
+        wrapping += static_cast<uint32_t>(emulated.data[A][m][k] * static_cast<int8_t>(emulated.data[B][k / 4][n * 4 + k % 4]));
+      memcpy(&emulated.data[C][m][n * 4], &wrapping, 4);
+    }
+}
+template <int C, int A, int B>
+inline void tile_dot_bf16() {
+  emulated_dot_shapes(C, A, B);
+  const TileConfig& c = emulated.config;
   for (int m = 0; m < c.rows[C]; ++m)
     for (int n = 0; n < c.row_bytes[C] / 4; ++n) {
       float sum;
@@ -68,15 +86,25 @@ template <int T>
 inline void tile_store(void* p, int64_t stride);
 template <int C, int A, int B>
 inline void tile_dot_bf16();
+template <int C, int A, int B>
+inline void tile_dot_u8s8();
+#ifdef SPARSE_PRUNE_AMX_INT8  // a file has the target of one of them only
+#define SPARSE_PRUNE_DOT(T, A, B) \
+  template <> inline void tile_dot_u8s8<T, A, B>() { _tile_dpbusd(T, A, B); }
+#else
+#define SPARSE_PRUNE_DOT(T, A, B) \
+  template <> inline void tile_dot_bf16<T, A, B>() { _tile_dpbf16ps(T, A, B); }
+#endif
 #define SPARSE_PRUNE_ACCUMULATOR(T, A, B)                                              \
   template <> inline void tile_zero<T>() { _tile_zero(T); }                            \
   template <> inline void tile_store<T>(void* p, int64_t s) { _tile_stored(T, p, s); } \
-  template <> inline void tile_dot_bf16<T, A, B>() { _tile_dpbf16ps(T, A, B); }
+  SPARSE_PRUNE_DOT(T, A, B)
 SPARSE_PRUNE_ACCUMULATOR(0, 4, 6)
 SPARSE_PRUNE_ACCUMULATOR(1, 4, 7)
 SPARSE_PRUNE_ACCUMULATOR(2, 5, 6)
 SPARSE_PRUNE_ACCUMULATOR(3, 5, 7)
 #undef SPARSE_PRUNE_ACCUMULATOR
+#undef SPARSE_PRUNE_DOT
 template <> inline void tile_load<4>(const void* p, int64_t s) { _tile_loadd(4, p, s); }
 template <> inline void tile_load<5>(const void* p, int64_t s) { _tile_loadd(5, p, s); }
 template <> inline void tile_load<6>(const void* p, int64_t s) { _tile_loadd(6, p, s); }

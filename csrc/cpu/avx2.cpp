@@ -1,5 +1,6 @@
 // fp32 and converted 16-bit products in 256-bit registers.
 #include "encoder.h"
+#include "int8.h"
 #include "target.h"
 
 #if SPARSE_PRUNE_X86
@@ -77,7 +78,62 @@ struct Avx2 {
 
 #include "tile_kernel.h"
 #include "encoder_kernel.h"
+#include "int8_tile.h"
+
+struct Avx2Int8 : Avx2 {
+  static inline F from_int32(const int32_t* p) { return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  // The bits of |a| and |b| order like the numbers, and NaN above all: highest() then tells the largest magnitude, or NaN.
+  static inline F max_bits(F a, F b) {
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(abs(b))));
+  }
+  static inline float highest(F bits) {
+    int32_t lanes[W], top = 0;
+    memcpy(lanes, &bits, sizeof lanes);
+    for (int32_t lane : lanes) top = lane > top ? lane : top;
+    float v;
+    memcpy(&v, &top, sizeof v);
+    return v;
+  }
+  static inline void store_quantized(uint8_t* p, F v) {
+    const __m256i wide = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(v, _mm256_set1_ps(-127.0f)), _mm256_set1_ps(127.0f)));
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+    const __m128i bytes = _mm_xor_si128(_mm_packs_epi16(words, words), _mm_set1_epi8(static_cast<char>(0x80)));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), bytes);
+  }
+};
+
+// vpmaddubsw sums two products in 16 bits, where 255 * 127 twice would saturate. So x goes in as |x| <= 127, and its sign to the weight:
+// 2 * 127 * 127 fits.
+struct SignTrick {
+  using Vec = Avx2Int8;
+  using I = __m256i;
+  struct B {
+    __m256i x, magnitude;
+  };
+  static constexpr bool uses_offsets = false;
+  static constexpr int spare = 4;
+  static inline I zero() { return _mm256_setzero_si256(); }
+  static inline I load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static inline void store(int32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  static inline I add(I a, I b) { return _mm256_add_epi32(a, b); }
+  static inline I weights(const int8_t* w) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)); }
+  static inline B broadcast(const uint8_t* x) {
+    int32_t group;
+    memcpy(&group, x, sizeof group);
+    const __m256i q = _mm256_set1_epi32(group ^ static_cast<int32_t>(0x80808080u));
+    return {q, _mm256_abs_epi8(q)};
+  }
+  static inline I dot(I acc, B x, I w) {
+    const __m256i pairs = _mm256_maddubs_epi16(x.magnitude, _mm256_sign_epi8(w, x.x));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+};
 }  // namespace
+
+const Int8Kernels* avx2_int8_kernels() {
+  static const Int8Kernels kernels = {"avx2", quantize_rows<Avx2Int8>, int8_range<SignTrick>};
+  return &kernels;
+}
 
 const Kernels* avx2_kernels() {
   static const Kernels kernels = {"avx2", false, linear_any<Avx2>, sdd_any<Avx2>, panels_any<Avx2>};
@@ -94,4 +150,5 @@ SPARSE_PRUNE_TARGET_END
 #else
 const sparse_prune::Kernels* sparse_prune::avx2_kernels() { return nullptr; }
 const sparse_prune::EncoderKernels* sparse_prune::avx2_encoder() { return nullptr; }
+const sparse_prune::Int8Kernels* sparse_prune::avx2_int8_kernels() { return nullptr; }
 #endif

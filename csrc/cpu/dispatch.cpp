@@ -17,8 +17,9 @@
 namespace sparse_prune {
 namespace {
 
-enum Isa : int { portable, avx2, avx512, avx512_bf16, amx_bf16, isa_count };
-constexpr const char* kIsaNames[isa_count] = {"portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
+// In the order in which processors got them, so that each has all below it.
+enum Isa : int { portable, avx2, avx512, avx512_vnni, avx512_bf16, amx_int8, amx_bf16, isa_count };
+constexpr const char* kIsaNames[isa_count] = {"portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"};
 
 #if SPARSE_PRUNE_X86
 uint64_t enabled_state() {  // XCR0: the register files that the operating system saves
@@ -49,10 +50,11 @@ Isa detect() {
   if ((state & kYmm) != kYmm || !(b >> 5 & 1)) return portable;
   const bool foundation = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1;
   if ((state & kZmm) != kZmm || !(foundation && dq && bw && vl)) return avx2;
-  const bool tile = d >> 24 & 1, tile_bf16 = d >> 22 & 1;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return avx512;
-  if ((state & kTiles) != kTiles || !tile || !tile_bf16 || !amx_permission()) return avx512_bf16;
-  return amx_bf16;
+  const bool vnni = c >> 11 & 1, tile = d >> 24 & 1, tile_int8 = d >> 25 & 1, tile_bf16 = d >> 22 & 1;
+  if (!vnni) return avx512;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return avx512_vnni;
+  if ((state & kTiles) != kTiles || !tile || !tile_int8 || !amx_permission()) return avx512_bf16;
+  return tile_bf16 ? amx_bf16 : amx_int8;
 #else
   return portable;
 #endif
@@ -69,8 +71,10 @@ const Kernels* kernels_of(Isa isa) {
   switch (isa) {
     case amx_bf16:
       return amx_bf16_kernels();
+    case amx_int8:
     case avx512_bf16:
       return avx512_bf16_kernels();
+    case avx512_vnni:
     case avx512:
       return avx512_kernels();
     case avx2:
@@ -116,11 +120,27 @@ int64_t first_row_at(const int32_t* crow, int64_t rows, int64_t block_cols, int6
 
 // Rows of x per pass over the weights: about 384 KiB of x, so that it stays in a 1 MiB L2 beside the weights of one block-row; at
 // least 64, so that weights are read once per 64 rows; whole tiles of 32.
-int64_t rows_per_pass(const LinearArgs& a) {
-  const int64_t bytes = a.dtype == DType::f64 ? 8 : (a.dtype == DType::f32 ? 4 : 2);
+int64_t rows_per_pass(const LinearArgs& a, int64_t bytes) {
   const int64_t most = std::min<int64_t>(256, std::max<int64_t>(64, (384 << 10) / std::max<int64_t>(1, a.K * bytes)));
   const int64_t passes = (a.M + most - 1) / most;
   return ((a.M + passes - 1) / passes + 31) / 32 * 32;
+}
+
+// Calls run(m0, m1, i0, i1) so that together they cover y once: rows [m0, m1) of block-rows [i0, i1).
+template <class Run>
+void for_each_range(const LinearArgs& a, int64_t x_bytes, int64_t threads, ParallelFor parallel, const Run& run) {
+  const int64_t rows = (a.N + a.R - 1) / a.R;
+  const int64_t pass = rows_per_pass(a, x_bytes), passes = (a.M + pass - 1) / pass;
+  const int64_t row_work = work_before(a.crow, a.C, rows);
+  const int64_t tasks = useful_threads(threads, row_work * a.R * a.M);
+  // The work of all passes laid end to end and cut into equal parts; a block-row belongs to the part in which it begins.
+  for_each_task(tasks, parallel, [&](int64_t t) {
+    const int64_t total = row_work * passes, low = total * t / tasks, high = total * (t + 1) / tasks;
+    for (int64_t p = low / row_work; p * row_work < high; ++p) {
+      const int64_t i0 = first_row_at(a.crow, rows, a.C, low - p * row_work), i1 = first_row_at(a.crow, rows, a.C, high - p * row_work);
+      if (i0 < i1) run(p * pass, std::min(a.M, (p + 1) * pass), i0, i1);
+    }
+  });
 }
 
 // One block, [outputs][inputs] with the given strides -> [ceil(inputs / step)][outputs][step].
@@ -206,18 +226,9 @@ void transpose_index(const int32_t* crow, const int32_t* col, int64_t rows, int6
 void run_linear(const LinearArgs& a, int64_t threads, ParallelFor parallel) {
   if (a.M == 0 || a.N == 0) return;
   const Kernels& kernels = kernels_for(a.dtype);
-  const int64_t rows = (a.N + a.R - 1) / a.R;
-  const int64_t pass = rows_per_pass(a), passes = (a.M + pass - 1) / pass;
-  const int64_t row_work = work_before(a.crow, a.C, rows);
-  const int64_t tasks = useful_threads(threads, row_work * a.R * a.M);
-  // The work of all passes laid end to end and cut into equal parts; a block-row belongs to the part in which it begins.
-  for_each_task(tasks, parallel, [&](int64_t t) {
-    const int64_t total = row_work * passes, low = total * t / tasks, high = total * (t + 1) / tasks;
-    for (int64_t p = low / row_work; p * row_work < high; ++p) {
-      const int64_t i0 = first_row_at(a.crow, rows, a.C, low - p * row_work), i1 = first_row_at(a.crow, rows, a.C, high - p * row_work);
-      if (i0 < i1) kernels.linear(a, p * pass, std::min(a.M, (p + 1) * pass), i0, i1);
-    }
-  });
+  const int64_t x_bytes = a.dtype == DType::f64 ? 8 : (a.dtype == DType::f32 ? 4 : 2);
+  for_each_range(a, x_bytes, threads, parallel,
+                 [&](int64_t m0, int64_t m1, int64_t i0, int64_t i1) { kernels.linear(a, m0, m1, i0, i1); });
 }
 
 bool panels_are_float(DType dtype) { return dtype == DType::f16 || (dtype == DType::bf16 && !kernels_for(dtype).bf16_pairs); }
@@ -265,6 +276,68 @@ void run_layer_norm(const NormArgs& a, int64_t threads, ParallelFor parallel) {
   const EncoderKernels& kernels = encoder_for(a.dtype);
   const int64_t tasks = std::min(a.M, useful_threads(threads, a.M * a.H * 8));  // an element costs about 8 multiply-adds
   for_each_task(tasks, parallel, [&](int64_t t) { kernels.layer_norm(a, a.M * t / tasks, a.M * (t + 1) / tasks); });
+}
+
+const Int8Kernels& int8_kernels() {
+  const int isa = std::min<int>(best(), allowed.load(std::memory_order_relaxed));
+  if (isa >= amx_int8) return *amx_int8_kernels();
+  if (isa >= avx512_vnni) return *avx512_vnni_kernels();
+  if (isa >= avx2) return *avx2_int8_kernels();
+  return *portable_int8_kernels();
+}
+
+int64_t int8_offsets_at(int64_t nnzb, int64_t R, int64_t C) {
+  return (nnzb * R * ((C + kInt8Step - 1) / kInt8Step * kInt8Step) + kSlack + 63) / 64 * 64;
+}
+
+int64_t int8_prepacked_bytes(int64_t nnzb, int64_t rows, int64_t R, int64_t C) {
+  return int8_offsets_at(nnzb, R, C) + (rows * R + kSlack) * static_cast<int64_t>(sizeof(int32_t));
+}
+
+bool prepack_int8(const int8_t* values, const int32_t* crow, int64_t rows, int64_t R, int64_t C, void* out, int64_t threads,
+                  ParallelFor parallel) {
+  const int64_t nnzb = crow[rows], size = R * ((C + kInt8Step - 1) / kInt8Step * kInt8Step), at = int8_offsets_at(nnzb, R, C);
+  auto* blocks = static_cast<int8_t*>(out);
+  auto* offsets = reinterpret_cast<int32_t*>(blocks + at);
+  std::fill_n(blocks + nnzb * size, at - nnzb * size, int8_t{0});
+  std::fill_n(offsets, rows * R + kSlack, 0);
+  std::atomic<bool> symmetric{true};
+  const int64_t tasks = useful_threads(threads, nnzb * size * 8);  // moving an element costs about 8 multiply-adds
+  for_each_task(tasks, parallel, [&](int64_t t) {
+    for (int64_t i = rows * t / tasks; i < rows * (t + 1) / tasks; ++i)
+      for (int64_t e = crow[i]; e < crow[i + 1]; ++e) {
+        const int8_t* block = values + e * R * C;  // [R, C]
+        prepack_block<int8_t, kInt8Step>(block, C, R, 1, C, blocks + e * size);
+        for (int64_t r = 0; r < R; ++r) {
+          int32_t sum = 0, lowest = 0;
+          for (int64_t c = 0; c < C; ++c) {
+            sum += block[r * C + c];
+            lowest = std::min<int32_t>(lowest, block[r * C + c]);
+          }
+          offsets[i * R + r] -= 128 * sum;
+          if (lowest < -127) symmetric.store(false, std::memory_order_relaxed);
+        }
+      }
+  });
+  return symmetric.load();
+}
+
+int64_t int8_row_bytes(int64_t K, int64_t C) {
+  const int64_t read = (K + C - 1) / C * C + kInt8Step - 1;
+  return ((read + 63) / 64 | 1) * 64;
+}
+
+void run_quantize(const QuantizeArgs& a, int64_t M, int64_t threads, ParallelFor parallel) {
+  const Int8Kernels& kernels = int8_kernels();
+  const int64_t tasks = useful_threads(threads, M * a.K * 8);
+  for_each_task(tasks, parallel, [&](int64_t t) { kernels.quantize(a, M * t / tasks, M * (t + 1) / tasks); });
+}
+
+void run_linear_int8(const Int8Args& a, int64_t threads, ParallelFor parallel) {
+  if (a.M == 0 || a.N == 0) return;
+  const Int8Kernels& kernels = int8_kernels();
+  for_each_range(a, 1, threads, parallel,
+                 [&](int64_t m0, int64_t m1, int64_t i0, int64_t i1) { kernels.linear(a, m0, m1, i0, i1); });
 }
 
 }  // namespace sparse_prune

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "encoder.h"
+#include "int8.h"
 
 namespace sparse_prune {
 
@@ -42,5 +43,23 @@ void run_sdd(const SddArgs& args, int64_t threads, ParallelFor parallel);
 // Independent of threads in the same way.
 void run_attention(const AttentionArgs& args, int64_t threads, ParallelFor parallel);
 void run_layer_norm(const NormArgs& args, int64_t threads, ParallelFor parallel);
+
+// The best allowed kernels for int8 weights.
+const Int8Kernels& int8_kernels();
+
+// Prepacked int8 weights of `rows` block-rows are bytes: blocks, slack, the offsets (from int8_offsets_at on), slack.
+int64_t int8_offsets_at(int64_t nnzb, int64_t R, int64_t C);
+int64_t int8_prepacked_bytes(int64_t nnzb, int64_t rows, int64_t R, int64_t C);
+
+// values[nnzb, R, C] -> that form. False if a value is -128, which is outside the symmetric range and would break the sums' bound.
+bool prepack_int8(const int8_t* values, const int32_t* crow, int64_t rows, int64_t R, int64_t C, void* out, int64_t threads,
+                  ParallelFor parallel);
+
+// Bytes from one row of q to the next: whole blocks and a step more, in an odd number of cache lines, since rows that are a multiple of
+// 4 KiB apart compete for one set of the L1 cache.
+int64_t int8_row_bytes(int64_t K, int64_t C);
+
+void run_quantize(const QuantizeArgs& args, int64_t M, int64_t threads, ParallelFor parallel);
+void run_linear_int8(const Int8Args& args, int64_t threads, ParallelFor parallel);
 
 }  // namespace sparse_prune

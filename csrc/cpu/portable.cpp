@@ -1,5 +1,6 @@
 // The kernels for any processor: vectors of the compiler's own, 16 bytes wide, which SSE2 and NEON both have.
 #include "encoder.h"
+#include "int8.h"
 
 #include <cmath>
 #include <cstring>
@@ -126,8 +127,74 @@ struct Lanes {
 
 #include "tile_kernel.h"
 #include "encoder_kernel.h"
+#include "int8_tile.h"
+
+struct LanesInt8 : Lanes<float> {
+  static inline F mul(F a, F b) { return a * b; }
+  static inline F from_int32(const int32_t* p) {
+    F v;
+    for (int j = 0; j < W; ++j) v[j] = static_cast<float>(p[j]);
+    return v;
+  }
+  // The bits of |a| and |b| order like the numbers, and NaN above all: highest() then tells the largest magnitude, or NaN.
+  static inline F max_bits(F a, F b) {
+    for (int j = 0; j < W; ++j) {
+      const uint32_t bits = bits_of_float(b[j]) & 0x7fffffff;
+      if (bits > bits_of_float(a[j])) a[j] = float_of_bits(bits);
+    }
+    return a;
+  }
+  static inline float highest(F bits) {
+    uint32_t top = 0;
+    for (int j = 0; j < W; ++j) top = bits_of_float(bits[j]) > top ? bits_of_float(bits[j]) : top;
+    return float_of_bits(top);
+  }
+  static inline void store_quantized(uint8_t* p, F v) {
+    for (int j = 0; j < W; ++j) {
+      const float near = v[j] < -127 ? -127 : (v[j] > 127 ? 127 : v[j]);
+      p[j] = static_cast<uint8_t>(std::lrintf(near) + 128);
+    }
+  }
+};
+
+struct PlainDot {
+  using Vec = LanesInt8;
+  typedef int32_t I __attribute__((vector_size(16)));
+  struct B {
+    int32_t x[kInt8Step];
+  };
+  static constexpr bool uses_offsets = false;
+  static constexpr int spare = 6;
+  static inline I zero() { return I{}; }
+  static inline I load(const int32_t* p) {
+    I v;
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static inline void store(int32_t* p, I v) { memcpy(p, &v, sizeof v); }
+  static inline I add(I a, I b) { return a + b; }
+  static inline I weights(const int8_t* w) {
+    I v;
+    memcpy(&v, w, sizeof v);
+    return v;
+  }
+  static inline B broadcast(const uint8_t* x) {
+    B group;
+    for (int j = 0; j < kInt8Step; ++j) group.x[j] = x[j] - 128;
+    return group;
+  }
+  static inline I dot(I acc, const B& x, I w) {  // byte j of each lane, its sign spread by two shifts
+    for (int j = 0; j < kInt8Step; ++j) acc += (I)((I)(w << (24 - 8 * j)) >> 24) * x.x[j];
+    return acc;
+  }
+};
 
 }  // namespace
+
+const Int8Kernels* portable_int8_kernels() {
+  static const Int8Kernels kernels = {"portable", quantize_rows<LanesInt8>, int8_range<PlainDot>};
+  return &kernels;
+}
 
 const Kernels* portable_kernels() {
   static const Kernels kernels = {"portable", false, linear_any<Lanes<float>>, sdd_any<Lanes<float>>,

@@ -26,7 +26,16 @@ from ..errors import SparsePruneError
 from ..fuse import fuse_encoder_
 from ..layers import SparseLinear
 from ..masks import grid_shape
-from ..serialization import METHOD, VERSION, describe_layers, fits_layer, layout_metadata, parse_layers
+from ..serialization import (
+    METHOD,
+    VERSION,
+    VERSION_INT8,
+    describe_layers,
+    fits_layer,
+    layout_metadata,
+    parse_layers,
+    version_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,11 +45,12 @@ _REMEDY = "pack the model again"
 
 @register_quantization_config(METHOD)
 class SparsePruneConfig(QuantizationConfigMixin):
-    """version of the layout, and layers: name -> {"shape": [N, K], "blocksize": [R, C], "nnzb": n}."""
+    """version of the layout, and layers: name -> {"shape": [N, K], "blocksize": [R, C], "nnzb": n}, for int8 also "dtype"."""
 
     def __init__(self, version: str = VERSION, layers: Mapping[str, Any] | None = None, **_: object):
-        if version != VERSION:
-            raise SparsePruneError("quantization_config.version", VERSION, version, "update sparse-prune")
+        if version not in (VERSION, VERSION_INT8):
+            expected = f"{VERSION} or {VERSION_INT8}"
+            raise SparsePruneError("quantization_config.version", expected, version, "update sparse-prune")
         self.quant_method = METHOD
         self.version = version
         self.layers = dict(layers or {})
@@ -61,7 +71,8 @@ class SparsePruneQuantizer(HfQuantizer):
         _check_stored(described, checkpoint_files or ())
         prefix = f"{model.base_model_prefix}."
         with_head = any(name.startswith(prefix) for name in described)
-        for name, (shape, blocksize, nnzb) in described.items():
+        for name, entry in described.items():
+            shape, blocksize = entry.shape, entry.blocksize
             own, linear = _find(model, name, prefix)
             if linear is None and with_head and not name.startswith(prefix):
                 continue  # a layer of the head that was saved, which this model has not
@@ -76,9 +87,10 @@ class SparsePruneQuantizer(HfQuantizer):
                 shape[1],
                 shape[0],
                 torch.empty(rows + 1, **index),
-                torch.empty(nnzb, **index),
-                torch.empty(nnzb, *blocksize, **like),
+                torch.empty(entry.nnzb, **index),
+                torch.empty(entry.nnzb, *blocksize, **(like | {"dtype": torch.int8} if entry.int8 else like)),
                 None if linear.bias is None else torch.empty(shape[0], **like),
+                torch.empty(shape[0], **(like | {"dtype": torch.float32})) if entry.int8 else None,
             )
             set_module(model, own, layer.train(linear.training))
 
@@ -89,7 +101,7 @@ class SparsePruneQuantizer(HfQuantizer):
                 layer.crow_indices, layer.col_indices = layer.crow_indices.clone(), layer.col_indices.clone()
                 packed = layer.packed
                 arrays = (packed.crow_indices, packed.col_indices, packed.values)
-                validate_bsr(packed.shape, packed.blocksize, *arrays, name)
+                validate_bsr(packed.shape, packed.blocksize, *arrays, name, packed.scales)
                 check_finite(packed.values, f"{name}.values")
         self._describe(model)
         if not any(hasattr(module, "_hf_hook") for module in model.modules()):  # which brings weights in from elsewhere
@@ -126,19 +138,22 @@ class SparsePruneQuantizer(HfQuantizer):
 
     def _describe(self, model: PreTrainedModel) -> None:
         """The layers as they are named in this model, which may be the base or another head of the one that was saved."""
-        self.quantization_config.layers = describe_layers(model)
+        config = self.quantization_config
+        config.layers = describe_layers(model)
+        config.version = version_of(config.layers)
 
 
 def mark_packed(model: nn.Module) -> None:
     """Let save_pretrained of a Hugging Face model write its sparse layers as a packed checkpoint; other modules stay as they are.
 
-    sparsify_ and load_packed call it.
+    sparsify_, quantize_ and load_packed call it.
     """
     from transformers.modeling_utils import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         return
-    config = SparsePruneConfig(layers=describe_layers(model))
+    layers = describe_layers(model)
+    config = SparsePruneConfig(version_of(layers), layers)
     model.hf_quantizer = SparsePruneQuantizer(config)
     model.config.quantization_config = config
     model.is_quantized, model.quantization_method = True, METHOD
@@ -175,7 +190,8 @@ def _check_stored(described: Mapping[str, Any], files: Sequence[str]) -> None:
                 str(file), "a safetensors file", f"{type(error).__name__}: {error}", _REMEDY
             ) from None
     # By number, since for some models transformers stores weights under older names than the modules have now.
-    for part in ("crow_indices", "col_indices", "values"):
-        if sum(key.endswith(f".{part}") for key in stored) < len(described):
-            missing = next((name for name in described if f"{name}.{part}" not in stored), "a layer")
+    for part in ("crow_indices", "col_indices", "values", "scales"):
+        wanted = [name for name, entry in described.items() if part in entry.parts]
+        if sum(key.endswith(f".{part}") for key in stored) < len(wanted):
+            missing = next((name for name in wanted if f"{name}.{part}" not in stored), "a layer")
             raise SparsePruneError(f"{files[0]}: {missing}.{part}", "a tensor", "none", _REMEDY)

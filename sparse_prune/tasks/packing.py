@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..convert import BlockSparseConfig, SparsifyResult, nonzero_masks, sparsify_
+from ..convert import BlockSparseConfig, QuantizeResult, SparsifyResult, nonzero_masks, quantize_, sparsify_
 from ..errors import SparsePruneError
 from ..masks import suggest_blocksize
 from ..serialization import MASKS_NAME, WEIGHTS_NAME, atomic_dir, is_packed, load_masks, read_json, save_packed
@@ -20,26 +20,48 @@ from .store import check_out, record
 
 @dataclass(frozen=True)
 class PackResult:
-    """What packing did: per layer, and to the size of the weights file."""
+    """What packing did: per layer, and to the size of the weights file.
 
-    layers: SparsifyResult
+    layers is None where the source was packed already, int8 where its blocks were not rounded.
+    """
+
+    layers: SparsifyResult | None
+    int8: QuantizeResult | None
     dense_bytes: int
     packed_bytes: int
 
+    @property
+    def density(self) -> float:
+        """Kept elements over all elements of the packed layers."""
+        return (self.layers or self.int8).density
+
 
 @quiet()
-def pack(model_dir: Path, out: Path, blocksize: tuple[int, int] | None = None) -> PackResult:
-    """Write the packed twin of a pruned model directory to out, with config and tokenizer.
+def pack(model_dir: Path, out: Path, blocksize: tuple[int, int] | None = None, int8: bool = False) -> PackResult:
+    """Write the packed twin of a pruned model directory to out, with config and tokenizer; int8 rounds its blocks (quantize_).
 
     The masks are those in masks.safetensors; without that file, blocks that are zero throughout in the encoder's layers, of
     blocksize (None: the size that most of these layers' zeros form). Raises SparsePruneError where the directory is not a model, is
-    packed already, or has nothing to pack.
+    packed already (unless to be rounded to int8), or has nothing to pack.
     """
     source, out = Path(model_dir), Path(out)
-    if is_packed(source):
+    packed = is_packed(source)
+    if packed and not int8:
         raise SparsePruneError(str(source), "a dense, pruned model", "a packed one", "use it as it is")
     check_out(out)
     model, tokenizer = load_model(source, task_of(source))
+    layers = None if packed else _sparsified(model, source, blocksize)
+    rounded = quantize_(model) if int8 else None
+    with atomic_dir(out) as temporary:
+        save_packed(model, temporary)
+        tokenizer.save_pretrained(temporary)
+        packed_bytes = (temporary / WEIGHTS_NAME).stat().st_size
+        record(temporary, "pack", {})
+    return PackResult(layers, rounded, (source / WEIGHTS_NAME).stat().st_size, packed_bytes)
+
+
+def _sparsified(model: nn.Module, source: Path, blocksize: tuple[int, int] | None) -> SparsifyResult:
+    """Pack the layers of model by the masks in its directory, or by its zeros."""
     if (source / MASKS_NAME).is_file():
         masks, found = load_masks(source / MASKS_NAME)
         if blocksize not in (None, found):
@@ -58,13 +80,7 @@ def pack(model_dir: Path, out: Path, blocksize: tuple[int, int] | None = None) -
     if not masks:
         got = f"no block of {blocksize[0]}x{blocksize[1]} zeros"
         raise SparsePruneError(str(source), "a pruned model", got, "prune it first with `sparse-prune prune`")
-    layers = sparsify_(model, BlockSparseConfig(blocksize=blocksize), masks=masks)
-    with atomic_dir(out) as temporary:
-        save_packed(model, temporary)
-        tokenizer.save_pretrained(temporary)
-        packed_bytes = (temporary / WEIGHTS_NAME).stat().st_size
-        record(temporary, "pack", {})
-    return PackResult(layers, (source / WEIGHTS_NAME).stat().st_size, packed_bytes)
+    return sparsify_(model, BlockSparseConfig(blocksize=blocksize), masks=masks)
 
 
 def _common_blocksize(model: nn.Module, inside: Callable[[str, nn.Module], bool]) -> tuple[int, int]:

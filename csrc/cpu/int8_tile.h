@@ -1,0 +1,223 @@
+// The int8 product that every vector instruction set shares, like tile_kernel.h, whose formats it uses to load and store floats.
+// Included inside an unnamed namespace, after tile_kernel.h.
+//
+// Dot provides: Vec (float vectors for what follows the sums, with from_int32, max_bits, highest and store_quantized beside what
+// tile_kernel.h wants), I (a vector of W int32), B (a broadcast group of 4 inputs), uses_offsets, zero, load, store, add, weights,
+// broadcast and dot: acc[n] += sum over j < 4 of x[j] * w[n, j].
+
+// One step of 4 inputs: NV vectors of weights by MR groups of x.
+template <class Dot, int MR, int NV>
+inline void int8_step(const uint8_t* x, int64_t ldx, const int8_t* w, typename Dot::I (&acc)[MR][NV]) {
+  constexpr int64_t bytes = Dot::Vec::W * kInt8Step;
+  for (int64_t j = 0; j < NV * bytes; j += 64) prefetch(w + 3072 + j);  // across the 4 KiB pages where hardware stops
+  typename Dot::I b[NV];  // [NV][W][4]
+  for (int v = 0; v < NV; ++v) b[v] = Dot::weights(w + v * bytes);
+  for (int m = 0; m < MR; ++m) {
+    const typename Dot::B xv = Dot::broadcast(x + m * ldx);  // [4]
+    for (int v = 0; v < NV; ++v) acc[m][v] = Dot::dot(acc[m][v], xv, b[v]);
+  }
+}
+
+// z[MR][NV * W] = the sums of one tile of a block-row; y is where they will go, which is only fetched.
+template <class Dot, int MR, int NV>
+void int8_tile(const Int8Args& a, const uint8_t* x, const int8_t* w, const int32_t* offsets, int64_t begin, int64_t end, int32_t* z,
+               int64_t ldz, const char* y, int64_t y_element) {
+  using I = typename Dot::I;
+  constexpr int W = Dot::Vec::W;
+  constexpr int KU = MR * NV >= 8 ? 1 : (MR * NV >= 4 ? 2 : 4);  // a product takes 4 cycles: few sums need several independent parts
+  I acc[KU][MR][NV];  // [KU][MR][NV * W]
+  for (int u = 0; u < KU; ++u)
+    for (int m = 0; m < MR; ++m)
+      for (int v = 0; v < NV; ++v) acc[u][m][v] = Dot::uses_offsets && u == 0 ? Dot::load(offsets + v * W) : Dot::zero();
+  const int64_t steps = (a.C + kInt8Step - 1) / kInt8Step, ldw = a.R * kInt8Step;
+  for (int64_t e = begin; e < end; ++e) {
+    const uint8_t* xb = x + a.col[e] * a.C;               // [MR, C]
+    const int8_t* wb = w + e * steps * ldw;               // [steps][R][4]
+    if (e + 1 < end) {
+      const uint8_t* next = x + a.col[e + 1] * a.C;
+      for (int64_t j = 0; j < a.C; j += 64)
+        for (int m = 0; m < MR; ++m) prefetch(next + m * a.ldx + j);
+    }
+    int64_t k = 0;
+    if (e == begin && KU == 1)
+      for (int m = 0; m < MR && k < steps; m += 2, ++k, wb += ldw) {
+        for (int64_t j = 0; j < NV * W * y_element; j += 64) {
+          __builtin_prefetch(y + m * a.N * y_element + j, 1);
+          __builtin_prefetch(y + (m + 1) * a.N * y_element + j, 1);
+        }
+        int8_step<Dot, MR, NV>(xb + k * kInt8Step, a.ldx, wb, acc[0]);
+      }
+    for (; k + KU <= steps; k += KU)
+      for (int u = 0; u < KU; ++u, wb += ldw) int8_step<Dot, MR, NV>(xb + (k + u) * kInt8Step, a.ldx, wb, acc[u]);
+    if (KU > 1)
+      for (; k < steps; ++k, wb += ldw) int8_step<Dot, MR, NV>(xb + k * kInt8Step, a.ldx, wb, acc[0]);
+  }
+  for (int m = 0; m < MR; ++m)
+    for (int v = 0; v < NV; ++v) {
+      I sum = acc[0][m][v];
+      for (int u = 1; u < KU; ++u) sum = Dot::add(sum, acc[u][m][v]);
+      Dot::store(z + m * ldz + v * W, sum);
+    }
+}
+
+using Int8TileFn = void (*)(const Int8Args&, const uint8_t*, const int8_t*, const int32_t*, int64_t, int64_t, int32_t*, int64_t,
+                            const char*, int64_t);
+
+template <class Dot, int NV, int MR>
+struct Int8TileTable {
+  static void fill(Int8TileFn* table) {
+    table[MR - 1] = int8_tile<Dot, MR, NV>;
+    Int8TileTable<Dot, NV, MR - 1>::fill(table);
+  }
+};
+template <class Dot, int NV>
+struct Int8TileTable<Dot, NV, 0> {
+  static void fill(Int8TileFn*) {}
+};
+
+// Rows of a tile: what is left of the registers after NV vectors of weights and Dot::spare for a group of x and for dot itself.
+template <class Dot, int NV>
+constexpr int int8_rows() {
+  constexpr int rows = (Dot::Vec::registers - NV - Dot::spare) / NV;
+  return rows < 14 ? rows : 14;
+}
+
+template <class Dot>
+struct Int8Tiles {
+  static constexpr int widest = Dot::Vec::registers >= 32 ? 4 : 2;
+  Int8TileFn one[int8_rows<Dot, 1>()], two[int8_rows<Dot, 2>()], four[int8_rows<Dot, widest>()];
+  Int8Tiles() {
+    Int8TileTable<Dot, 1, int8_rows<Dot, 1>()>::fill(one);
+    Int8TileTable<Dot, 2, int8_rows<Dot, 2>()>::fill(two);
+    Int8TileTable<Dot, widest, int8_rows<Dot, widest>()>::fill(four);
+  }
+};
+
+// y[m.., n..] = act(z * w_scales[n..] * x_scales[m..] + bias) + residual for a rectangle of y; z has whole vectors.
+template <class Out>
+void int8_finish_as(const Int8Args& a, const int32_t* z, int64_t ldz, int64_t m0, int64_t n0, int64_t rows, int64_t cols) {
+  using V = typename Out::Vec;
+  using Y = typename Out::Y;
+  const float* w_scales = a.w_scales + n0;
+  const Y* bias = a.bias ? static_cast<const Y*>(a.bias) + n0 : nullptr;
+  for (int64_t m = 0; m < rows; ++m) {
+    const typename V::F x_scale = V::set1(a.x_scales[m0 + m]);
+    Y* to = static_cast<Y*>(a.y) + (m0 + m) * a.N + n0;                                                        // [cols]
+    const Y* from = a.residual ? static_cast<const Y*>(a.residual) + (m0 + m) * a.N + n0 : nullptr;            // [cols]
+    for (int64_t n = 0; n < cols; n += V::W) {
+      const int64_t count = cols - n;
+      const bool whole = count >= V::W;
+      typename V::F v = V::mul(V::from_int32(z + m * ldz + n), whole ? V::load(w_scales + n) : load_edge<Plain<V>>(w_scales + n, count));
+      v = V::mul(v, x_scale);  // [W]
+      if (bias) v = V::add(v, whole ? Out::load_y(bias + n) : load_edge<Out>(bias + n, count));
+      if (a.activation != Activation::none) v = V::activate(v, a.activation);
+      if (from) v = V::add(v, whole ? Out::load_y(from + n) : load_edge<Out>(from + n, count));
+      if (whole) {
+        Out::store_y(to + n, v);
+      } else {
+        Y edge[V::W];
+        Out::store_y(edge, v);
+        for (int64_t j = 0; j < count; ++j) to[n + j] = edge[j];
+      }
+    }
+  }
+}
+
+template <class V>
+void int8_finish(const Int8Args& a, const int32_t* z, int64_t ldz, int64_t m0, int64_t n0, int64_t rows, int64_t cols) {
+  if (a.dtype == DType::f32)
+    int8_finish_as<Plain<V>>(a, z, ldz, m0, n0, rows, cols);
+  else if (a.dtype == DType::bf16)
+    int8_finish_as<Bf16Weights<V>>(a, z, ldz, m0, n0, rows, cols);
+  else
+    int8_finish_as<HalfWeights<V>>(a, z, ldz, m0, n0, rows, cols);
+}
+
+// Rows [m0, m1) of block-rows [i0, i1), in the order of linear_range and for its reasons.
+template <class Dot>
+void int8_range(const Int8Args& a, int64_t m0, int64_t m1, int64_t i0, int64_t i1) {
+  using V = typename Dot::Vec;
+  static const Int8Tiles<Dot> tiles;
+  constexpr int widest = Int8Tiles<Dot>::widest, rows_widest = int8_rows<Dot, widest>(), rows_two = int8_rows<Dot, 2>();
+  constexpr int64_t stage_cols = 256, ldz = stage_cols + 4 * V::W;  // the last strip may store past the outputs it has
+  const bool has_wide = widest == 4 && a.R >= 4 * V::W;
+  constexpr int64_t panel_wide = 2 * rows_widest, panel_most = panel_wide > rows_two ? panel_wide : rows_two;
+  const int64_t panel = has_wide || widest == 2 ? panel_wide : rows_two;
+  const int64_t rows = m1 - m0, panels = (rows + panel - 1) / panel, y_element = a.dtype == DType::f32 ? 4 : 2;
+  alignas(64) int32_t stage[panel_most * ldz];  // [panel][stage_cols]
+  for (int64_t g0 = i0, g1; g0 < i1; g0 = g1) {
+    g1 = group_end(a, g0, i1, 1);
+    const int64_t n_end = g1 * a.R < a.N ? g1 * a.R : a.N;
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t from = rows * p / panels, high = rows * (p + 1) / panels - from;
+      const uint8_t* xp = static_cast<const uint8_t*>(a.x) + (m0 + from) * a.ldx;  // [high, K]
+      int64_t n = g0 * a.R, staged = n;  // outputs [staged, n) are in the stage
+      for (int64_t i = g0; i < g1; ++i) {
+        const int64_t row_end = (i + 1) * a.R < a.N ? (i + 1) * a.R : a.N;
+        while (n < row_end) {
+          const int64_t left = row_end - n;
+          const bool wide = has_wide && left >= 4 * V::W;
+          const int vectors = wide ? 4 : (left > V::W ? 2 : 1);
+          const Int8TileFn* table = wide ? tiles.four : (vectors == 2 ? tiles.two : tiles.one);
+          const int64_t most = wide ? rows_widest : (vectors == 2 ? rows_two : int8_rows<Dot, 1>());
+          const int64_t cols = left < vectors * V::W ? left : vectors * V::W;
+          const int8_t* w = static_cast<const int8_t*>(a.w) + (n - i * a.R) * kInt8Step;
+          const int64_t count = (high + most - 1) / most;
+          for (int64_t t = 0; t < count; ++t) {
+            const int64_t m = high * t / count, tile = high * (t + 1) / count - m;
+            const char* y = static_cast<const char*>(a.y) + ((m0 + from + m) * a.N + n) * y_element;
+            table[tile - 1](a, xp + m * a.ldx, w, a.offsets + n, a.crow[i], a.crow[i + 1], stage + m * ldz + (n - staged), ldz, y,
+                            y_element);
+          }
+          n += cols;
+          if (n == n_end || n - staged + vectors * V::W > stage_cols) {
+            int8_finish<V>(a, stage, ldz, m0 + from, staged, high, n - staged);
+            staged = n;
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class Load>
+void quantize_rows_as(const QuantizeArgs& a, int64_t m0, int64_t m1) {
+  using V = typename Load::Vec;
+  constexpr float smallest = 1.17549435e-38f;  // of a normal float: its reciprocal is finite, and a row of zeros stays zeros
+  const int64_t whole = a.K / V::W * V::W;
+  for (int64_t m = m0; m < m1; ++m) {
+    const auto* x = static_cast<const typename Load::Y*>(a.x) + m * a.ldx;  // [K]
+    uint8_t* q = a.q + m * a.ldq;                                           // [ldq]
+    typename V::F edge = V::zero();
+    if (whole < a.K) edge = load_edge<Load>(x + whole, a.K - whole);
+    typename V::F top = V::max_bits(V::zero(), edge);
+    for (int64_t k = 0; k < whole; k += V::W) top = V::max_bits(top, Load::load_y(x + k));
+    const float highest = V::highest(top);
+    const bool finite = highest < __builtin_inff();
+    float scale = a.scale;
+    if (scale == 0) scale = highest / 127 > smallest ? highest / 127 : smallest;
+    a.scales[m] = finite ? scale : __builtin_nanf("");
+    memset(q + whole, 128, a.ldq - whole);
+    if (!finite) {
+      memset(q, 128, whole);
+      continue;
+    }
+    const typename V::F inverse = V::set1(1 / scale);
+    for (int64_t k = 0; k < whole; k += V::W) V::store_quantized(q + k, V::mul(Load::load_y(x + k), inverse));
+    if (whole < a.K) {
+      uint8_t last[V::W];
+      V::store_quantized(last, V::mul(edge, inverse));
+      for (int64_t k = whole; k < a.K; ++k) q[k] = last[k - whole];
+    }
+  }
+}
+
+template <class V>
+void quantize_rows(const QuantizeArgs& a, int64_t m0, int64_t m1) {
+  if (a.dtype == DType::f32)
+    quantize_rows_as<Plain<V>>(a, m0, m1);
+  else if (a.dtype == DType::bf16)
+    quantize_rows_as<Bf16Weights<V>>(a, m0, m1);
+  else
+    quantize_rows_as<HalfWeights<V>>(a, m0, m1);
+}

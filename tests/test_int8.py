@@ -1,0 +1,386 @@
+"""int8 weights: rounding, layers, whole models, files, and Hugging Face's loading. The products are in test_int8_kernels.py."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import json
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import sparse_prune as sp
+from sparse_prune import serialization
+from sparse_prune.masks import expand_mask, grid_shape
+
+
+def packed_weight(shape=(48, 70), blocksize=(16, 32), dtype=torch.float32, density=0.5):
+    mask = torch.rand(grid_shape(shape, blocksize)) < density
+    return sp.BsrWeight.from_dense(torch.randn(shape, dtype=dtype), mask, blocksize)
+
+
+@given(
+    st.tuples(st.integers(1, 50), st.integers(1, 50)),
+    st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.sampled_from([0.0, 1e-38, 1e-4, 1.0, 1e4]),
+    st.integers(0, 2**31),
+)
+def test_each_weight_moves_by_at_most_half_its_scale(shape, blocksize, dtype, density, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(grid_shape(shape, blocksize), generator=generator) < density
+    weight = (torch.randn(shape, generator=generator, dtype=torch.float64) * size).to(dtype)
+    packed = sp.BsrWeight.from_dense(weight, mask, blocksize)
+    quantized = packed.quantize().validate()
+    assert quantized.values.dtype == torch.int8 and quantized.scales.dtype == torch.float32
+    dense, exact = quantized.to_dense(), packed.to_dense().double()
+    assert dense.dtype == torch.float32 and torch.equal(quantized.block_mask(), mask)
+    limit = quantized.scales.double() * (0.5 + 1e-4)  # and the rounding of weight / scale itself
+    assert ((dense.double() - exact).abs() <= limit[:, None]).all()
+    assert not dense[~expand_mask(mask, blocksize, shape)].any()
+    empty = exact.abs().amax(1) == 0
+    assert (quantized.scales[empty] == 1).all()
+    largest = (exact.abs().amax(1) > 1e-35) & ~empty
+    rows = (dense / quantized.scales[:, None]).abs().amax(1)
+    assert (rows[largest].round() == 127).all(), "the largest weight of a row is +-127"
+    again = quantized.dequantize()
+    assert torch.equal(again.to_dense(), dense) and again.scales is None
+
+
+def test_rounds_half_to_even():
+    weight = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5, 126.5]])
+    packed = sp.BsrWeight.from_dense(weight, torch.ones(1, 1, dtype=torch.bool), (1, 8)).quantize()
+    assert packed.scales.tolist() == [1.0]
+    assert packed.values.flatten().tolist() == [127, 0, 2, 2, 0, -2, -126, 126]
+
+
+def test_a_scale_per_output_over_all_its_blocks():
+    weight = torch.tensor([[1.0, 0, 0, 2.0], [-8.0, 0, 0, 4.0], [0, 0, 0, 0]])
+    packed = sp.BsrWeight.from_dense(weight, torch.ones(2, 2, dtype=torch.bool), (2, 2)).quantize()
+    torch.testing.assert_close(packed.scales, torch.tensor([2 / 127, 8 / 127, 1.0]))
+    assert packed.nbytes == packed.values.numel() + 3 * 4 + (3 + 4) * 4
+
+
+def test_quantizing_twice_and_what_is_not_finite():
+    packed = packed_weight()
+    with pytest.raises(sp.SparsePruneError, match="values: expected floating-point values, got int8"):
+        packed.quantize().quantize()
+    packed.values[0, 0, 0] = torch.nan
+    with pytest.raises(sp.SparsePruneError, match="values: expected finite numbers"):
+        packed.quantize()
+
+
+def test_to_moves_and_never_casts_int8():
+    quantized = packed_weight().quantize()
+    for cast in (quantized.to(torch.bfloat16), quantized.to("cpu", torch.float16)):
+        assert cast.values.dtype == torch.int8 and cast.scales.dtype == torch.float32
+        assert torch.equal(cast.to_dense(), quantized.to_dense())
+
+
+def test_torch_and_scipy_get_the_scaled_weight():
+    quantized = packed_weight((48, 64)).quantize()
+    assert torch.equal(quantized.to_torch().to_dense(), quantized.to_dense())
+    scipy = pytest.importorskip("scipy")  # noqa: F841
+    assert torch.equal(torch.from_numpy(quantized.to_scipy().toarray()), quantized.to_dense())
+
+
+def _low(p):
+    values = p.values.clone()
+    values[0, 0, 0] = -128
+    return {"values": values}
+
+
+def _first_scale(value):
+    return lambda p: {"scales": torch.cat([torch.tensor([value]), p.scales[1:]])}
+
+
+BROKEN = {
+    "scales missing": (lambda p: {"scales": None}, r"scales: expected float32 \[48\] beside int8 values, got none"),
+    "scales of another dtype": (lambda p: {"scales": p.scales.double()}, "scales: expected float32, got torch.float64"),
+    "scales too few": (
+        lambda p: {"scales": p.scales[1:]},
+        r"scales: expected shape \[48\], one per output, got \(47,\)",
+    ),
+    "scales not a vector": (lambda p: {"scales": p.scales[:, None]}, r"scales: expected shape \[48\]"),
+    "scale of 0": (_first_scale(0.0), "scales: expected finite positive numbers"),
+    "scale below 0": (_first_scale(-1.0), "scales: expected finite positive numbers"),
+    "scale NaN": (_first_scale(torch.nan), "scales: expected finite positive numbers"),
+    "scale infinite": (_first_scale(torch.inf), "scales: expected finite positive numbers"),
+    "a value of -128": (_low, "values: expected int8 from -127 to 127, got -128"),
+    "scales beside floats": (
+        lambda p: {"values": p.values.float()},
+        "scales: expected none beside torch.float32 values",
+    ),
+    "values of another integer": (lambda p: {"values": p.values.int()}, "values: expected float32, .* or int8, got"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_validate_names_the_violation(case):
+    change, message = BROKEN[case]
+    quantized = packed_weight(density=2).quantize()
+    with pytest.raises(sp.SparsePruneError, match=message):
+        dataclasses.replace(quantized, **change(quantized)).validate()
+
+
+def make_layer(n=96, k=64, bias=True):
+    mask = torch.rand(n // 32, k // 32) < 0.5
+    mask[0, 0] = True
+    return sp.SparseLinear.from_dense(nn.Linear(k, n, bias=bias), mask, (32, 32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_is_the_quantized_product_and_survives_casts(bias, dtype):
+    layer = make_layer(bias=bias).eval()
+    x = torch.randn(2, 5, 64)
+    before = layer(x)
+    assert layer.quantize_() is layer and not layer.values.requires_grad
+    scales = layer.scales.clone()
+    layer.to(dtype).half().to(dtype)
+    assert (
+        layer.values.dtype == torch.int8 and torch.equal(layer.scales, scales) and layer.scales.dtype == torch.float32
+    )
+    y = layer(x.to(dtype))
+    weight_bias = None if layer.bias is None else layer.bias.detach()
+    assert torch.equal(y, sp.bsr_linear(x.to(dtype), layer.packed, weight_bias)) and y.dtype == dtype
+    assert (y.float() - before).norm() < 0.02 * before.norm()
+    assert repr(layer).endswith(f"bias={bias}, int8)")
+    dense = layer.to_dense()
+    assert dense.weight.dtype == (dtype if bias else torch.float32)
+    torch.testing.assert_close(dense.weight.float(), layer.weight, rtol=1e-2, atol=1e-6)
+
+
+def test_layer_state_dict_deepcopy_and_pickle():
+    layer = make_layer().quantize_()
+    x = torch.randn(4, 64)
+    assert set(layer.state_dict()) == {"crow_indices", "col_indices", "values", "scales", "bias"}
+    blank = {name: torch.zeros_like(tensor) for name, tensor in layer.state_dict().items()}
+    other = sp.SparseLinear(64, 96, **blank)
+    other.load_state_dict(layer.state_dict())
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for twin in (other, copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
+        assert torch.equal(twin(x), layer(x))
+
+
+def test_layer_follows_writes():
+    layer = make_layer(bias=False).quantize_()
+    x = torch.randn(4, 64)
+    with torch.no_grad():
+        before = layer(x)
+        layer.values.neg_()
+        torch.testing.assert_close(layer(x), -before)
+        layer.scales.mul_(2)
+        torch.testing.assert_close(layer(x), -2 * before)
+
+
+def test_layer_under_autocast_compile_and_inference_mode():
+    layer = make_layer().quantize_().eval()
+    x = torch.randn(4, 64)
+    with torch.no_grad():
+        expected = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        assert y.dtype == torch.bfloat16 and layer.values.dtype == torch.int8
+        torch.testing.assert_close(y.float(), expected, atol=0.03, rtol=0.03)
+        compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+        for batch in (4, 7):
+            z = torch.randn(batch, 64)
+            assert torch.equal(compiled(z), layer(z))
+    with torch.inference_mode():
+        assert torch.equal(layer(x), expected)
+    assert torch.equal(sp.fused_linear(layer, x, "gelu"), layer(x, "gelu"))
+
+
+def test_layer_gives_no_gradient_and_names_bad_input():
+    layer = make_layer().quantize_()
+    with pytest.raises(sp.SparsePruneError, match="train before quantizing"):
+        layer(torch.randn(2, 64)).sum().backward()
+    for x, message in (
+        (torch.zeros(4, 63), "x: expected a last dimension of 64"),
+        (torch.zeros(4, 64, dtype=torch.float64), "x: expected float32, bfloat16 or float16 beside an int8 weight"),
+        (torch.zeros(4, 64, dtype=torch.bfloat16), "bias: expected dtype torch.bfloat16 like x, got torch.float32"),
+    ):
+        with pytest.raises(sp.SparsePruneError, match=message):
+            layer(x)
+
+
+def build():
+    return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 45), nn.LayerNorm(45), nn.Linear(45, 3)).eval()
+
+
+@pytest.fixture
+def model():
+    model = build()
+    sp.sparsify_(model, sp.BlockSparseConfig(blocksize=(16, 32), density=0.5), filter_fn=lambda name, _: name != "4")
+    return model
+
+
+def test_a_whole_model_and_its_table(model):
+    x = torch.randn(20, 64)
+    before, bytes_before = model(x), model[0].packed.nbytes
+    result = sp.quantize_(model, filter_fn=lambda name, layer: name == "0")
+    assert result.converted == ["0"] and isinstance(model[4], nn.Linear)
+    assert model[0].values.dtype == torch.int8 and model[2].values.dtype == torch.float32
+    first, second = result.layers
+    assert (first.bytes_before, first.bytes) == (bytes_before, model[0].packed.nbytes)
+    assert 0 < first.error < 0.01 and second.reason == "left out by filter_fn"
+    assert sp.quantize_(model).layers[0].reason == "it is int8 already"
+    table = str(result)
+    assert "1 of 2 sparse layers are int8" in table and f"{bytes_before} -> {first.bytes}" in table
+    assert (model(x) - before).norm() < 0.05 * before.norm()
+    with pytest.raises(sp.SparsePruneError, match="model: expected at least one SparseLinear, got Linear"):
+        sp.quantize_(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("target", ["m.safetensors", "directory"])
+def test_file_round_trip_and_versions(model, tmp_path, target):
+    x = torch.randn(5, 64)
+    old = sp.save_packed(model, tmp_path / "old.safetensors")
+    sp.quantize_(model, filter_fn=lambda name, _: name == "0")
+    file = sp.save_packed(model, tmp_path / target)
+    metadata = serialization.read_tensors(file)[1]
+    assert metadata["sparse_prune"] == "2" and serialization.read_tensors(old)[1]["sparse_prune"] == "1"
+    layers = json.loads(metadata["layers"])
+    assert layers["0"]["dtype"] == "int8" and "dtype" not in layers["2"]
+    loaded = sp.load_packed(build(), file)
+    assert torch.equal(loaded(x), model(x)) and loaded[0].scales.dtype == torch.float32
+    assert torch.equal(sp.load_packed(loaded, file)(x), model(x)), "into a model that is int8 already"
+    assert sp.load_packed(loaded, old)[0].values.dtype == torch.float32, "and back from int8"
+    half = sp.load_packed(build().bfloat16(), file)
+    assert half[0].values.dtype == torch.int8 and half[0].bias.dtype == half[2].values.dtype == torch.bfloat16
+    assert torch.equal(half[0].scales, model[0].scales)
+    assert file.stat().st_size < old.stat().st_size
+
+
+def _set(name, change):
+    return lambda tensors: tensors | {name: change(tensors[name])}
+
+
+BROKEN_FILES = {
+    "scales missing": (
+        lambda t: {k: v for k, v in t.items() if k != "0.scales"},
+        "0.scales: expected a tensor, got none",
+    ),
+    "scales too few": (_set("0.scales", lambda t: t[1:].clone()), r"0.scales: expected shape \[96\]"),
+    "scales of another dtype": (_set("0.scales", lambda t: t.bfloat16()), "0.scales: expected float32"),
+    "a scale of 0": (_set("0.scales", lambda t: t * 0), "0.scales: expected finite positive numbers"),
+    "NaN scales": (_set("0.scales", lambda t: t * torch.nan), "0.scales: expected finite positive numbers"),
+    "float values": (_set("0.values", lambda t: t.float()), "0.scales: expected none beside torch.float32 values"),
+    "value -128": (_set("0.values", lambda t: torch.full_like(t, -128)), "0.values: expected int8 from -127"),
+    "stray scales": (lambda t: t | {"2.scales": torch.ones(45)}, "2.scales: expected no such tensor"),
+    "int8 where floats are described": (_set("2.values", lambda t: t.to(torch.int8)), "2.scales: expected float32"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_FILES)
+def test_broken_files_never_reach_the_model(model, tmp_path, case):
+    change, message = BROKEN_FILES[case]
+    sp.quantize_(model, filter_fn=lambda name, _: name == "0")
+    file = sp.save_packed(model, tmp_path / "m.safetensors")
+    tensors, metadata = serialization.read_tensors(file)
+    safetensors.torch.save_file(change(tensors), file, metadata)
+    target = build()
+    with pytest.raises(sp.SparsePruneError, match=message):
+        sp.load_packed(target, file)
+    assert isinstance(target[0], nn.Linear)
+
+
+def test_unknown_dtype_in_the_metadata(model, tmp_path):
+    file = sp.save_packed(model, tmp_path / "m.safetensors")
+    tensors, metadata = serialization.read_tensors(file)
+    metadata["layers"] = metadata["layers"].replace('"nnzb"', '"dtype": "int4", "nnzb"', 1)
+    safetensors.torch.save_file(tensors, file, metadata)
+    with pytest.raises(sp.SparsePruneError, match="dtype 'int4' is not known"):
+        sp.load_packed(build(), file)
+
+
+@pytest.fixture
+def bert(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("sparse_prune.integrations.hf")
+    config = transformers.BertConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, vocab_size=50, num_labels=3
+    )
+    model = transformers.BertForSequenceClassification(config).eval()
+    sp.sparsify_(model, sp.BlockSparseConfig(blocksize=(16, 16), density=0.3), lambda name, _: "encoder" in name)
+    sp.quantize_(model)
+    sp.save_packed(model, tmp_path / "packed")
+    return model, tmp_path / "packed", transformers.AutoModelForSequenceClassification.from_pretrained
+
+
+IDS = torch.arange(12).view(2, 6)
+
+
+def test_hugging_face_round_trip(bert, tmp_path):
+    model, path, load = bert
+    loaded = load(path).eval()
+    layer = loaded.bert.encoder.layer[0].attention.self.query
+    assert layer.values.dtype == torch.int8 and layer.scales.dtype == torch.float32
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    assert serialization.read_tensors(tmp_path / "again" / "model.safetensors")[1]["sparse_prune"] == "2"
+    assert torch.equal(load(tmp_path / "again").eval()(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_hugging_face_dtype_casts_neither_values_nor_scales(bert, dtype):
+    model, path, load = bert
+    name = "bert.encoder.layer.1.output.dense"
+    for loaded in (load(path, dtype=dtype), load(path).to(dtype)):
+        layer = loaded.eval().get_submodule(name)
+        assert layer.values.dtype == torch.int8 and layer.bias.dtype == dtype
+        assert torch.equal(layer.scales, model.get_submodule(name).scales) and layer.scales.dtype == torch.float32
+        torch.testing.assert_close(loaded(IDS).logits.float(), model(IDS).logits, atol=0.05, rtol=0.05)
+    dense = load(path).dequantize()
+    torch.testing.assert_close(
+        dense.get_submodule(name).weight.float(), model.get_submodule(name).weight, atol=1e-6, rtol=1e-2
+    )
+
+
+def test_hugging_face_refuses_wrong_scales(bert):
+    _, path, load = bert
+    file = path / serialization.WEIGHTS_NAME
+    tensors, metadata = serialization.read_tensors(file)
+    name = "bert.encoder.layer.0.output.dense.scales"
+    safetensors.torch.save_file(tensors | {name: -tensors[name]}, file, metadata)
+    with pytest.raises(sp.SparsePruneError, match="scales: expected finite positive numbers"):
+        load(path)
+
+
+def test_accuracy_of_a_layer_beside_the_float_one():
+    layer = make_layer(384, 64, bias=True).eval()
+    x = torch.randn(200, 64)
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    error = (layer.quantize_()(x).double() - exact).norm() / exact.norm()
+    assert error < 0.015
+
+
+def test_a_fused_encoder_runs_the_same_int8_products(bert):
+    model = bert[0]
+    with torch.no_grad():
+        fused = model(IDS).logits
+        queries = model.bert.encoder.layer[0].attention.self.query
+        queries.scales.mul_(1.5)
+        changed = model(IDS).logits
+        queries.scales.div_(1.5)
+        sp.unfuse_encoder_(model)
+        torch.testing.assert_close(fused, model(IDS).logits, atol=2e-2, rtol=0)
+    assert not torch.equal(changed, fused), "scales that were written to count"
+
+
+def test_joining_int8_weights():
+    first, second = (packed_weight((48, 70), density=d).quantize() for d in (0.5, 0.3))
+    joined = sp.BsrWeight.cat([first, second]).validate()
+    assert torch.equal(joined.to_dense(), torch.cat([first.to_dense(), second.to_dense()]))
+    with pytest.raises(sp.SparsePruneError, match="weights: expected values of torch.int8, like the first"):
+        sp.BsrWeight.cat([first, first.dequantize()])
