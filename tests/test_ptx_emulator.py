@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import ptx_emulator
 import pytest
@@ -160,6 +163,46 @@ def test_triton_reductions(capability, mode):
     x, y, sums = torch.randn(3, 432), torch.full((3, 432), torch.nan), torch.zeros(432)
     emulate(ptx, "softmax_and_sums", 3, 128, [x, y, sums, 432], shared_bytes=shared, mode=mode)
     assert (y - x.softmax(1)).abs().max() < 1e-7 and (sums - x.softmax(1).sum(0)).abs().max() < 1e-6
+
+
+@functools.cache
+def nvcc_ptx(arch: str, *options: str) -> str:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    source = Path(__file__).with_name("ptx_test_kernels.cu")
+    command = [nvcc, "-O3", "-std=c++17", f"-arch={arch}", *options, "-ptx", str(source), "-o", "-"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_nvcc(arch, mode):
+    ptx = nvcc_ptx(arch)
+    x, sums, order = torch.randn(3, 300), torch.zeros(3), torch.zeros(4, dtype=torch.int32)
+    emulate(ptx, "row_sums", 3, 128, [x, sums, order, 3, 300], mode=mode)
+    assert (sums - x.sum(1)).abs().max() < 1e-4 and sorted(order[:3].tolist()) == [0, 1, 2] and order[3] == 3
+
+    x, y = torch.randn(500).bfloat16(), torch.zeros(500).bfloat16()
+    emulate(ptx, "functions_bf16", 2, 128, [x, y, 500], mode=mode)
+    a, b = x.double().view(-1, 2).unbind(1)
+    a = 0.5 * a * (1 + torch.erf(a * 0.5**0.5))
+    expected = torch.stack([a, b * torch.tanh(b) + torch.exp(a) - torch.log(1 + a * a) + torch.sin(b)], 1).view(-1)
+    assert ((y.double() - expected).abs() <= 2.0**-8 * expected.abs() + 1e-5).all()
+
+    a, b, c = torch.randn(64, 64).half(), torch.randn(64, 64).half(), torch.full((64, 64), torch.nan)
+    emulate(ptx, "matmul_tile", (4, 8), 32, [a, b, c, 64], mode=mode)
+    assert (c.double() - a.double() @ b.double().T).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+def test_lanes_of_a_warp_are_not_in_order_by_themselves(mode):
+    """cp.async.wait_group orders a lane with its own copies only: what other lanes copied needs __syncwarp."""
+    a = torch.randn(64, 64).half()
+    with pytest.raises(
+        EmulationError, match=r"ldmatrix.*race in shared memory: a read .* by warp 0, lane \d+ are not ordered"
+    ):
+        emulate(nvcc_ptx("sm_80", "-DNO_SYNC"), "matmul_tile", (4, 8), 32, [a, a, torch.zeros(64, 64), 64], mode=mode)
 
 
 # ---- bugs planted in real kernels: an error, or a wrong result ----

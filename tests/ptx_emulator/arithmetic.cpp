@@ -1,5 +1,7 @@
 // Integer, bit, floating-point and predicate instructions: each is a function of one lane, mapped over 32.
 #include <algorithm>
+#include <array>
+#include <cfenv>
 #include <limits>
 #include <type_traits>
 
@@ -194,6 +196,34 @@ void floating(Line& l, Inst& inst, Type t) {
     else inst.run = tri<double, F>;
   }
 }
+// Directed rounding is the host's: rare enough to switch it around one warp's lanes.
+template <auto F, int N>
+__attribute__((noinline)) void directed(Warp& w, const Inst& i, Mask m) {
+  static const int modes[] = {FE_TOWARDZERO, FE_DOWNWARD, FE_UPWARD};
+  float out[LANES];
+  const float* s[3];
+  for (int k = 0; k < N; ++k) s[k] = w.reg<float>(i.op[k + 1]);
+  std::fesetround(modes[i.b]);
+  for (int l = 0; l < LANES; ++l) {
+    if constexpr (N == 2) out[l] = F(s[0][l], s[1][l]);
+    else out[l] = F(s[0][l], s[1][l], s[2][l]);
+  }
+  std::fesetround(FE_TONEAREST);
+  put(w.reg<float>(i.op[0]), out, m);
+}
+
+template <int N, auto F>
+bool take_directed(Line& l, Inst& inst, Type t) {
+  for (u32 k = 0; k < 3; ++k)
+    if (t.bits == 32 && t.lanes == 1 && l.take(std::array{"rz", "rm", "rp"}[k])) {
+      inst.kind = FLOAT;
+      inst.b = k;
+      sources(l, 4, N);
+      inst.run = directed<F, N>;
+      return true;
+    }
+  return false;
+}
 void nearest_only(Line& l) {
   l.take("rn");
   for (const char* other : {"rz", "rm", "rp"})
@@ -211,6 +241,7 @@ void add_like(Line& l, Inst& inst) {
   Type t = l.take_type();
   const std::string& n = l.name;
   if (t.is_float()) {
+    if (n == "add" ? take_directed<2, [](auto a, auto b) { return a + b; }>(l, inst, t) : take_directed<2, [](auto a, auto b) { return a - b; }>(l, inst, t)) return;
     nearest_only(l);
     if (n == "add") return floating<2, [](auto a, auto b) { return a + b; }>(l, inst, t);
     if (n == "sub") return floating<2, [](auto a, auto b) { return a - b; }>(l, inst, t);
@@ -245,6 +276,7 @@ T low_product(T a, T b) {
 void mul(Line& l, Inst& inst) {
   Type t = l.take_type();
   if (t.is_float()) {
+    if (take_directed<2, [](auto a, auto b) { return a * b; }>(l, inst, t)) return;
     nearest_only(l);
     return floating<2, [](auto a, auto b) { return a * b; }>(l, inst, t);
   }
@@ -297,6 +329,7 @@ void mad(Line& l, Inst& inst) {
 
 void fma_(Line& l, Inst& inst) {
   Type t = l.take_type();
+  if (take_directed<3, [](auto a, auto b, auto c) { return std::fma(a, b, c); }>(l, inst, t)) return;
   nearest_only(l);
   floating<3, [](auto a, auto b, auto c) { return std::fma(a, b, c); }>(l, inst, t);
 }
@@ -354,6 +387,10 @@ void negate_abs(Line& l, Inst& inst) {
   sources(l, t.bytes(), 1);
   if (neg) inst.run = unary<[](auto a) { return decltype(a)(0 - Unsigned<decltype(a)>(a)); }>(t);
   else inst.run = unary<[](auto a) { return a < 0 ? decltype(a)(0 - Unsigned<decltype(a)>(a)) : a; }>(Type{'s', t.bits});
+}
+
+void copysign(Line& l, Inst& inst) {  // the sign of a, the magnitude of b
+  floating<2, [](auto a, auto b) { return std::copysign(b, a); }>(l, inst, l.take_type());
 }
 
 template <auto F>
@@ -701,6 +738,7 @@ const Family& arithmetic_family() {
       {"rcp", approximate<[](auto a) { return decltype(a)(1) / a; }>},
       {"sqrt", approximate<[](auto a) { return std::sqrt(a); }>},
       {"rsqrt", approximate<[](auto a) { return decltype(a)(1 / std::sqrt(double(a))); }>},
+      {"copysign", copysign},
       {"ex2", approximate<[](auto a) { return std::exp2(a); }>},
       {"lg2", approximate<[](auto a) { return std::log2(a); }>},
       {"sin", approximate<[](auto a) { return std::sin(a); }>},

@@ -187,6 +187,13 @@ void f32_pair(Warp& w, const Inst& i, Mask m) {
   for (int l = 0; l < LANES; ++l) out[l] = Bf ? u32(to_bf16(high[l])) << 16 | to_bf16(low[l]) : u32(to_f16(high[l])) << 16 | to_f16(low[l]);
   put(w.reg<u32>(i.op[0]), out, m);
 }
+template <bool Bf>
+void f32_single(Warp& w, const Inst& i, Mask m) {
+  u16 out[LANES];
+  const float* in = w.reg<float>(i.op[1]);
+  for (int l = 0; l < LANES; ++l) out[l] = Bf ? to_bf16(in[l]) : to_f16(in[l]);
+  put(w.reg<u16>(i.op[0]), out, m);
+}
 template <class D, class S>
 void cast(Warp& w, const Inst& i, Mask m) {
   D out[LANES];
@@ -225,6 +232,8 @@ void cvt(Line& l, Inst& inst) {
   l.push(l.operands[1].items[0], std::max(s.bytes(), 2u), false);
   u32 dw = l.ops[0].bytes, sw = l.ops[1].bytes;
   inst.run = convert_lanes;
+  if (inst.d == 0 && given && Round(inst.c) == Round::nearest && s.kind == 'f' && s.bits == 32 && d.is_float() && d.bits == 16 && dw == 2)
+    inst.run = d.kind == 'h' ? f32_single<true> : f32_single<false>;
   if (inst.d == 0 && !given && dw == d.bytes() && sw == s.bytes()) {
     if (d.kind == 'f' && d.bits == 32 && s.kind == 'h') inst.run = bf16_to_f32;
     if (d.kind == 'f' && d.bits == 32 && s.kind == 'f' && s.bits == 16) inst.run = f16_to_f32;
@@ -257,6 +266,19 @@ void move_unpack(Warp& w, const Inst& i, Mask m) {  // {a, b, ...} <- s, the las
     for (int l = 0; l < LANES; ++l)
       if (m >> l & 1) w.write(i.op[k], l, i.a == 8 ? s[l] >> (8 * k) & 255 : s[l] >> (i.a * k));
 }
+void pack_halves(Warp& w, const Inst& i, Mask m) {
+  u32 out[LANES];
+  const u16 *a = w.reg<u16>(i.op[1]), *b = w.reg<u16>(i.op[2]);
+  for (int l = 0; l < LANES; ++l) out[l] = u32(b[l]) << 16 | a[l];
+  put(w.reg<u32>(i.op[0]), out, m);
+}
+void unpack_halves(Warp& w, const Inst& i, Mask m) {
+  u16 low[LANES], high[LANES];
+  const u32* s = w.reg<u32>(i.op[2]);
+  for (int l = 0; l < LANES; ++l) low[l] = u16(s[l]), high[l] = u16(s[l] >> 16);
+  put(w.reg<u16>(i.op[0]), low, m);
+  put(w.reg<u16>(i.op[1]), high, m);
+}
 void pack64(Warp& w, const Inst& i, Mask m) {
   u64 out[LANES];
   const u32 *a = w.reg<u32>(i.op[1]), *b = w.reg<u32>(i.op[2]);
@@ -280,8 +302,8 @@ void mov(Line& l, Inst& inst) {
   if (inst.a % 8 || t.bits > 64) return;
   l.push_all(0, to_vector ? std::max(inst.a / 8, 2u) : t.bytes());  // 8-bit registers take two bytes here
   l.push_all(1, from_vector ? std::max(inst.a / 8, 2u) : t.bytes());
-  if (from_vector) inst.run = from == 2 && inst.a == 32 ? pack64 : move_pack;
-  else if (to_vector) inst.run = move_unpack;
+  if (from_vector) inst.run = from == 2 && inst.a == 32 ? pack64 : from == 2 && inst.a == 16 ? pack_halves : move_pack;
+  else if (to_vector) inst.run = to == 2 && inst.a == 16 ? unpack_halves : move_unpack;
   else inst.run = t.bits == 16 ? move_lanes<u16> : t.bits == 32 ? move_lanes<u32> : move_lanes<u64>;
 }
 

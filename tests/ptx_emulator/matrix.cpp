@@ -88,12 +88,6 @@ void ld_st_matrix(Line& l, Inst& inst) {
 //   register r of B holds column g, rows 4 E r + E t ...                       (8 columns)
 //   element c of C and D (float, int) is row g + 8 (c / 2), column 2 t + c % 2
 // which is one rule for the figures of m16n8k4 (tf32), k8 (tf32, 16-bit), k16 (16-bit, 8-bit) and k32 (8-bit).
-typedef float Column __attribute__((vector_size(64)));  // 16 rows
-typedef i32 IntColumn __attribute__((vector_size(64)));
-
-template <class T>
-using ColumnOf = std::conditional_t<std::is_same_v<T, float>, Column, IntColumn>;
-
 template <char Kind, u32 Bits>
 inline auto element(u32 word, int e) {
   if constexpr (Kind == 'f') return from_f16(u16(word >> 16 * e));
@@ -112,21 +106,30 @@ void mma_lanes(Warp& w, const Inst& i, Mask m) {
   const int K = i.a, a_registers = K / (2 * E), b_registers = K / (4 * E);
   const int d_registers = i.b;  // 4, or 2 where D and C are f16
   alignas(64) T a[32][16], b[8][32], c[8][16];
+  alignas(64) T v[E][LANES];
   for (int r = 0; r < a_registers; ++r) {
     const u32* in = w.reg<u32>(i.op[d_registers + r]);
-    for (int l = 0; l < LANES; ++l)
-      for (int e = 0; e < E; ++e) a[4 * E * (r / 2) + E * (l % 4) + e][l / 4 + 8 * (r % 2)] = element<KindA, Bits>(in[l], e);
+    for (int e = 0; e < E; ++e)
+      for (int l = 0; l < LANES; ++l) v[e][l] = element<KindA, Bits>(in[l], e);
+    for (int t = 0; t < 4; ++t)
+      for (int e = 0; e < E; ++e) {
+        T* to = &a[4 * E * (r / 2) + E * t + e][8 * (r % 2)];
+        for (int g = 0; g < 8; ++g) to[g] = v[e][4 * g + t];
+      }
   }
   for (int r = 0; r < b_registers; ++r) {
     const u32* in = w.reg<u32>(i.op[d_registers + a_registers + r]);
+    for (int e = 0; e < E; ++e)
+      for (int l = 0; l < LANES; ++l) v[e][l] = element<KindB, Bits>(in[l], e);
     for (int l = 0; l < LANES; ++l)
-      for (int e = 0; e < E; ++e) b[l / 4][4 * E * r + E * (l % 4) + e] = element<KindB, Bits>(in[l], e);
+      for (int e = 0; e < E; ++e) b[l / 4][4 * E * r + E * (l % 4) + e] = v[e][l];
   }
   const Op* op_c = i.op + d_registers + a_registers + b_registers;
   if (d_registers == 4) {
     for (int r = 0; r < 4; ++r) {
       const T* in = w.reg<T>(op_c[r]);
-      for (int l = 0; l < LANES; ++l) c[2 * (l % 4) + r % 2][l / 4 + 8 * (r / 2)] = in[l];
+      for (int t = 0; t < 4; ++t)
+        for (int g = 0; g < 8; ++g) c[2 * t + r % 2][8 * (r / 2) + g] = in[4 * g + t];
     }
   } else if constexpr (std::is_same_v<T, float>) {
     for (int r = 0; r < 2; ++r) {
@@ -135,18 +138,23 @@ void mma_lanes(Warp& w, const Inst& i, Mask m) {
         for (int e = 0; e < 2; ++e) c[2 * (l % 4) + e][l / 4 + 8 * r] = from_f16(in[2 * l + e]);
     }
   }
-  for (int n = 0; n < 8; ++n) {
-    ColumnOf<T> sum = *reinterpret_cast<ColumnOf<T>*>(c[n]);
-    for (int k = 0; k < K; ++k) sum += *reinterpret_cast<ColumnOf<T>*>(a[k]) * b[n][k];
-    if constexpr (std::is_same_v<T, i32>)
-      if (i.c)  // .satfinite: the products' sum is small, so only the last addition can overflow
-        for (int r = 0; r < 16; ++r) sum[r] = i32(std::clamp<i64>(i64(c[n][r]) + (i64(sum[r]) - c[n][r] << 32 >> 32), INT32_MIN, INT32_MAX));
-    *reinterpret_cast<ColumnOf<T>*>(c[n]) = sum;
+  if constexpr (std::is_same_v<T, i32>) {
+    if (i.c) {  // .satfinite: a sum of products is small, so only its addition to C can overflow
+      alignas(64) T sum[8][16] = {};
+      add_product<T>(a, b, sum, K);
+      for (int n = 0; n < 8; ++n)
+        for (int r = 0; r < 16; ++r) c[n][r] = i32(std::clamp<i64>(i64(c[n][r]) + sum[n][r], INT32_MIN, INT32_MAX));
+    } else {
+      add_product<T>(a, b, c, K);
+    }
+  } else {
+    add_product<T>(a, b, c, K);
   }
   if (d_registers == 4) {
     for (int r = 0; r < 4; ++r) {
       T out[LANES];
-      for (int l = 0; l < LANES; ++l) out[l] = c[2 * (l % 4) + r % 2][l / 4 + 8 * (r / 2)];
+      for (int t = 0; t < 4; ++t)
+        for (int g = 0; g < 8; ++g) out[4 * g + t] = c[2 * t + r % 2][8 * (r / 2) + g];
       put(w.reg<T>(i.op[r]), out, m);
     }
   } else if constexpr (std::is_same_v<T, float>) {

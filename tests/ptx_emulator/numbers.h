@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "state.h"
 
@@ -112,6 +113,28 @@ inline u32 to_tf32(float value, Round how) {
 inline float flush(float f) {
   u32 b = float_bits(f);
   return (b & 0x7f800000) == 0 ? bits_float(b & 0x80000000) : f;
+}
+
+// c[n][m] += sum over k of a[k][m] * b[n][k], k rising, for eight n and sixteen m: what mma and wgmma are made of. Products of the formats
+// of tensor cores are exact in float, so that contraction changes nothing but the time it takes.
+typedef float Column __attribute__((vector_size(64)));
+typedef i32 IntColumn __attribute__((vector_size(64)));
+template <class T>
+using ColumnOf = std::conditional_t<std::is_same_v<T, float>, Column, IntColumn>;
+
+template <class T>
+#if defined(__GNUC__) && !defined(__clang__)
+__attribute__((noinline, optimize("fp-contract=fast")))
+#endif
+inline void add_product(const T (*a)[16], const T (*b)[32], T (*c)[16], int k) {
+  ColumnOf<T> sum[8];
+  for (int n = 0; n < 8; ++n) sum[n] = *reinterpret_cast<const ColumnOf<T>*>(c[n]);
+  for (int i = 0; i < k; ++i) {
+    const ColumnOf<T> column = *reinterpret_cast<const ColumnOf<T>*>(a[i]);
+#pragma GCC unroll 8
+    for (int n = 0; n < 8; ++n) sum[n] += column * b[n][i];
+  }
+  for (int n = 0; n < 8; ++n) *reinterpret_cast<ColumnOf<T>*>(c[n]) = sum[n];
 }
 
 }  // namespace ptx

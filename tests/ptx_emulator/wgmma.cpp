@@ -51,38 +51,57 @@ u32 piece(const Descriptor& d, bool mn_major, u32 t, u32 row, u32 k) {
   return swizzled(d.start + at, d.span);
 }
 
-float number(Type t, const u8* p) {
+template <char Kind>
+inline float number(const u8* p) {
+  if constexpr (Kind == 'f' || Kind == 'h') {
+    u16 h;
+    std::memcpy(&h, p, 2);
+    return Kind == 'f' ? from_f16(h) : from_bf16(h);
+  } else if constexpr (Kind == 't') {
+    u32 b;
+    std::memcpy(&b, p, 4);
+    return bits_float(b & 0xffffe000u);
+  } else if constexpr (Kind == 'e') {
+    return from_e4m3(*p);
+  } else if constexpr (Kind == 'g') {
+    return from_e5m2(*p);
+  } else {
+    return Kind == 's' ? float(i8(*p)) : float(*p);
+  }
+}
+template <char Kind>
+void numbers(const u8* p, float* out) {  // 16 bytes
+  constexpr int bytes = Kind == 't' ? 4 : Kind == 'f' || Kind == 'h' ? 2 : 1;
+  for (int e = 0; e < 16 / bytes; ++e) out[e] = number<Kind>(p + e * bytes);
+}
+using Numbers = void (*)(const u8*, float*);
+Numbers numbers_of(Type t) {
   switch (t.kind) {
-    case 'f': {
-      u16 h;
-      std::memcpy(&h, p, 2);
-      return from_f16(h);
-    }
-    case 'h': {
-      u16 h;
-      std::memcpy(&h, p, 2);
-      return from_bf16(h);
-    }
-    case 't': {
-      u32 b;
-      std::memcpy(&b, p, 4);
-      return bits_float(b & 0xffffe000u);
-    }
-    case 'e': return from_e4m3(*p);
-    case 'g': return from_e5m2(*p);
-    case 's': return float(i8(*p));
-    default: return float(*p);
+    case 'f': return numbers<'f'>;
+    case 'h': return numbers<'h'>;
+    case 't': return numbers<'t'>;
+    case 'e': return numbers<'e'>;
+    case 'g': return numbers<'g'>;
+    case 's': return numbers<'s'>;
+    default: return numbers<'u'>;
   }
 }
 
-// Elements [row0, row0 + rows) x K into out[row][k], K <= 32.
-void fetch(Warp& w, const Inst& i, Type type, const Descriptor& d, bool mn_major, u32 row0, u32 rows, u32 ks, float (*out)[32]) {
-  u32 bytes = type.bits / 8, t = 16 / bytes;
+// Elements [row0, row0 + rows) x K into out[row][k], K <= 32. That the pieces lie in shared memory was checked at issue.
+void fetch(Warp& w, Type type, const Descriptor& d, bool mn_major, u32 row0, u32 rows, u32 ks, float (*out)[32]) {
+  u32 t = 128 / type.bits;
   const u8* shared = w.cta->shared.data();
+  Numbers convert = numbers_of(type);
+  float values[16];
   for (u32 r = 0; r < rows; r += mn_major ? t : 1)
     for (u32 k = 0; k < ks; k += mn_major ? 1 : t) {
-      const u8* p = shared + shared_at(w, i, 0, piece(d, mn_major, t, row0 + r, k), 16);
-      for (u32 e = 0; e < t; ++e) (mn_major ? out[r + e][k] : out[r][k + e]) = number(type, p + e * bytes);
+      const u8* p = shared + piece(d, mn_major, t, row0 + r, k);
+      if (mn_major) {
+        convert(p, values);
+        for (u32 e = 0; e < t && r + e < rows; ++e) out[r + e][k] = values[e];
+      } else {
+        convert(p, &out[r][k]);
+      }
     }
 }
 void collect(std::vector<u32>& chunks, Type type, const Descriptor& d, bool mn_major, u32 row0, u32 rows, u32 ks) {
@@ -91,9 +110,6 @@ void collect(std::vector<u32>& chunks, Type type, const Descriptor& d, bool mn_m
     for (u32 k = 0; k < ks; k += mn_major ? 1 : t) chunks.push_back(piece(d, mn_major, t, row0 + r, k));
 }
 
-typedef float Column __attribute__((vector_size(64)));
-typedef i32 IntColumn __attribute__((vector_size(64)));
-
 }  // namespace
 
 void compute_wgmma(Warp& w, Wgmma& g) {
@@ -101,55 +117,51 @@ void compute_wgmma(Warp& w, Wgmma& g) {
   Shape s = shape_of(i);
   g.computed = true;
   alignas(64) static thread_local float a[16][32], b[256][32];
-  alignas(64) float at[32][16];
+  alignas(64) float columns[32][16];
   if (s.a_from_registers) {
     u32 bytes = s.a.bits / 8, e = 4 / bytes;
+    Numbers convert = numbers_of(s.a);
     for (u32 r = 0; r < 4; ++r)
-      for (u32 l = 0; l < LANES; ++l)
-        for (u32 x = 0; x < e; ++x) {
-          u32 word = g.a_values[r * LANES + l] >> (8 * bytes * x);
-          a[l / 4 + 8 * (r % 2)][4 * e * (r / 2) + e * (l % 4) + x] = number(s.a, reinterpret_cast<const u8*>(&word));
-        }
+      for (u32 l = 0; l < LANES; ++l) {
+        u8 word[16] = {};
+        float values[16];
+        std::memcpy(word, &g.a_values[r * LANES + l], 4);
+        convert(word, values);
+        std::copy(values, values + e, &a[l / 4 + 8 * (r % 2)][4 * e * (r / 2) + e * (l % 4)]);
+      }
   } else {
-    fetch(w, i, s.a, descriptor(w, i, g.a), s.trans_a, 16 * (w.index % 4), 16, s.k, a);
+    fetch(w, s.a, descriptor(w, i, g.a), s.trans_a, 16 * (w.index % 4), 16, s.k, a);
   }
-  fetch(w, i, s.b, descriptor(w, i, g.b), s.trans_b, 0, s.n, s.k, b);
+  fetch(w, s.b, descriptor(w, i, g.b), s.trans_b, 0, s.n, s.k, b);
   for (u32 k = 0; k < s.k; ++k)
-    for (u32 r = 0; r < 16; ++r) at[k][r] = a[r][k] * s.scale_a * s.scale_b;
+    for (u32 r = 0; r < 16; ++r) columns[k][r] = a[r][k] * s.scale_a * s.scale_b;
   bool integer = s.a.kind == 's' || s.a.kind == 'u';
-  for (u32 n0 = 0; n0 < s.n; n0 += 8)
-    for (u32 x = 0; x < 2; ++x) {  // columns n0 + 2 t + x
-      for (u32 t = 0; t < 4; ++t) {
-        u32 n = n0 + 2 * t + x;
-        alignas(64) u32 c[16];
-        auto cell = [&](u32 r) -> u32& {  // r: row / 8
-          return w.reg<u32>(i.op[n0 / 2 + 2 * r + x])[0];
-        };
-        if (s.f16_result) {
-          for (u32 r = 0; r < 16; ++r) {
-            u32 lane = 4 * (r % 8) + t;
-            c[r] = float_bits(from_f16(w.reg<u16>(i.op[n0 / 4 + r / 8])[2 * lane + x]));
-          }
-        } else {
-          for (u32 r = 0; r < 16; ++r) c[r] = (&cell(r / 8))[4 * (r % 8) + t];
-        }
-        if (!g.keep) std::fill(c, c + 16, 0);
-        if (integer) {  // sums of k products of bytes are exact in float; the accumulator is not one
-          Column sum = {};
-          for (u32 k = 0; k < s.k; ++k) sum += *reinterpret_cast<Column*>(at[k]) * b[n][k];
-          for (u32 r = 0; r < 16; ++r) c[r] += u32(i32(sum[r]));
-        } else {
-          Column sum = *reinterpret_cast<Column*>(c);
-          for (u32 k = 0; k < s.k; ++k) sum += *reinterpret_cast<Column*>(at[k]) * b[n][k];
-          *reinterpret_cast<Column*>(c) = sum;
-        }
-        for (u32 r = 0; r < 16; ++r) {
-          u32 lane = 4 * (r % 8) + t;
-          if (s.f16_result) w.reg<u16>(i.op[n0 / 4 + r / 8])[2 * lane + x] = to_f16(bits_float(c[r]));
-          else (&cell(r / 8))[lane] = c[r];
-        }
+  for (u32 n = 0; n < s.n; n += 8) {
+    // Lane 4 g + t holds rows g and g + 8 (second half of the registers), columns n + 2 t and n + 2 t + 1.
+    alignas(64) float c[8][16] = {};
+    if (g.keep && !integer)
+      for (u32 r = 0; r < 4; ++r) {
+        float values[LANES];
+        const u16* halves = s.f16_result ? w.reg<u16>(i.op[n / 4 + r / 2]) + r % 2 : nullptr;
+        for (u32 l = 0; l < LANES; ++l) values[l] = halves ? from_f16(halves[2 * l]) : w.reg<float>(i.op[n / 2 + r])[l];
+        for (u32 t = 0; t < 4; ++t)
+          for (u32 g8 = 0; g8 < 8; ++g8) c[2 * t + r % 2][8 * (r / 2) + g8] = values[4 * g8 + t];
+      }
+    add_product<float>(columns, b + n, c, s.k);
+    for (u32 r = 0; r < 4; ++r) {
+      float sum[LANES];
+      for (u32 t = 0; t < 4; ++t)
+        for (u32 g8 = 0; g8 < 8; ++g8) sum[4 * g8 + t] = c[2 * t + r % 2][8 * (r / 2) + g8];
+      if (s.f16_result) {
+        for (u32 l = 0; l < LANES; ++l) w.reg<u16>(i.op[n / 4 + r / 2])[2 * l + r % 2] = to_f16(sum[l]);
+      } else if (integer) {  // sums of K products of bytes are exact in float; accumulators need not be
+        u32* to = w.reg<u32>(i.op[n / 2 + r]);
+        for (u32 l = 0; l < LANES; ++l) to[l] = (g.keep ? to[l] : 0) + u32(i32(sum[l]));
+      } else {
+        std::memcpy(w.reg<float>(i.op[n / 2 + r]), sum, sizeof sum);
       }
     }
+  }
 }
 
 namespace {
