@@ -878,3 +878,95 @@ cvta.to.shared.u64 %rd14, %rd12; ld.shared.v2.b32 {%r6, %r7}, [%rd14+8]; mad.wid
 st.global.v2.b32 [%rd15], {%r2, %r3}; st.global.v2.b32 [%rd15+8], {%r6, %r7};"""
     emulate(kernel(body, 2, shared=512), "k", 1, 32, [x, out])
     assert torch.equal(x, out)
+
+
+# ---- clusters ----
+
+
+def exchange(
+    arrive: str = "barrier.cluster.arrive.release.aligned;", wait: str = "barrier.cluster.wait.acquire.aligned;"
+) -> str:
+    """Each block of a cluster writes to the next one's shared memory, and after the cluster barrier everyone stores what it got."""
+    return kernel(
+        f"""mov.u32 %r1, smem; mov.u32 %r2, %cluster_ctarank; mov.u32 %r3, %cluster_nctarank;
+add.u32 %r4, %r2, 1; rem.u32 %r4, %r4, %r3;
+mapa.shared::cluster.u32 %r5, %r1, %r4; mad.lo.u32 %r6, %r0, 4, %r5;
+mov.u32 %r7, %ctaid.x; mad.lo.u32 %r8, %r7, 64, %r0;
+st.shared::cluster.b32 [%r6], %r8; {arrive} {wait}
+mad.lo.u32 %r9, %r0, 4, %r1; ld.shared.b32 %r10, [%r9];
+mad.wide.u32 %rd10, %r8, 4, %rd0; st.global.b32 [%rd10], %r10;""",
+        1,
+        shared=256,
+    )
+
+
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+def test_distributed_shared_memory(mode):
+    out = torch.zeros(8, 64, dtype=torch.int32)
+    emulate(exchange(), "k", 8, 64, [out], cluster=(4,), mode=mode)
+    block = torch.arange(8)
+    before = block // 4 * 4 + (block + 3) % 4
+    assert torch.equal(out, (before[:, None] * 64 + torch.arange(64)).int())
+
+
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"arrive": "", "wait": ""}, r"race in shared memory.*of the cluster"),
+        ({"arrive": "barrier.cluster.arrive.relaxed.aligned;"}, r"race in shared memory.*of the cluster"),
+        ({"arrive": "bar.sync 0;", "wait": "bar.sync 0;"}, r"race in shared memory.*of the cluster"),
+        ({"arrive": ""}, "barrier.cluster.wait without an arrive"),
+    ],
+)
+def test_distributed_shared_memory_mistakes(change, message, mode):
+    with pytest.raises(EmulationError, match=message):
+        emulate(exchange(**change), "k", 4, 64, [torch.zeros(4, 64, dtype=torch.int32)], cluster=(2,), mode=mode)
+
+
+def multicast(
+    mask: int = 3, expect: int = 2048, ready: str = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"
+) -> str:
+    """Each of two blocks loads its half of a tile and multicasts it to both."""
+    copy = "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+    return (
+        kernel(
+            f"""mov.u32 %r1, smem; mov.u32 %r2, bar; setp.eq.u32 %p1, %r0, 0;
+mov.u32 %r3, %cluster_ctarank; shl.b32 %r4, %r3, 4; mov.u16 %rs1, {mask};
+@%p1 mbarrier.init.shared::cta.b64 [%r2], 1; fence.mbarrier_init.release.cluster; bar.sync 0; {ready}
+@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r2], {expect}; mad.lo.u32 %r5, %r3, 1024, %r1;
+@%p1 {copy} [%r5], [%rd0, {{0, %r4}}], [%r2], %rs1;
+W: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], 0; @!%p2 bra W;
+mov.u32 %r6, %ctaid.x; mad.lo.u32 %r6, %r6, 128, %r0; mad.lo.u32 %r7, %r0, 16, %r1;
+ld.shared.v4.b32 {{%r8, %r9, %r10, %r11}}, [%r7];
+mad.wide.u32 %rd10, %r6, 16, %rd1; st.global.v4.b32 [%rd10], {{%r8, %r9, %r10, %r11}}; bar.sync 0;""",
+            2,
+            shared=2048,
+        )
+        .replace(".shared .align 1024 .b8 smem", ".shared .align 8 .b64 bar; .shared .align 1024 .b8 smem")
+        .replace(".param .u64 p0,", ".param .align 64 .b8 p0[128],")
+        .replace("ld.param.u64 %rd0, [p0];", "mov.b64 %rd0, p0; cvta.param.u64 %rd0, %rd0;")
+    )
+
+
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+def test_multicast(mode):
+    x, out = torch.randn(32, 32).half(), torch.zeros(2, 32, 32).half()
+    emulate(multicast(), "k", 2, 128, [TensorMap(x, [32, 16]), out], cluster=(2,), mode=mode)
+    assert torch.equal(out[0], x) and torch.equal(out[1], x)
+
+
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"mask": 1}, "deadlock|race"),
+        ({"mask": 5}, "multicast mask 0x5 for a cluster of 2 blocks"),
+        ({"expect": 1024}, "race|nobody has waited"),
+        ({"ready": ""}, "there is no mbarrier|a use at"),
+    ],
+)
+def test_multicast_mistakes(change, message, mode):
+    x, out = torch.randn(32, 32).half(), torch.zeros(2, 32, 32).half()
+    with pytest.raises(EmulationError, match=message):
+        emulate(multicast(**change), "k", 2, 128, [TensorMap(x, [32, 16]), out], cluster=(2,), mode=mode)

@@ -10,17 +10,17 @@ Program& program_of(Line&);
 
 namespace {
 
-constexpr u32 TO_SHARED = 1, TENSOR = 2;
+constexpr u32 TO_SHARED = 1, TENSOR = 2, MULTICAST = 4;
 
 u64 address(Warp& w, const Op& op, int lane, i32 offset) {
   return (op.bytes == 4 ? w.reg<u32>(op)[lane] : w.reg<u64>(op)[lane]) + u64(i64(offset));
 }
 
-MBarrier& mbarrier_at(Warp& w, const Inst& i, int lane, u64 where) {
+MBarrier& mbarrier_at(Warp& w, const Inst& i, int lane, u64 where, Cta& owner) {
   u32 at = u32(where);
-  auto it = w.cta->mbarriers.find(at);
-  if (where >> 32 || it == w.cta->mbarriers.end() || !it->second.valid) w.fail(i, lane, format("there is no mbarrier at %llu", (unsigned long long)where));
-  check_visible(w, i, lane, at, 8);
+  auto it = owner.mbarriers.find(at);
+  if (where >> 32 || it == owner.mbarriers.end() || !it->second.valid) w.fail(i, lane, format("there is no mbarrier at %llu", (unsigned long long)where));
+  check_visible(w, i, lane, at, 8, &owner);
   return it->second;
 }
 
@@ -39,9 +39,9 @@ void settle_phase(Cta& cta, MBarrier& b) {
   b.phase++;
   b.pending = b.expected;
   join(b.done, b.open);
-  if (b.done.seen.size() <= b.agent) b.done.seen.resize(cta.warps.size() + MAX_MBARRIERS), b.done.fenced.resize(b.done.seen.size());
+  if (b.done.seen.size() <= b.agent) b.done.seen.resize(cta.cluster->warps + MAX_MBARRIERS), b.done.fenced.resize(b.done.seen.size());
   b.done.seen[b.agent] = b.phase;
-  cta.progress++;
+  cta.cluster->progress++;
 }
 
 enum Operation : u32 { INIT, INVAL, ARRIVE, ARRIVE_EXPECT, EXPECT, WAIT_PARITY, WAIT_STATE };
@@ -62,18 +62,20 @@ void mbarrier(Warp& w, const Inst& i, Mask m) {
       if (count == 0 || count > (1u << 20) - 1) w.fail(i, l, format("an mbarrier of %u arrivals", count));
       MBarrier& b = cta.mbarriers[at];
       if (b.valid) w.fail(i, l, format("the mbarrier at %u, initialised at line %u, is initialised again without mbarrier.inval", at, b.init->line));
-      u32 agent = b.init ? b.agent : cta.agents++;
-      if (agent >= cta.warps.size() + MAX_MBARRIERS) w.fail(i, l, "more mbarriers than this emulator follows");
+      u32 agent = b.init ? b.agent : cta.cluster->agents++;
+      if (agent >= cta.cluster->warps + MAX_MBARRIERS) w.fail(i, l, "more mbarriers than this emulator follows");
       u32 phase = b.phase;
       b = MBarrier{};
       b.valid = true, b.agent = agent, b.expected = b.pending = count, b.phase = phase + (phase & 1), b.init = &i;
       u32 lanes[LANES];
       lanes[l] = at;
       note_shared(w, i, 1u << l, lanes, 8, Use::write);
-      cta.progress++;
+      cta.cluster->progress++;
       continue;
     }
-    MBarrier& b = mbarrier_at(w, i, l, where);
+    Cta& owner = shared_owner(w, i, l, where);
+    if (&owner != &cta && i.a != ARRIVE && i.a != ARRIVE_EXPECT && i.a != EXPECT) w.fail(i, l, "only arrivals reach the mbarriers of other blocks");
+    MBarrier& b = mbarrier_at(w, i, l, where, owner);
     switch (i.a) {
       case INVAL:
         b.valid = false;
@@ -86,7 +88,7 @@ void mbarrier(Warp& w, const Inst& i, Mask m) {
         break;
       case EXPECT:
         b.tx += operand(1, 0);
-        settle_phase(cta, b);
+        settle_phase(owner, b);
         break;
       default: {
         u32 count = i.a == ARRIVE ? operand(1, 1) : 1;
@@ -96,8 +98,8 @@ void mbarrier(Warp& w, const Inst& i, Mask m) {
         // Lanes that arrive together do so knowing all that any of them knows.
         release(w, m, b.open);
         b.pending -= count;
-        settle_phase(cta, b);
-        cta.progress++;
+        settle_phase(owner, b);
+        cta.cluster->progress++;
       }
     }
     if (succeeded >> l & 1) acquire(w, 1u << l, b.done);
@@ -111,8 +113,7 @@ void mbarrier(Warp& w, const Inst& i, Mask m) {
 
 void decode_mbarrier(Line& l, Inst& inst) {
   inst.kind = MBARRIER;
-  if (l.has("shared::cluster")) l.fail("mbarriers of other blocks are not implemented");
-  for (const char* m : {"shared", "shared::cta", "release", "acquire", "relaxed", "cta", "cluster"}) l.take(m);
+  for (const char* m : {"shared", "shared::cta", "shared::cluster", "release", "acquire", "relaxed", "cta", "cluster"}) l.take(m);
   if (l.take_type().bits != 64) return;
   if (l.take("init")) inst.a = INIT;
   else if (l.take("inval")) inst.a = INVAL;
@@ -194,10 +195,11 @@ void each_place(const Bulk& b, F f) {
 
 }  // namespace
 
-void complete_bulk(Cta& cta, size_t which) {
-  Bulk b = cta.bulks[which];
-  cta.bulks.erase(cta.bulks.begin() + which);
-  Warp& w = cta.warps[b.warp];
+void complete_bulk(Cta& by, size_t which) {
+  Bulk b = by.bulks[which];
+  by.bulks.erase(by.bulks.begin() + which);
+  Warp& w = by.warps[b.warp];
+  Cta& cta = *b.cta;
   u8* shared = cta.shared.data();
   each_piece(b, [&](u64 global, u32 at, u32 bytes) {
     if (b.to_shared) {
@@ -218,7 +220,7 @@ void complete_bulk(Cta& cta, size_t which) {
     for (const Bulk& other : cta.bulks)  // still being read by others of the same warp
       if (!other.to_shared && other.warp == b.warp) each_place(other, [&](u32 at, u32 bytes) { unsettle_read(w, at, bytes); });
   }
-  cta.progress++;
+  cta.cluster->progress++;
 }
 
 namespace {
@@ -230,7 +232,7 @@ void bulk(Warp& w, const Inst& i, Mask m) {
   for (int l = 0; l < LANES; ++l) {
     if (!(m >> l & 1)) continue;
     Bulk b{};
-    b.cta = &cta, b.inst = &i, b.warp = w.index, b.lane = l;
+    b.cta = b.by = &cta, b.inst = &i, b.warp = w.index, b.lane = l;
     b.to_shared = i.d & TO_SHARED, b.tensor = i.d & TENSOR;
     u32 rank = i.d >> 8;
     u64 first = address(w, i.op[0], l, i32(i.a)), second = address(w, i.op[1], l, i32(i.b));
@@ -265,19 +267,28 @@ void bulk(Warp& w, const Inst& i, Mask m) {
     if (b.to_shared) {
       counts.global_load_sectors += sectors_before, counts.l2_load_sectors += sectors_before, counts.global_load_bytes += b.bytes;
       counts.shared_write_bytes += b.bytes;
-      u64 barrier = address(w, i.op[i.ops - 1], l, i32(i.c));
-      mbarrier_at(w, i, l, barrier);
+      u64 barrier = address(w, i.op[i.ops - 1 - !!(i.d & MULTICAST)], l, i32(i.c));
       b.mbarrier = u32(barrier);
-      each_place(b, [&](u32 at, u32 bytes) { note_pending_write(w, i, l, at, bytes); });
+      // Multicast: to the same place in every block of the mask, and to the mbarrier at the same place there.
+      u32 mask = i.d & MULTICAST ? w.read(i.op[i.ops - 1], l) : 0;
+      u32 blocks = cta.cluster->ctas.size();
+      if (mask >> blocks) w.fail(i, l, format("multicast mask 0x%x for a cluster of %u blocks", mask, blocks));
+      for (u32 rank = 0; rank < blocks; ++rank) {
+        if (mask ? !(mask >> rank & 1) : cta.cluster->ctas[rank].get() != &cta) continue;
+        b.cta = cta.cluster->ctas[rank].get();
+        mbarrier_at(w, i, l, barrier, *b.cta);
+        each_place(b, [&](u32 at, u32 bytes) { note_pending_write(w, i, l, at, bytes, b.cta); });
+        cta.bulks.push_back(b);
+        if (cta.launch->mode == Mode::early) complete_bulk(cta, cta.bulks.size() - 1);
+      }
     } else {
       counts.global_store_sectors += sectors_before, counts.global_store_bytes += b.bytes;
       counts.shared_read_bytes += b.bytes;
       b.group = w.bulk_committed[l];
       each_place(b, [&](u32 at, u32 bytes) { note_pending_read(w, i, l, at, bytes); });
+      cta.bulks.push_back(b);
     }
     counts.shared_wavefronts += (b.bytes + 127) / 128, counts.shared_ideal += (b.bytes + 127) / 128;
-    cta.bulks.push_back(b);
-    if (cta.launch->mode == Mode::early && b.to_shared) complete_bulk(cta, cta.bulks.size() - 1);
   }
 }
 
@@ -309,7 +320,8 @@ void decode_bulk(Line& l, Inst& inst) {  // cp.async.bulk...
     inst.run = wait_bulk;
     return;
   }
-  if (l.has("multicast::cluster") || l.has("im2col") || l.has("prefetch") || l.has("tile::gather4")) return;
+  bool multicast = l.take("multicast::cluster");
+  if (l.has("im2col") || l.has("prefetch") || l.has("tile::gather4")) return;
   bool tensor = l.take("tensor");
   u32 rank = 0;
   for (u32 r = 1; r <= 5; ++r)
@@ -319,10 +331,10 @@ void decode_bulk(Line& l, Inst& inst) {  // cp.async.bulk...
   bool to_shared = l.take("mbarrier::complete_tx::bytes");
   if (!to_shared && !l.take("bulk_group")) return;
   l.take("shared::cluster"), l.take("shared::cta"), l.take("global");
-  inst.d = (to_shared ? TO_SHARED : 0) | (tensor ? TENSOR : 0) | rank << 8;
+  inst.d = (to_shared ? TO_SHARED : 0) | (tensor ? TENSOR : 0) | (multicast ? MULTICAST : 0) | rank << 8;
   Inst first, second, third;
   size_t count = tensor ? 2 : 3;
-  l.want(count + to_shared + hint);
+  l.want(count + to_shared + multicast + hint);
   size_t map = to_shared ? 1 : 0;
   l.push_address(0, first, 8);
   l.push_address(1, second, 8);
@@ -344,6 +356,7 @@ void decode_bulk(Line& l, Inst& inst) {  // cp.async.bulk...
     l.push(l.operands[2].text, 4);
   }
   if (to_shared) l.push_address(count, third, 4);
+  if (multicast) l.push(l.operands[count + 1].text, 2);
   inst.a = u32(first.offset), inst.b = u32(second.offset), inst.c = u32(third.offset);
   inst.run = bulk;
 }

@@ -56,13 +56,45 @@ void barrier(Warp& w, const Inst& i, Mask m) {
     b.view = View{};
     b.arrived = 0;
     b.waiting.clear();
-    cta.progress++;
+    cta.cluster->progress++;
   } else if (i.a == 0) {
     w.barrier = int(id);
   }
 }
+// a: 0 arrive, 1 wait; b: relaxed
+void cluster_barrier(Warp& w, const Inst& i, Mask m) {
+  Cluster& c = *w.cta->cluster;
+  if (i.a == 0) {
+    if (!i.b) release(w, m, c.open);
+    advance(w, m, false);
+    w.cluster_phase = c.phase + 1;
+    if (++c.arrived == c.warps) {
+      c.arrived = 0;
+      c.phase++;
+      c.done = std::move(c.open);
+      c.open = View{};
+      c.progress++;
+    }
+  } else if (c.phase < w.cluster_phase) {
+    w.again = true;
+  } else {
+    if (w.cluster_phase == 0) w.fail(i, 0, "barrier.cluster.wait without an arrive before it");
+    acquire(w, m, c.done);
+    advance(w, m, true);
+  }
+}
 void bar(Line& l, Inst& inst) {
   inst.kind = BARRIER;
+  if (l.take("cluster")) {
+    inst.sync = Sync::aligned;
+    inst.a = l.take("wait");
+    if (!inst.a && !l.take("arrive")) return;
+    inst.b = l.take("relaxed");
+    l.take("release"), l.take("acquire"), l.take("aligned");
+    l.want(0);
+    inst.run = cluster_barrier;
+    return;
+  }
   l.take("cta");
   if (l.take("warp")) {
     if (!l.take("sync")) return;
@@ -217,6 +249,27 @@ void elect(Line& l, Inst& inst) {
   };
 }
 
+// The address in shared::cluster of what lies at the same place in another block.
+void mapa(Line& l, Inst& inst) {
+  inst.kind = MOVE;
+  bool window = !l.take("shared::cluster");
+  Type t = l.take_type();
+  l.want(3);
+  l.push(l.operands[0].text, t.bytes());
+  l.push_address(1, inst, t.bytes());
+  l.push(l.operands[2].text, 4);
+  inst.a = window;
+  inst.run = [](Warp& w, const Inst& i, Mask m) {
+    for (int k = 0; k < LANES; ++k)
+      if (m >> k & 1) {
+        u64 at = w.read(i.op[1], k) + u64(i.offset), rank = w.read(i.op[2], k);
+        if (i.a) at -= SHARED_WINDOW;
+        if (rank >= w.cta->cluster->ctas.size()) w.fail(i, k, format("block %llu of a cluster of %zu", (unsigned long long)rank, w.cta->cluster->ctas.size()));
+        w.write(i.op[0], k, ((rank + 1) << 24 | (at & 0xffffff)) + (i.a ? SHARED_WINDOW : 0));
+      }
+  };
+}
+
 // Fences order one thread's accesses; here they are in order already.
 void fence(Line& l, Inst& inst) {
   inst.kind = FENCE;
@@ -258,6 +311,7 @@ const Family& control_family() {
                               {"membar", fence},
                               {"fence", fence},
                               {"griddepcontrol", griddepcontrol},
+                              {"mapa", mapa},
                               {"prefetch", prefetch},
                               {"trap", trap}}};
   return family;

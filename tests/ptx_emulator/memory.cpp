@@ -100,6 +100,14 @@ void count_sector(Warp& w, u64 sector, bool write) {
 
 // ---- shared memory ----
 
+Cta& shared_owner(Warp& w, const Inst& i, int lane, u64& address) {
+  u64 rank = address >> 24;
+  if (rank == 0) return *w.cta;
+  address &= 0xffffff;
+  if (rank > w.cta->cluster->ctas.size()) w.fail(i, lane, format("shared address of block %llu of a cluster of %zu", (unsigned long long)rank - 1, w.cta->cluster->ctas.size()));
+  return *w.cta->cluster->ctas[rank - 1];
+}
+
 u32 shared_at(Warp& w, const Inst& i, int lane, u64 address, u32 bytes) {
   Cta& cta = *w.cta;
   u32 base = cta.launch->program->shared_base;
@@ -150,7 +158,7 @@ enum Option : u32 { SIGNED = 1, PAST_L1 = 2 };
 
 Space space_from(Line& l) {
   for (auto& [name, space] : std::initializer_list<std::pair<const char*, Space>>{
-           {"global", GLOBAL}, {"const", GLOBAL}, {"shared", SHARED}, {"shared::cta", SHARED}, {"local", LOCAL}, {"param", PARAM}, {"param::entry", PARAM}})
+           {"global", GLOBAL}, {"const", GLOBAL}, {"shared", SHARED}, {"shared::cta", SHARED}, {"shared::cluster", SHARED}, {"local", LOCAL}, {"param", PARAM}, {"param::entry", PARAM}})
     if (l.take(name)) return space;
   return GENERIC;
 }
@@ -219,10 +227,15 @@ void load(Warp& w, const Inst& i, Mask m) {
     }
     case SHARED: {
       u32 at[LANES];
+      Mask local = m;  // lanes that stay in their own block's memory
       for (int l = 0; l < LANES; ++l)
-        if (m >> l & 1) copy_bytes(data[l], w.cta->shared.data() + (at[l] = shared_at(w, i, l, a.at[l], bytes)), bytes);
+        if (m >> l & 1) {
+          Cta& owner = shared_owner(w, i, l, a.at[l]);
+          copy_bytes(data[l], owner.shared.data() + (at[l] = shared_at(w, i, l, a.at[l], bytes)), bytes);
+          if (&owner != w.cta) note_shared(w, i, 1u << l, at, bytes, Use::read, nullptr, 0, &owner), local &= ~(1u << l);
+        }
       count_shared(w, m, at, bytes, false);
-      note_shared(w, i, m, at, bytes, Use::read);
+      note_shared(w, i, local, at, bytes, Use::read);
       break;
     }
     case PARAM:
@@ -284,11 +297,19 @@ void store(Warp& w, const Inst& i, Mask m) {
     }
     case SHARED: {
       u32 at[LANES];
+      Mask local = m;  // lanes that stay in their own block's memory
       for (int l = 0; l < LANES; ++l)
-        if (m >> l & 1) at[l] = shared_at(w, i, l, a.at[l], bytes);
-      note_shared(w, i, m, at, bytes, Use::write, data[0], sizeof data[0]);
+        if (m >> l & 1) {
+          Cta& owner = shared_owner(w, i, l, a.at[l]);
+          at[l] = shared_at(w, i, l, a.at[l], bytes);
+          if (&owner == w.cta) continue;
+          local &= ~(1u << l);
+          note_shared(w, i, 1u << l, at, bytes, Use::write, data[0], sizeof data[0], &owner);
+          copy_bytes(owner.shared.data() + at[l], data[l], bytes);
+        }
+      note_shared(w, i, local, at, bytes, Use::write, data[0], sizeof data[0]);
       for (int l = 0; l < LANES; ++l)
-        if (m >> l & 1) copy_bytes(w.cta->shared.data() + at[l], data[l], bytes);
+        if (local >> l & 1) copy_bytes(w.cta->shared.data() + at[l], data[l], bytes);
       count_shared(w, m, at, bytes, true);
       break;
     }
@@ -393,7 +414,7 @@ void atomic(Warp& w, const Inst& i, Mask m) {
       if (i.c) w.write(i.op[e], l, old);
     }
   }
-  w.cta->progress++;
+  w.cta->cluster->progress++;
   if (space == GLOBAL) count_global(w, i, m, a, each, true, true);
   else count_shared(w, m, at, bytes, true);
 }

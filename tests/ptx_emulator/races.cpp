@@ -35,8 +35,10 @@ u64 pack_writer(u32 agent, u32 lane, u32 clock) { return u64(agent) << 40 | u64(
 bool on(const Cta& cta) { return cta.launch->races; }
 
 std::string who(const Cta& cta, u32 agent, u32 lane) {
-  if (agent < cta.warps.size()) return lane >= SEVERAL ? format("warp %u", agent) : format("warp %u, lane %u", agent, lane);
-  return "a bulk copy";
+  if (agent >= cta.cluster->warps) return "a bulk copy";
+  std::string name = format("warp %u", u32(agent % cta.warps.size()));
+  if (cta.cluster->ctas.size() > 1) name += format(" of block %u of the cluster", u32(agent / cta.warps.size()));
+  return lane >= SEVERAL ? name : name + format(", lane %u", lane);
 }
 
 [[noreturn]] void race(Warp& w, const Inst& i, int lane, const char* now, const char* before, u32 at, u32 agent, u32 other, bool pending) {
@@ -45,11 +47,11 @@ std::string who(const Cta& cta, u32 agent, u32 lane) {
 }
 
 inline bool past(const Warp& w, u32 lane, u32 agent, u32 by, u32 clock) {
-  return clock <= w.seen[agent * LANES + lane] || (agent == w.index && (by == lane || by == WHOLE_WARP) && clock != PENDING);
+  return clock <= w.seen[agent * LANES + lane] || (agent == w.agent && (by == lane || by == WHOLE_WARP) && clock != PENDING);
 }
 
-inline void check_writer(Warp& w, const Inst& i, u32 lane, size_t g, const char* now) {
-  u64 entry = w.cta->writer[g];
+inline void check_writer(Warp& w, const Cta& cta, const Inst& i, u32 lane, size_t g, const char* now) {
+  u64 entry = cta.writer[g];
   if (entry == 0) return;
   u32 agent = u32(entry >> 40), by = u32(entry >> 32) & 63, clock = u32(entry);
   if (past(w, lane, agent, by, clock)) return;
@@ -62,9 +64,8 @@ void record_read(Warp& w, u32 lane, u32& entry_clock, u8& entry_lane) {
   entry_clock = w.clock;
 }
 
-void check_readers(Warp& w, const Inst& i, u32 lane, size_t g) {
-  Cta& cta = *w.cta;
-  size_t warps = cta.warps.size();
+void check_readers(Warp& w, const Cta& cta, const Inst& i, u32 lane, size_t g) {
+  size_t warps = cta.cluster->warps;
   for (size_t v = 0; v < warps; ++v) {
     u32 clock = cta.readers[g * warps + v];
     if (clock == 0) continue;
@@ -76,35 +77,34 @@ void check_readers(Warp& w, const Inst& i, u32 lane, size_t g) {
 }  // namespace
 
 void start_races(Cta& cta) {
-  cta.agents = cta.warps.size();
   if (!on(cta)) return;
   size_t granules = cta.shared.size() / cta.launch->program->granule + 1;
   cta.writer.assign(granules, 0);
-  cta.readers.assign(granules * cta.warps.size(), 0);
-  cta.reader_lanes.assign(granules * cta.warps.size(), 0);
+  cta.readers.assign(granules * cta.cluster->warps, 0);
+  cta.reader_lanes.assign(granules * cta.cluster->warps, 0);
   for (Warp& w : cta.warps) {
-    w.seen.assign((cta.warps.size() + MAX_MBARRIERS) * LANES, 0);
+    w.seen.assign((cta.cluster->warps + MAX_MBARRIERS) * LANES, 0);
     w.fenced.assign(w.seen.size(), 0);
     w.clock = 1, w.own_fenced = 0, w.touched = 0;
   }
   for (Barrier& b : cta.barriers) b.view = View{};
 }
 
-void note_shared(Warp& w, const Inst& i, Mask m, const u32* at, u32 bytes, Use use, const u8* values, u32 stride) {
-  Cta& cta = *w.cta;
+void note_shared(Warp& w, const Inst& i, Mask m, const u32* at, u32 bytes, Use use, const u8* values, u32 stride, Cta* where) {
+  Cta& cta = where ? *where : *w.cta;
   if (!on(cta)) return;
   w.touched |= m;
   const u32 granule = cta.launch->program->granule;
-  const size_t warps = cta.warps.size();
-  const u64 mine = pack_writer(w.index, 0, w.clock);
+  const size_t warps = cta.cluster->warps;
+  const u64 mine = pack_writer(w.agent, 0, w.clock);
   auto granules = [&](u32 l, auto visit) {
     for (size_t g = at[l] / granule, end = (at[l] + bytes + granule - 1) / granule; g < end; ++g) visit(g);
   };
   if (use == Use::read) {
     for (u32 l = 0; l < LANES; ++l)
       if (m >> l & 1) granules(l, [&](size_t g) {
-        check_writer(w, i, l, g, "a read");
-        record_read(w, l, cta.readers[g * warps + w.index], cta.reader_lanes[g * warps + w.index]);
+        check_writer(w, cta, i, l, g, "a read");
+        record_read(w, l, cta.readers[g * warps + w.agent], cta.reader_lanes[g * warps + w.agent]);
       });
     return;
   }
@@ -113,8 +113,8 @@ void note_shared(Warp& w, const Inst& i, Mask m, const u32* at, u32 bytes, Use u
     bool same = values && std::memcmp(cta.shared.data() + at[l], values + size_t(l) * stride, bytes) == 0;
     granules(l, [&](size_t g) {
       if (same && u32(cta.writer[g]) != PENDING) return;
-      check_writer(w, i, l, g, "a write");
-      check_readers(w, i, l, g);
+      check_writer(w, cta, i, l, g, "a write");
+      check_readers(w, cta, i, l, g);
     });
   }
   for (u32 l = 0; l < LANES; ++l) {
@@ -122,21 +122,21 @@ void note_shared(Warp& w, const Inst& i, Mask m, const u32* at, u32 bytes, Use u
     // Lanes of one instruction may write the same value to the same place, nothing else.
     u64 entry = cta.writer[at[l] / granule];
     u32 other = u32(entry >> 32) & 63;
-    if (u32(entry >> 40) == w.index && u32(entry) == w.clock && other < l && (m >> other & 1) && at[other] == at[l] &&
+    if (u32(entry >> 40) == w.agent && u32(entry) == w.clock && other < l && (m >> other & 1) && at[other] == at[l] &&
         !(values && std::memcmp(values + size_t(l) * stride, values + size_t(other) * stride, bytes) == 0))
-      race(w, i, l, "a write", "write", at[l], w.index, other, false);
+      race(w, i, l, "a write", "write", at[l], w.agent, other, false);
     granules(l, [&](size_t g) { cta.writer[g] = mine | u64(l) << 32; });
   }
 }
 
-void note_pending_write(Warp& w, const Inst& i, int lane, u32 at, u32 bytes) {
-  Cta& cta = *w.cta;
+void note_pending_write(Warp& w, const Inst& i, int lane, u32 at, u32 bytes, Cta* where) {
+  Cta& cta = where ? *where : *w.cta;
   if (!on(cta)) return;
   const u32 granule = cta.launch->program->granule;
   for (size_t g = at / granule; g < (at + bytes + granule - 1) / granule; ++g) {
-    check_writer(w, i, lane, g, "an asynchronous write");
-    check_readers(w, i, lane, g);
-    cta.writer[g] = pack_writer(w.index, lane, PENDING);
+    check_writer(w, cta, i, lane, g, "an asynchronous write");
+    check_readers(w, cta, i, lane, g);
+    cta.writer[g] = pack_writer(w.agent, lane, PENDING);
   }
 }
 void settle_write(Cta& cta, u32 at, u32 bytes, u32 agent, u32 lane, u32 clock) {
@@ -149,30 +149,30 @@ void note_pending_read(Warp& w, const Inst& i, int lane, u32 at, u32 bytes) {
   Cta& cta = *w.cta;
   if (!on(cta)) return;
   const u32 granule = cta.launch->program->granule;
-  const size_t warps = cta.warps.size();
+  const size_t warps = cta.cluster->warps;
   for (size_t g = at / granule; g < (at + bytes + granule - 1) / granule; ++g) {
-    check_writer(w, i, lane, g, "an asynchronous read");
+    check_writer(w, cta, i, lane, g, "an asynchronous read");
     u64 entry = cta.writer[g];
     u32 agent = u32(entry >> 40), clock = u32(entry);
     // Ordinary stores and cp.async must be made visible to the async proxy; agents beyond the warps are bulk copies, in that proxy already.
     if (entry && agent < warps) {
-      bool visible = clock <= w.fenced[agent * LANES + lane] || (agent == w.index && clock <= w.own_fenced);
+      bool visible = clock <= w.fenced[agent * LANES + lane] || (agent == w.agent && clock <= w.own_fenced);
       if (!visible)
         w.fail(i, lane, format("shared memory at %u, written by %s, is read by the async proxy and no fence.proxy.async lies between", at,
                                who(cta, agent, u32(entry >> 32) & 63).c_str()));
     }
-    cta.readers[g * warps + w.index] = PENDING;
-    cta.reader_lanes[g * warps + w.index] = SEVERAL;
+    cta.readers[g * warps + w.agent] = PENDING;
+    cta.reader_lanes[g * warps + w.agent] = SEVERAL;
   }
 }
 void settle_read(Warp& w, u32 at, u32 bytes) {
   Cta& cta = *w.cta;
   if (!on(cta)) return;
   const u32 granule = cta.launch->program->granule;
-  const size_t warps = cta.warps.size();
+  const size_t warps = cta.cluster->warps;
   for (size_t g = at / granule; g < (at + bytes + granule - 1) / granule; ++g) {
-    cta.readers[g * warps + w.index] = w.clock;
-    cta.reader_lanes[g * warps + w.index] = WHOLE_WARP;
+    cta.readers[g * warps + w.agent] = w.clock;
+    cta.reader_lanes[g * warps + w.agent] = WHOLE_WARP;
   }
 }
 
@@ -180,35 +180,36 @@ void unsettle_read(Warp& w, u32 at, u32 bytes) {
   Cta& cta = *w.cta;
   if (!on(cta)) return;
   const u32 granule = cta.launch->program->granule;
-  const size_t warps = cta.warps.size();
-  for (size_t g = at / granule; g < (at + bytes + granule - 1) / granule; ++g) cta.readers[g * warps + w.index] = PENDING;
+  const size_t warps = cta.cluster->warps;
+  for (size_t g = at / granule; g < (at + bytes + granule - 1) / granule; ++g) cta.readers[g * warps + w.agent] = PENDING;
 }
 
-void check_visible(Warp& w, const Inst& i, int lane, u32 at, u32 bytes) {
-  if (!on(*w.cta)) return;
+void check_visible(Warp& w, const Inst& i, int lane, u32 at, u32 bytes, Cta* where) {
+  Cta& cta = where ? *where : *w.cta;
+  if (!on(cta)) return;
   const u32 granule = w.cta->launch->program->granule;
-  for (size_t g = at / granule; g < (at + bytes + granule - 1) / granule; ++g) check_writer(w, i, lane, g, "a use");
+  for (size_t g = at / granule; g < (at + bytes + granule - 1) / granule; ++g) check_writer(w, cta, i, lane, g, "a use");
 }
 
 void release(Warp& w, Mask m, View& to) {
   Cta& cta = *w.cta;
   if (!on(cta)) return;
-  to.seen.resize(cta.warps.size() + MAX_MBARRIERS);
+  to.seen.resize(cta.cluster->warps + MAX_MBARRIERS);
   to.fenced.resize(to.seen.size());
-  for (u32 a = 0; a < cta.agents; ++a)
+  for (u32 a = 0; a < cta.cluster->agents; ++a)
     for (u32 l = 0; l < LANES; ++l)
       if (m >> l & 1) {
         to.seen[a] = std::max(to.seen[a], w.seen[a * LANES + l]);
         to.fenced[a] = std::max(to.fenced[a], w.fenced[a * LANES + l]);
       }
   if ((w.touched & ~m) == 0) {  // nobody else has done anything since the warp last synchronised
-    to.seen[w.index] = std::max(to.seen[w.index], w.clock);
-    to.fenced[w.index] = std::max(to.fenced[w.index], w.own_fenced);
+    to.seen[w.agent] = std::max(to.seen[w.agent], w.clock);
+    to.fenced[w.agent] = std::max(to.fenced[w.agent], w.own_fenced);
   }
 }
 void acquire(Warp& w, Mask m, const View& from) {
   if (!on(*w.cta) || from.seen.empty()) return;
-  for (u32 a = 0; a < w.cta->agents; ++a)
+  for (u32 a = 0; a < w.cta->cluster->agents; ++a)
     for (u32 l = 0; l < LANES; ++l)
       if (m >> l & 1) {
         w.seen[a * LANES + l] = std::max(w.seen[a * LANES + l], from.seen[a]);
@@ -221,7 +222,7 @@ void advance(Warp& w, Mask m, bool ordered) {
   w.touched = 0;
   if (ordered)
     for (u32 l = 0; l < LANES; ++l)
-      if (m >> l & 1) w.seen[w.index * LANES + l] = before;
+      if (m >> l & 1) w.seen[w.agent * LANES + l] = before;
 }
 void sync_lanes(Warp& w, Mask m) {
   if (!on(*w.cta)) return;
@@ -233,7 +234,7 @@ void sync_lanes(Warp& w, Mask m) {
 void fence_async(Warp& w, Mask m) {
   Cta& cta = *w.cta;
   if (!on(cta)) return;
-  for (u32 a = 0; a < cta.agents; ++a)
+  for (u32 a = 0; a < cta.cluster->agents; ++a)
     for (u32 l = 0; l < LANES; ++l)
       if (m >> l & 1) w.fenced[a * LANES + l] = std::max(w.fenced[a * LANES + l], w.seen[a * LANES + l]);
   if ((w.touched & ~m) == 0) {

@@ -75,7 +75,8 @@ void start(Cta& cta) {
     w.groups.assign(1, Group{0, w.alive});
     w.barrier = -1;
     w.copies.clear();
-    w.failed_wait = w.yielded = false;
+    w.failed_wait = w.yielded = w.again = false;
+    w.cluster_phase = 0;
     std::fill(w.committed, w.committed + LANES, 0);
     std::fill(w.bulk_committed, w.bulk_committed + LANES, 0);
     w.wgmmas.clear();
@@ -156,13 +157,18 @@ void run(Warp& w, u64 quantum) {
     counts.instructions++;
     counts.kinds[i.kind]++;
     counts.thread_instructions += __builtin_popcount(m);
-    cta.steps++;
+    cta.cluster->steps++;
     if (i.flow == Flow::next) {
       if (i.wgmma_registers && m) touch_wgmma(w, i);
       if (m) i.run(w, i, m);
       if (w.failed_wait) {  // a try_wait that found its phase open: let others run first
         w.failed_wait = false;
         g.asleep = true;
+      }
+      if (w.again) {
+        w.again = false;
+        g.asleep = true;
+        continue;
       }
       u32 pc = ++g.pc;
       if (w.groups.size() > 1 && n + 1 < w.groups.size() && w.groups[n + 1].pc <= pc) {
@@ -183,79 +189,89 @@ void run(Warp& w, u64 quantum) {
         for (Group& other : w.groups) other.parked = false;
       }
     }
-    if (cta.steps > launch.limit) w.fail(i, 0, format("%llu warp instructions in one block and no end", (unsigned long long)launch.limit));
+    if (cta.cluster->steps > launch.limit) w.fail(i, 0, format("%llu warp instructions in one block and no end", (unsigned long long)launch.limit));
   }
-  if (!w.alive) cta.progress++;
+  if (!w.alive) cta.cluster->progress++;
 }
 
-void stuck(Cta& cta) {
+void stuck(Cluster& cluster) {
   std::string where;
-  const Inst* code = cta.launch->program->code.data();
   const Inst* first = nullptr;
   Warp* someone = nullptr;
-  for (Warp& w : cta.warps) {
-    if (!w.alive) {
-      where += format("; warp %u has exited", w.index);
-      continue;
+  for (auto& cta : cluster.ctas) {
+    const Inst* code = cta->launch->program->code.data();
+    if (cluster.ctas.size() > 1) where += format("; block (%u, %u, %u)", cta->at[0], cta->at[1], cta->at[2]);
+    for (Warp& w : cta->warps) {
+      if (!w.alive) {
+        where += format("; warp %u has exited", w.index);
+        continue;
+      }
+      const Inst& at = code[w.barrier >= 0 ? w.groups[0].pc - 1 : w.groups[0].pc];
+      if (!first) first = &at, someone = &w;
+      where += format("; warp %u %s line %u", w.index, w.barrier >= 0 ? format("waits at barrier %d,", w.barrier).c_str() : "is at", at.line);
     }
-    const Inst& at = code[w.barrier >= 0 ? w.groups[0].pc - 1 : w.groups[0].pc];
-    if (!first) first = &at, someone = &w;
-    where += format("; warp %u %s line %u", w.index, w.barrier >= 0 ? format("waits at barrier %d,", w.barrier).c_str() : "is at", at.line);
   }
   someone->fail(*first, __builtin_ctz(someone->alive), "deadlock: no warp can go on" + where);
 }
 
-void run_cta(Cta& cta) {
-  start(cta);
-  start_races(cta);
-  const Mode mode = cta.launch->mode;
-  std::vector<u32> order(cta.warps.size());
-  for (u32 k = 0; k < order.size(); ++k) order[k] = k;
+// Copies to shared memory complete as late as the program allows: when it can do nothing else. Here, the first of them.
+bool complete_one(Cluster& cluster) {
+  for (auto& cta : cluster.ctas)
+    for (size_t k = 0; k < cta->bulks.size(); ++k)
+      if (cta->bulks[k].to_shared) {
+        complete_bulk(*cta, k);
+        return true;
+      }
+  return false;
+}
+
+void run_cluster(Cluster& cluster) {
+  cluster.arrived = cluster.phase = 0;
+  cluster.open = cluster.done = View{};
+  cluster.agents = cluster.warps;
+  cluster.steps = 0;
+  std::vector<Warp*> order;
+  for (auto& cta : cluster.ctas) {
+    start(*cta);
+    start_races(*cta);
+    for (Warp& w : cta->warps) order.push_back(&w);
+  }
+  const bool random = cluster.ctas[0]->launch->mode == Mode::random;
   int idle = 0;
   while (true) {
-    u64 before = cta.progress, steps = cta.steps;
+    u64 before = cluster.progress, steps = cluster.steps;
     bool alive = false, yielded = false;
-    if (mode == Mode::random) std::shuffle(order.begin(), order.end(), cta.random);
-    for (u32 k : order) {
-      Warp& w = cta.warps[k];
-      if (!w.alive || w.barrier >= 0) {
-        alive |= w.alive != 0;
+    if (random) std::shuffle(order.begin(), order.end(), cluster.random);
+    for (Warp* w : order) {
+      if (!w->alive || w->barrier >= 0) {
+        alive |= w->alive != 0;
         continue;
       }
-      if (mode == Mode::random && !w.copies.empty())
-        for (Copy& c : w.copies)
-          if (cta.random() % 4 == 0) deliver(w, c, c.pending & Mask(cta.random()));
-      run(w, mode == Mode::random ? 1 + cta.random() % 64 : 100000);
-      alive |= w.alive != 0;
-      yielded |= w.yielded;
+      if (random)
+        for (Copy& c : w->copies)
+          if (cluster.random() % 4 == 0) deliver(*w, c, c.pending & Mask(cluster.random()));
+      run(*w, random ? 1 + cluster.random() % 64 : 100000);
+      alive |= w->alive != 0;
+      yielded |= w->yielded;
     }
     if (!alive) break;
-    auto to_shared = [](const Bulk& b) { return b.to_shared; };
-    if (mode == Mode::random && !cta.bulks.empty() && cta.random() % 2) {
-      size_t which = cta.random() % cta.bulks.size();
-      if (cta.bulks[which].to_shared) complete_bulk(cta, which);
-    }
-    bool moved = cta.progress != before || (cta.steps != steps && !yielded);
-    if (!moved) {  // as late as the program allows: when it can do nothing else
-      auto first = std::find_if(cta.bulks.begin(), cta.bulks.end(), to_shared);
-      if (first != cta.bulks.end()) {
-        complete_bulk(cta, first - cta.bulks.begin());
-        continue;
-      }
-    }
+    if (random)
+      for (auto& cta : cluster.ctas)
+        if (!cta->bulks.empty() && cluster.random() % 2) {
+          size_t which = cluster.random() % cta->bulks.size();
+          if (cta->bulks[which].to_shared) complete_bulk(*cta, which);
+        }
+    bool moved = cluster.progress != before || (cluster.steps != steps && !yielded);
+    if (!moved && complete_one(cluster)) continue;
     idle = moved ? 0 : idle + 1;
-    if (idle > 200) stuck(cta);
-    if (!moved && cta.steps == steps) stuck(cta);
+    if (idle > 200 || (!moved && cluster.steps == steps)) stuck(cluster);
   }
-  for (const Bulk& b : cta.bulks)
-    cta.warps[b.warp].fail(*b.inst, b.lane, b.to_shared ? "nobody has waited for this copy when the block ends" : "no cp.async.bulk.wait_group covers this copy, and the block ends");
+  for (auto& cta : cluster.ctas)
+    for (const Bulk& b : cta->bulks)
+      cta->warps[b.warp].fail(*b.inst, b.lane, b.to_shared ? "nobody has waited for this copy when the block ends" : "no cp.async.bulk.wait_group covers this copy, and the block ends");
 }
 
 }  // namespace
-
-struct Running {
-  Program program;
-};
 
 void add(Counts& to, const Counts& from) {
   u64* a = reinterpret_cast<u64*>(&to);
@@ -265,14 +281,20 @@ void add(Counts& to, const Counts& from) {
 
 void launch_grid(Launch& launch, u32 threads, Counts& total) {
   const Program& p = *launch.program;
-  u64 ctas = u64(launch.grid[0]) * launch.grid[1] * launch.grid[2];
+  u32 size[3];  // of the grid, in clusters
+  for (int d = 0; d < 3; ++d) {
+    if (launch.cluster[d] == 0 || launch.grid[d] % launch.cluster[d]) throw Error(format("a grid of %u blocks in dimension %d is no multiple of the cluster's %u", launch.grid[d], d, launch.cluster[d]));
+    size[d] = launch.grid[d] / launch.cluster[d];
+  }
+  const u32 together = launch.cluster[0] * launch.cluster[1] * launch.cluster[2];
+  u64 clusters = u64(size[0]) * size[1] * size[2];
   u32 block = launch.block[0] * launch.block[1] * launch.block[2];
   std::atomic<u64> next{0};
   std::atomic<bool> stop{false};
   std::mutex report;
   std::string error;
   u64 error_at = ~u64(0);
-  threads = u32(std::min<u64>(threads, ctas));
+  threads = u32(std::min<u64>(threads, clusters));
   std::vector<Block> blocks(std::max(threads, 1u));
   auto work = [&](Block& b) {
     for (const Region& r : launch.regions) {
@@ -281,28 +303,36 @@ void launch_grid(Launch& launch, u32 threads, Counts& total) {
       b.loaded.emplace_back(launch.count ? sectors : 0);
       b.stored.emplace_back(launch.count ? sectors : 0);
     }
-    Cta cta;
-    cta.launch = &launch;
-    cta.block = &b;
-    cta.shared.resize(p.shared_base + launch.shared_bytes);
-    cta.local.resize(u64(p.local_bytes) * block);
-    cta.warps.resize((block + LANES - 1) / LANES);
-    for (u32 k = 0; k < cta.warps.size(); ++k) {
-      cta.warps[k].cta = &cta;
-      cta.warps[k].index = k;
-      cta.warps[k].file.resize(p.register_bytes);
+    Cluster cluster;
+    for (u32 rank = 0; rank < together; ++rank) {
+      cluster.ctas.push_back(std::make_unique<Cta>());
+      Cta& cta = *cluster.ctas.back();
+      cta.cluster = &cluster;
+      cta.launch = &launch;
+      cta.block = &b;
+      cta.shared.resize(p.shared_base + launch.shared_bytes);
+      cta.local.resize(u64(p.local_bytes) * ((block + LANES - 1) / LANES * LANES));
+      cta.warps.resize((block + LANES - 1) / LANES);
+      for (u32 k = 0; k < cta.warps.size(); ++k) {
+        cta.warps[k].cta = &cta;
+        cta.warps[k].index = k;
+        cta.warps[k].agent = cluster.warps++;
+        cta.warps[k].file.resize(p.register_bytes);
+      }
     }
     while (!stop) {
       u64 n = next++;
-      if (n >= ctas) break;
-      cta.at[0] = n % launch.grid[0];
-      cta.at[1] = n / launch.grid[0] % launch.grid[1];
-      cta.at[2] = n / launch.grid[0] / launch.grid[1];
-      cta.serial = u32(n + 1);
-      cta.steps = 0;
-      cta.random.seed(launch.seed * 1000003 + n);
+      if (n >= clusters) break;
+      u32 first[3] = {u32(n % size[0]), u32(n / size[0] % size[1]), u32(n / size[0] / size[1])};
+      for (u32 rank = 0; rank < together; ++rank) {
+        Cta& cta = *cluster.ctas[rank];
+        u32 in[3] = {rank % launch.cluster[0], rank / launch.cluster[0] % launch.cluster[1], rank / launch.cluster[0] / launch.cluster[1]};
+        for (int d = 0; d < 3; ++d) cta.at[d] = first[d] * launch.cluster[d] + in[d];
+        cta.serial = u32(n * together + rank + 1);
+      }
+      cluster.random.seed(launch.seed * 1000003 + n);
       try {
-        run_cta(cta);
+        run_cluster(cluster);
       } catch (const std::exception& e) {
         std::lock_guard<std::mutex> lock(report);
         if (n < error_at) error = e.what(), error_at = n;

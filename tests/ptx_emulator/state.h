@@ -40,6 +40,7 @@ constexpr u64 WINDOW_BYTES = 0x0000000100000000ull;
 
 struct Warp;
 struct Cta;
+struct Cluster;
 struct Launch;
 
 // Operand: 32 lanes in a warp's register file, `bytes` each (0: a predicate, stored as one Mask).
@@ -200,9 +201,10 @@ constexpr u64 TENSOR_MAP_MAGIC = 0x70616d726f736e74ull;
 
 // cp.async.bulk and cp.async.bulk.tensor, on their way.
 struct Bulk {
-  Cta* cta;             // whose shared memory
+  Cta* cta;             // whose shared memory, and whose mbarrier
+  Cta* by;              // who issued it: block, warp, lane
   const Inst* inst;
-  u32 warp, lane;       // who issued it
+  u32 warp, lane;
   bool to_shared;
   bool tensor;
   TensorMap map;
@@ -234,11 +236,14 @@ struct Group {  // lanes at one place of the program
 struct Warp {
   Cta* cta;
   u32 index;
+  u32 agent;  // number of the warp within its cluster: who it is where races are looked for
   Mask lanes;  // those that exist: the last warp of a block may have fewer
   Mask alive;
   std::vector<u8> file;
   std::vector<Group> groups;  // sorted by pc; the lowest runs
   int barrier = -1;           // blocked at this one
+  bool again = false;         // the instruction did not succeed and is to run again (barrier.cluster.wait)
+  u32 cluster_phase = 0;      // of the cluster barrier at which it arrived
   bool yielded = false;      // every group that could run waits for something
   bool failed_wait = false;  // the last instruction was a try_wait that did not succeed
   std::vector<Copy> copies;   // cp.async in order of issue
@@ -290,7 +295,19 @@ struct Barrier {
   View view;
 };
 
+struct Cluster {  // blocks that run together; most have one
+  std::vector<std::unique_ptr<Cta>> ctas;
+  u32 warps = 0;        // of all blocks
+  u32 agents = 0;       // warps and mbarriers so far
+  u32 arrived = 0, phase = 0;  // barrier.cluster
+  View open, done;
+  u64 progress = 0;     // grows whenever something happens that others may have waited for
+  u64 steps = 0;
+  std::mt19937_64 random;
+};
+
 struct Cta {
+  Cluster* cluster;
   Launch* launch;
   Block* block;
   u32 at[3];
@@ -300,7 +317,6 @@ struct Cta {
   std::vector<u8> local;
   Barrier barriers[16];
   std::map<u32, MBarrier> mbarriers;  // by offset in shared memory
-  u32 agents = 0;                     // warps and mbarriers so far
   std::vector<Bulk> bulks;            // in order of issue
   // Who last touched each granule of shared memory; races.cpp.
   std::vector<u64> writer;
@@ -308,9 +324,6 @@ struct Cta {
   std::vector<u8> reader_lanes;       // [granule][warp]
   std::vector<u32> word_stamps;       // for counting wavefronts
   u32 stamp = 0;
-  std::mt19937_64 random;
-  u64 steps = 0;
-  u64 progress = 0;  // grows whenever something happens that others may have waited for
 };
 
 template <class T>

@@ -212,7 +212,7 @@ void issue(Warp& w, const Inst& i, Mask m) {
   c.wgmma_shared_bytes += (s.a_from_registers ? 0 : 16 * s.k * s.a.bits / 8) + s.n * s.k * s.b.bits / 32;
   w.wgmmas.push_back(std::move(g));
   if (w.cta->launch->mode == Mode::early) compute_wgmma(w, w.wgmmas.back());
-  if (w.cta->launch->mode == Mode::random && w.cta->random() % 2) {
+  if (w.cta->launch->mode == Mode::random && w.cta->cluster->random() % 2) {
     for (Wgmma& other : w.wgmmas)
       if (!other.computed) compute_wgmma(w, other);
   }
