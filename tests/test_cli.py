@@ -235,6 +235,18 @@ def test_a_damaged_packed_model(run, reviews, dense, tmp_path):
     tokenizer.save_pretrained(tmp_path / "packed")
     assert tasks.evaluate(tmp_path / "packed", "sentiment", reviews)["examples"] == 48
     file = tmp_path / "packed" / "model.safetensors"
+    tensors, metadata = serialization.read_tensors(file)
+    name = "garlic.encoder.layers.0.ffn_in"
+    for part, wrong in {
+        "col_indices": lambda x: x.flip(0),
+        "crow_indices": lambda x: x[:-1],
+        "values": lambda x: x[:-1],
+    }.items():
+        changed = tensors | {f"{name}.{part}": wrong(tensors[f"{name}.{part}"]).contiguous()}
+        safetensors.torch.save_file(changed, file, metadata)
+        code, text = run("eval", tmp_path / "packed", "--eval", reviews)
+        assert code == 2 and f"model.safetensors: {name}" in text and "Traceback" not in text, text
+    safetensors.torch.save_file(tensors, file, metadata)
     file.write_bytes(file.read_bytes()[:-100])
     code, text = run("eval", tmp_path / "packed", "--eval", reviews)
     assert code == 2 and "model.safetensors" in text and "Traceback" not in text

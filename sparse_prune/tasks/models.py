@@ -17,7 +17,7 @@ from ..errors import SparsePruneError
 from ..linears import is_linear
 from ..models.garlic import train_tokenizer
 from ..models.garlic_config import GarlicConfig
-from ..serialization import is_packed
+from ..serialization import is_packed, load_packed
 from .data import Example, TagExample, check_task
 
 GARLIC = "garlic"
@@ -68,11 +68,15 @@ def load_model(name: str | Path, task: str, labels: Sequence[str] | None = None)
             raise SparsePruneError(
                 source, f"a model trained for {task}", got, "train it first with `sparse-prune train`"
             )
-        options = {} if labels is None else {**_label_settings(labels), "ignore_mismatched_sizes": True}
-        model = auto.from_pretrained(source, dtype=torch.float32, **options)
+        if is_packed(source):  # our own reader names the tensor that is wrong; transformers' does not
+            del config.quantization_config
+            model = load_packed(auto.from_config(config), source).eval()
+        else:
+            options = {} if labels is None else {**_label_settings(labels), "ignore_mismatched_sizes": True}
+            model = auto.from_pretrained(source, dtype=torch.float32, **options)
     except SparsePruneError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         told = " ".join(str(error).split())[:200]
         expected = "garlic, a model directory or a name on the Hugging Face hub"
         raise SparsePruneError("model", expected, f"{source} ({told})", "check the path or name") from None
