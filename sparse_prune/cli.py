@@ -100,6 +100,12 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # a path that cannot be written, a full disk; without a file name it is a mistake of ours
+        if error.filename is None:
+            raise
+        told = SparsePruneError(str(error.filename), "a path that can be used", error.strerror, "choose another path")
+        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(told))}", soft_wrap=True)
+        sys.exit(2)
 
 
 @app.command()

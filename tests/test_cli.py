@@ -175,6 +175,11 @@ MISTAKES = {
     "settings that are none": (("eval", "SETTINGS"), "model: expected garlic, a model directory"),
     "no layers": (("prune", "--model", "EMPTY", "--out", "o"), "model: expected a stack of layers with nn.Linear"),
     "bench of nothing": (("bench", "linear", "--tokens", "0"), "option: expected whole numbers above 0"),
+    "length to score at": (("eval", "DENSE", "--max-length", "0"), "max_length: expected a whole number of at least 3"),
+    "a file where a directory should be": (
+        ("train", "--out", "OTHER/x"),
+        "expected a path that can be used, got Not a",
+    ),
     "SnowNLP's lines": (("baseline", "--task", "poetry", "--out", "o"), "task: expected one of"),
 }
 
@@ -214,7 +219,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(case, run, reviews, places, t
     recipe.write_text("density: 0.2\n")  # which train has not
     listing.write_text("density: [0.1, 0.2]\n")
     here = {**places, "OTHER": other, "RECIPE": recipe, "LIST": listing}
-    arguments = [here.get(argument, argument) for argument in arguments]
+    arguments = [str(other / "x") if argument == "OTHER/x" else here.get(argument, argument) for argument in arguments]
     if arguments[0] in ("train", "prune") and "--train" not in arguments:
         arguments += ["--train", reviews, "--eval", reviews]
     if arguments[0] == "eval" and "--eval" not in arguments:

@@ -341,7 +341,7 @@ def evaluate(model_dir: Path, task: str, file: Path | None = None, max_length: i
 
     Returns {"task", "score": {"name", "value", "per_class"}, "examples", "seconds"}.
     """
-    check_task(task)
+    RunArgs(out=Path(model_dir), task=task, max_length=max_length, seed=seed)  # checks them
     check_model_dir(model_dir)
     examples = builtin(task, seed).test if file is None else load_examples(task, file)
     model, tokenizer = load_model(model_dir, task)
