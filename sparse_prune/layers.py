@@ -267,9 +267,8 @@ def _derive(layer: SparseLinear) -> bool:
     return True
 
 
-_derive._dynamo_marked_constant = (
-    True  # torch.compiler.assume_constant_result, without its second of importing torch._dynamo
-)
+# torch.compiler.assume_constant_result, without the second that it takes to import torch._dynamo.
+_derive._dynamo_marked_constant = True
 
 
 def fused_linear(
