@@ -33,6 +33,21 @@ def matmul_tma(a, b, c, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, B
 
 
 @triton.jit
+def matmul_persistent(a, b, c, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The same with descriptors made on the device, tiles one after another, and a warp that only loads."""
+    x = tl.make_tensor_descriptor(a, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
+    y = tl.make_tensor_descriptor(b, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
+    z = tl.make_tensor_descriptor(c, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tiles_n, tl.num_programs(0), flatten=False):
+        m, n = tile // tiles_n * BLOCK_M, tile % tiles_n * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in tl.range(0, tl.cdiv(K, BLOCK_K), warp_specialize=True):
+            acc = tl.dot(x.load([m, k * BLOCK_K]), y.load([n, k * BLOCK_K]).T, acc)
+        z.store([m, n], acc.to(tl.bfloat16))
+
+
+@triton.jit
 def softmax_and_sums(x, y, sums, N, BLOCK: tl.constexpr):
     """y[r] = softmax(x[r]) over N numbers; sums[n] += y[r, n]."""
     row, n = tl.program_id(0), tl.arange(0, BLOCK)

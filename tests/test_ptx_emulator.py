@@ -12,7 +12,7 @@ from pathlib import Path
 import ptx_emulator
 import pytest
 import torch
-from ptx_emulator import EmulationError, TensorMap, emulate
+from ptx_emulator import EmulationError, Program, TensorMap, emulate
 
 pytestmark = pytest.mark.skipif(ptx_emulator.unavailable() is not None, reason=str(ptx_emulator.unavailable()))
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -149,6 +149,25 @@ def test_triton_matmul_through_tensor_maps(mode):
         and counts.kinds["mbarrier"]
         and not counts.kinds["copy_async"]
     )
+
+
+@needs_triton
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+@pytest.mark.parametrize("capability", [90, 120])
+def test_triton_warp_specialised_matmul(capability, mode):
+    """Producer and consumer warps, named barriers, mbarriers, setmaxnreg, tensor maps made on the device, tile after tile."""
+    import ptx_test_kernels as kernels
+
+    signature = {"a": "*bf16", "b": "*bf16", "c": "*bf16", "M": "i32", "N": "i32", "K": "i32"}
+    constants = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}
+    ptx, shared = kernels.compiled(kernels.matmul_persistent, signature, constants, capability)
+    m, n, k = 240, 112, 400
+    a, b, c = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16(), torch.full((m, n), torch.nan).bfloat16()
+    program, scratch = Program(ptx), torch.zeros(2048, dtype=torch.uint8)
+    counts = program.launch(2, program.required_threads, [a, b, c, m, n, k, scratch], shared_bytes=shared, mode=mode)
+    exact = a.double() @ b.double().T
+    assert ((c.double() - exact).abs() <= exact.abs() * 2.0**-8 + 2.0**-12).all()
+    assert program.required_threads[0] > 128 and counts.kinds["copy_bulk"] and counts.kinds["mbarrier"]
 
 
 @needs_triton

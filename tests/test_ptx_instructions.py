@@ -970,3 +970,35 @@ def test_multicast_mistakes(change, message, mode):
     x, out = torch.randn(32, 32).half(), torch.zeros(2, 32, 32).half()
     with pytest.raises(EmulationError, match=message):
         emulate(multicast(**change), "k", 2, 128, [TensorMap(x, [32, 16]), out], cluster=(2,), mode=mode)
+
+
+# ---- counters ----
+
+
+@pytest.mark.parametrize(
+    "stride, vector, wavefronts, ideal",
+    [
+        *((4, 1, 1, 1), (8, 1, 2, 1), (16, 1, 4, 1), (128, 1, 32, 1), (132, 1, 1, 1), (0, 1, 1, 1)),
+        *((8, 2, 2, 2), (16, 4, 4, 4), (128, 4, 32, 4)),
+    ],
+)
+def test_shared_wavefronts(stride, vector, wavefronts, ideal):
+    registers = "{" + ", ".join(f"%r{4 + k}" for k in range(vector)) + "}"
+    suffix = f".v{vector}" if vector > 1 else ""
+    body = f"mov.u32 %r1, smem; mad.lo.u32 %r2, %r0, {stride}, %r1; ld.shared{suffix}.b32 {registers}, [%r2];"
+    counts = emulate(kernel(body, 1, shared=8192), "k", 1, 32, [torch.zeros(1)])
+    assert (counts.shared_wavefronts, counts.shared_ideal) == (wavefronts, ideal)
+    assert counts.shared_read_bytes == 32 * 4 * vector and counts.kinds["load_shared"] == 1
+
+
+@pytest.mark.parametrize("stride, sectors", [(4, 4), (8, 8), (32, 32), (128, 32), (0, 1)])
+def test_global_sectors(stride, sectors):
+    x = torch.zeros(2048)
+    load = f"mad.wide.u32 %rd10, %r0, {stride}, %rd0; ld.global.b32 %r1, [%rd10]; ld.global.b32 %r2, [%rd10];"
+    counts = emulate(kernel(load, 1), "k", 3, 32, [x], threads=1)
+    assert counts.global_load_sectors == 3 * 2 * sectors and counts.global_load_bytes == 3 * 2 * 128
+    assert (
+        counts.l2_load_sectors == 3 * sectors and counts.dram_load_sectors == sectors
+    )  # L1 holds what a block has read
+    past_l1 = emulate(kernel(load.replace("ld.global", "ld.global.cg"), 1), "k", 3, 32, [x], threads=1)
+    assert past_l1.l2_load_sectors == 3 * 2 * sectors

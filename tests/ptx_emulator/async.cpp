@@ -363,6 +363,11 @@ void decode_bulk(Line& l, Inst& inst) {  // cp.async.bulk...
 
 void decode_proxy_fence(Line& l, Inst& inst) {  // fence.proxy...., fence.mbarrier_init
   inst.kind = FENCE;
+  if (l.take("tensormap::generic")) {  // copies look at the map when they are issued
+    for (const char* m : {"proxy", "acquire", "release", "gpu", "cta", "cluster", "sys"}) l.take(m);
+    inst.run = [](Warp&, const Inst&, Mask) {};
+    return;
+  }
   l.want(0);
   if (l.take("mbarrier_init")) {
     l.take("release"), l.take("cluster");
@@ -376,8 +381,112 @@ void decode_proxy_fence(Line& l, Inst& inst) {  // fence.proxy...., fence.mbarri
   else if (async) inst.run = [](Warp& w, const Inst&, Mask m) { fence_async(w, m); };
 }
 
+// ---- tensor maps made on the device ----
+
+namespace {
+
+enum Field : u32 { GLOBAL_ADDRESS, RANK, BOX_DIM, GLOBAL_DIM, GLOBAL_STRIDE, ELEMENT_STRIDE, ELEMTYPE, INTERLEAVE, SWIZZLE, FILL, FIELDS };
+
+// a: field, b: number of the dimension, c: 1 if the map lies in global memory. Operands: address, value
+void replace_field(Warp& w, const Inst& i, Mask m) {
+  for (int l = 0; l < LANES; ++l) {
+    if (!(m >> l & 1)) continue;
+    u64 where = address(w, i.op[0], l, i32(i.offset));
+    if (where % 128) w.fail(i, l, "a tensor map must be aligned to 128 bytes");
+    u8* p;
+    if (i.c) {
+      p = global_bytes(w, i, l, where, 128, true);
+    } else {
+      if (where - SHARED_WINDOW < WINDOW_BYTES) where -= SHARED_WINDOW;
+      u32 at[LANES];
+      at[l] = shared_at(w, i, l, where, 128);
+      note_shared(w, i, 1u << l, at, 128, Use::write);
+      p = w.cta->shared.data() + where;
+    }
+    TensorMap t;
+    std::memcpy(&t, p, 128);
+    u64 v = w.read(i.op[1], l);
+    static const u32 bytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 4, 8, 2, 4, 4};
+    static const u32 spans[] = {0, 32, 64, 128};
+    u32 d = i.b;
+    if (d >= 5 - (i.a == GLOBAL_STRIDE)) w.fail(i, l, "a tensor map has five dimensions");
+    switch (i.a) {
+      case GLOBAL_ADDRESS:
+        if (v % 16) w.fail(i, l, "the tensor's address is no multiple of 16");
+        t.address = v;
+        t.magic = TENSOR_MAP_MAGIC;
+        break;
+      case RANK: t.rank = u32(v) + 1; break;  // the field holds rank - 1
+      case BOX_DIM:
+        if (v == 0 || v > 256) w.fail(i, l, format("a box of %llu elements", (unsigned long long)v));
+        t.box[d] = u32(v);
+        break;
+      case GLOBAL_DIM: t.dims[d] = u32(v); break;
+      case GLOBAL_STRIDE:
+        if (v % 16) w.fail(i, l, format("a stride of %llu bytes, no multiple of 16", (unsigned long long)v));
+        t.strides[d] = v;
+        break;
+      case ELEMENT_STRIDE:
+        if (v != 1) w.fail(i, l, "element strides other than 1 are not implemented");
+        break;
+      case ELEMTYPE:
+        if (v > 12) w.fail(i, l, "an unknown type of elements");
+        t.element_bytes = bytes[v];
+        break;
+      case SWIZZLE:
+        if (v > 3) w.fail(i, l, "an unknown swizzle");
+        t.swizzle = spans[v];
+        break;
+      default:
+        if (v) w.fail(i, l, "interleaved tensor maps and fills other than zero are not implemented");
+    }
+    std::memcpy(p, &t, 128);
+  }
+}
+
+// From shared to global memory, by the whole warp, and then visible to copies that acquire it.
+void publish_map(Warp& w, const Inst& i, Mask) {
+  u64 to = address(w, i.op[0], 0, i32(i.a)), from = address(w, i.op[1], 0, i32(i.b));
+  if (from - SHARED_WINDOW < WINDOW_BYTES) from -= SHARED_WINDOW;
+  u32 at[LANES];
+  at[0] = shared_at(w, i, 0, from, 128);
+  note_shared(w, i, 1, at, 128, Use::read);
+  std::memcpy(global_bytes(w, i, 0, to, 128, true), w.cta->shared.data() + at[0], 128);
+}
+
+void tensormap(Line& l, Inst& inst) {
+  inst.kind = COPY_BULK;
+  if (l.take("cp_fenceproxy")) {
+    for (const char* m : {"global", "shared::cta", "tensormap::generic", "release", "gpu", "cta", "cluster", "sys", "sync", "aligned"}) l.take(m);
+    inst.sync = Sync::aligned;
+    l.want(3);
+    Inst first, second;
+    l.push_address(0, first, 8);
+    l.push_address(1, second, 8);
+    inst.a = u32(first.offset), inst.b = u32(second.offset);
+    inst.run = publish_map;
+    return;
+  }
+  if (!l.take("replace") || !l.take("tile")) return;
+  static const char* names[] = {"global_address", "rank", "box_dim", "global_dim", "global_stride", "element_stride", "elemtype", "interleave_layout", "swizzle_mode", "fill_mode"};
+  inst.a = FIELDS;
+  for (u32 k = 0; k < FIELDS; ++k)
+    if (l.take(names[k])) inst.a = k;
+  inst.c = l.take("global");
+  if (inst.a == FIELDS || (!inst.c && !l.take("shared::cta")) || !l.take("b1024")) return;
+  Type t = l.take_type();
+  bool ordinal = inst.a >= BOX_DIM && inst.a <= ELEMENT_STRIDE;
+  l.want(2 + ordinal);
+  l.push_address(0, inst, 8);
+  if (ordinal) inst.b = std::strtoul(l.operands[1].text.c_str(), nullptr, 0);
+  l.push(l.operands[1 + ordinal].text, t.bytes());
+  inst.run = replace_field;
+}
+
+}  // namespace
+
 const Family& async_family() {
-  static const Family family{{{"mbarrier", decode_mbarrier}}};
+  static const Family family{{{"mbarrier", decode_mbarrier}, {"tensormap", tensormap}}};
   return family;
 }
 
