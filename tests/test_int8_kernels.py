@@ -35,7 +35,7 @@ RUNS = {  # instruction set allowed -> the one that has int8 kernels
     "avx2": "avx2",
     "avx512": "avx2",
     "avx512_vnni": "avx512_vnni",
-    "avx512_bf16": "avx512_vnni",
+    "avx512_bf16": "avx512_bf16",
     "amx_int8": "amx_int8",
     "amx_bf16": "amx_int8",
 }

@@ -116,6 +116,7 @@ struct SignTrick {
   static inline I load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static inline void store(int32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   static inline I add(I a, I b) { return _mm256_add_epi32(a, b); }
+  static inline __m256 to_float(I v) { return _mm256_cvtepi32_ps(v); }
   static inline I weights(const int8_t* w) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)); }
   static inline B broadcast(const uint8_t* x) {
     int32_t group;

@@ -13,8 +13,9 @@ struct Avx512Int8 : Avx512 {
     return v;
   }
   static inline void store_quantized(uint8_t* p, F v) {
-    const F near = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-127.0f)), _mm512_set1_ps(127.0f));
-    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(near));
+    // What is too low even for int32 becomes its lowest number, so only the other end needs a minimum before the conversion.
+    const __m512i near = _mm512_cvtps_epi32(_mm512_min_ps(v, _mm512_set1_ps(127.0f)));
+    const __m128i bytes = _mm_max_epi8(_mm512_cvtsepi32_epi8(near), _mm_set1_epi8(-127));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(0x80))));
   }
 };

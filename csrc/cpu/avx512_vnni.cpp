@@ -14,30 +14,11 @@ namespace {
 #include "avx512_int8.h"
 #include "tile_kernel.h"
 #include "int8_tile.h"
-
-struct Vnni {
-  using Vec = Avx512Int8;
-  using I = __m512i;
-  using B = __m512i;
-  static constexpr bool uses_offsets = true;
-  static constexpr int spare = 1;
-  static inline I zero() { return _mm512_setzero_si512(); }
-  static inline I load(const int32_t* p) { return _mm512_loadu_si512(p); }
-  static inline void store(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
-  static inline I add(I a, I b) { return _mm512_add_epi32(a, b); }
-  static inline I weights(const int8_t* w) { return _mm512_loadu_si512(w); }
-  static inline B broadcast(const uint8_t* x) {
-    int32_t group;
-    memcpy(&group, x, sizeof group);
-    return _mm512_set1_epi32(group);
-  }
-  static inline I dot(I acc, B x, I w) { return _mm512_dpbusd_epi32(acc, x, w); }
-};
-
+#include "vnni.h"
 }  // namespace
 
 const Int8Kernels* avx512_vnni_kernels() {
-  static const Int8Kernels kernels = {"avx512_vnni", quantize_rows<Avx512Int8>, int8_range<Vnni>};
+  static const Int8Kernels kernels = {"avx512_vnni", quantize_rows<Avx512Int8>, int8_range<Vnni<Avx512Int8>>};
   return &kernels;
 }
 

@@ -281,6 +281,7 @@ void run_layer_norm(const NormArgs& a, int64_t threads, ParallelFor parallel) {
 const Int8Kernels& int8_kernels() {
   const int isa = std::min<int>(best(), allowed.load(std::memory_order_relaxed));
   if (isa >= amx_int8) return *amx_int8_kernels();
+  if (isa >= avx512_bf16) return *avx512_bf16_int8_kernels();
   if (isa >= avx512_vnni) return *avx512_vnni_kernels();
   if (isa >= avx2) return *avx2_int8_kernels();
   return *portable_int8_kernels();

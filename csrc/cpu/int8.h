@@ -42,6 +42,7 @@ struct Int8Kernels {
 const Int8Kernels* portable_int8_kernels();
 const Int8Kernels* avx2_int8_kernels();
 const Int8Kernels* avx512_vnni_kernels();
+const Int8Kernels* avx512_bf16_int8_kernels();
 const Int8Kernels* amx_int8_kernels();
 
 }  // namespace sparse_prune

@@ -2,7 +2,7 @@
 // Included inside an unnamed namespace, after tile_kernel.h.
 //
 // Dot provides: Vec (float vectors for what follows the sums, with from_int32, max_bits, highest and store_quantized beside what
-// tile_kernel.h wants), I (a vector of W int32), B (a broadcast group of 4 inputs), uses_offsets, zero, load, store, add, weights,
+// tile_kernel.h wants), I (a vector of W int32), B (a broadcast group of 4 inputs), uses_offsets, zero, load, store, add, to_float, weights,
 // broadcast and dot: acc[n] += sum over j < 4 of x[j] * w[n, j].
 
 // One step of 4 inputs: NV vectors of weights by MR groups of x.
@@ -17,81 +17,6 @@ inline void int8_step(const uint8_t* x, int64_t ldx, const int8_t* w, typename D
     for (int v = 0; v < NV; ++v) acc[m][v] = Dot::dot(acc[m][v], xv, b[v]);
   }
 }
-
-// z[MR][NV * W] = the sums of one tile of a block-row; y is where they will go, which is only fetched.
-template <class Dot, int MR, int NV>
-void int8_tile(const Int8Args& a, const uint8_t* x, const int8_t* w, const int32_t* offsets, int64_t begin, int64_t end, int32_t* z,
-               int64_t ldz, const char* y, int64_t y_element) {
-  using I = typename Dot::I;
-  constexpr int W = Dot::Vec::W;
-  constexpr int KU = MR * NV >= 8 ? 1 : (MR * NV >= 4 ? 2 : 4);  // a product takes 4 cycles: few sums need several independent parts
-  I acc[KU][MR][NV];  // [KU][MR][NV * W]
-  for (int u = 0; u < KU; ++u)
-    for (int m = 0; m < MR; ++m)
-      for (int v = 0; v < NV; ++v) acc[u][m][v] = Dot::uses_offsets && u == 0 ? Dot::load(offsets + v * W) : Dot::zero();
-  const int64_t steps = (a.C + kInt8Step - 1) / kInt8Step, ldw = a.R * kInt8Step;
-  for (int64_t e = begin; e < end; ++e) {
-    const uint8_t* xb = x + a.col[e] * a.C;               // [MR, C]
-    const int8_t* wb = w + e * steps * ldw;               // [steps][R][4]
-    if (e + 1 < end) {
-      const uint8_t* next = x + a.col[e + 1] * a.C;
-      for (int64_t j = 0; j < a.C; j += 64)
-        for (int m = 0; m < MR; ++m) prefetch(next + m * a.ldx + j);
-    }
-    int64_t k = 0;
-    if (e == begin && KU == 1)
-      for (int m = 0; m < MR && k < steps; m += 2, ++k, wb += ldw) {
-        for (int64_t j = 0; j < NV * W * y_element; j += 64) {
-          __builtin_prefetch(y + m * a.N * y_element + j, 1);
-          __builtin_prefetch(y + (m + 1) * a.N * y_element + j, 1);
-        }
-        int8_step<Dot, MR, NV>(xb + k * kInt8Step, a.ldx, wb, acc[0]);
-      }
-    for (; k + KU <= steps; k += KU)
-      for (int u = 0; u < KU; ++u, wb += ldw) int8_step<Dot, MR, NV>(xb + (k + u) * kInt8Step, a.ldx, wb, acc[u]);
-    if (KU > 1)
-      for (; k < steps; ++k, wb += ldw) int8_step<Dot, MR, NV>(xb + k * kInt8Step, a.ldx, wb, acc[0]);
-  }
-  for (int m = 0; m < MR; ++m)
-    for (int v = 0; v < NV; ++v) {
-      I sum = acc[0][m][v];
-      for (int u = 1; u < KU; ++u) sum = Dot::add(sum, acc[u][m][v]);
-      Dot::store(z + m * ldz + v * W, sum);
-    }
-}
-
-using Int8TileFn = void (*)(const Int8Args&, const uint8_t*, const int8_t*, const int32_t*, int64_t, int64_t, int32_t*, int64_t,
-                            const char*, int64_t);
-
-template <class Dot, int NV, int MR>
-struct Int8TileTable {
-  static void fill(Int8TileFn* table) {
-    table[MR - 1] = int8_tile<Dot, MR, NV>;
-    Int8TileTable<Dot, NV, MR - 1>::fill(table);
-  }
-};
-template <class Dot, int NV>
-struct Int8TileTable<Dot, NV, 0> {
-  static void fill(Int8TileFn*) {}
-};
-
-// Rows of a tile: what is left of the registers after NV vectors of weights and Dot::spare for a group of x and for dot itself.
-template <class Dot, int NV>
-constexpr int int8_rows() {
-  constexpr int rows = (Dot::Vec::registers - NV - Dot::spare) / NV;
-  return rows < 14 ? rows : 14;
-}
-
-template <class Dot>
-struct Int8Tiles {
-  static constexpr int widest = Dot::Vec::registers >= 32 ? 4 : 2;
-  Int8TileFn one[int8_rows<Dot, 1>()], two[int8_rows<Dot, 2>()], four[int8_rows<Dot, widest>()];
-  Int8Tiles() {
-    Int8TileTable<Dot, 1, int8_rows<Dot, 1>()>::fill(one);
-    Int8TileTable<Dot, 2, int8_rows<Dot, 2>()>::fill(two);
-    Int8TileTable<Dot, widest, int8_rows<Dot, widest>()>::fill(four);
-  }
-};
 
 // y[m.., n..] = act(z * w_scales[n..] * x_scales[m..] + bias) + residual for a rectangle of y; z has whole vectors.
 template <class Out>
@@ -133,46 +58,130 @@ void int8_finish(const Int8Args& a, const int32_t* z, int64_t ldz, int64_t m0, i
     int8_finish_as<HalfWeights<V>>(a, z, ldz, m0, n0, rows, cols);
 }
 
+// The same for a tile of whole vectors without activation, from its registers.
+template <class Dot, class Out, int MR, int NV>
+inline void int8_finish_sums(const Int8Args& a, typename Dot::I (&sum)[MR][NV], int64_t m0, int64_t n) {
+  using V = typename Out::Vec;
+  using Y = typename Out::Y;
+  typename V::F scale[NV], bias[NV];
+  for (int v = 0; v < NV; ++v) {
+    scale[v] = V::load(a.w_scales + n + v * V::W);
+    bias[v] = a.bias ? Out::load_y(static_cast<const Y*>(a.bias) + n + v * V::W) : V::zero();
+  }
+  for (int m = 0; m < MR; ++m) {
+    const int64_t at = (m0 + m) * a.N + n;
+    const typename V::F x_scale = V::set1(a.x_scales[m0 + m]);
+    typename V::F row[NV];  // [NV * W]
+    for (int v = 0; v < NV; ++v) row[v] = V::add(V::mul(V::mul(Dot::to_float(sum[m][v]), scale[v]), x_scale), bias[v]);
+    if (a.residual)
+      for (int v = 0; v < NV; ++v) row[v] = V::add(row[v], Out::load_y(static_cast<const Y*>(a.residual) + at + v * V::W));
+    Out::template store_row<NV>(static_cast<Y*>(a.y) + at, row, false);
+    // The next block-row's part of y, as in linear_tile.
+    for (int64_t j = 0; j < NV * V::W; j += 64 / static_cast<int64_t>(sizeof(Y))) prefetch_to_l2(static_cast<Y*>(a.y) + at + a.R + j);
+  }
+}
+
+// One tile, rows from m and outputs from n of block-row i, of which cols exist.
+template <class Dot, int MR, int NV>
+void int8_tile(const Int8Args& a, int64_t m0, int64_t i, int64_t n, int64_t cols) {
+  using I = typename Dot::I;
+  constexpr int W = Dot::Vec::W;
+  constexpr int KU = MR * NV >= 8 ? 1 : (MR * NV >= 4 ? 2 : 4);  // a product takes 4 cycles: few sums need several independent parts
+  const auto* x = static_cast<const uint8_t*>(a.x) + m0 * a.ldx;                     // [MR, K]
+  const auto* w = static_cast<const int8_t*>(a.w) + (n - i * a.R) * kInt8Step;
+  const int32_t* offsets = a.offsets + n;
+  I acc[KU][MR][NV];  // [KU][MR][NV * W]
+  for (int u = 0; u < KU; ++u)
+    for (int m = 0; m < MR; ++m)
+      for (int v = 0; v < NV; ++v) acc[u][m][v] = Dot::uses_offsets && u == 0 ? Dot::load(offsets + v * W) : Dot::zero();
+  const int64_t steps = (a.C + kInt8Step - 1) / kInt8Step, ldw = a.R * kInt8Step, end = a.crow[i + 1];
+  for (int64_t e = a.crow[i]; e < end; ++e) {
+    const uint8_t* xb = x + a.col[e] * a.C;               // [MR, C]
+    const int8_t* wb = w + e * steps * ldw;               // [steps][R][4]
+    if (e + 1 < end) {
+      const uint8_t* next = x + a.col[e + 1] * a.C;
+      for (int64_t j = 0; j < a.C; j += 64)
+        for (int m = 0; m < MR; ++m) prefetch(next + m * a.ldx + j);
+    }
+    int64_t k = 0;
+    for (; k + KU <= steps; k += KU)
+      for (int u = 0; u < KU; ++u, wb += ldw) int8_step<Dot, MR, NV>(xb + (k + u) * kInt8Step, a.ldx, wb, acc[u]);
+    if (KU > 1)
+      for (; k < steps; ++k, wb += ldw) int8_step<Dot, MR, NV>(xb + k * kInt8Step, a.ldx, wb, acc[0]);
+  }
+  for (int u = 1; u < KU; ++u)
+    for (int m = 0; m < MR; ++m)
+      for (int v = 0; v < NV; ++v) acc[0][m][v] = Dot::add(acc[0][m][v], acc[u][m][v]);
+  if (cols == NV * W && a.activation == Activation::none) {
+    using V = typename Dot::Vec;
+    if (a.dtype == DType::f32) return int8_finish_sums<Dot, Plain<V>, MR, NV>(a, acc[0], m0, n);
+    if (a.dtype == DType::bf16) return int8_finish_sums<Dot, Bf16Weights<V>, MR, NV>(a, acc[0], m0, n);
+    return int8_finish_sums<Dot, HalfWeights<V>, MR, NV>(a, acc[0], m0, n);
+  }
+  alignas(64) int32_t z[MR * NV * W];  // [MR][NV * W]
+  for (int m = 0; m < MR; ++m)
+    for (int v = 0; v < NV; ++v) Dot::store(z + (m * NV + v) * W, acc[0][m][v]);
+  int8_finish<typename Dot::Vec>(a, z, NV * W, m0, n, MR, cols);
+}
+
+using Int8TileFn = void (*)(const Int8Args&, int64_t, int64_t, int64_t, int64_t);
+
+template <class Dot, int NV, int MR>
+struct Int8TileTable {
+  static void fill(Int8TileFn* table) {
+    table[MR - 1] = int8_tile<Dot, MR, NV>;
+    Int8TileTable<Dot, NV, MR - 1>::fill(table);
+  }
+};
+template <class Dot, int NV>
+struct Int8TileTable<Dot, NV, 0> {
+  static void fill(Int8TileFn*) {}
+};
+
+// Rows of a tile: what is left of the registers after NV vectors of weights and Dot::spare for a group of x and for dot itself.
+template <class Dot, int NV>
+constexpr int int8_rows() {
+  constexpr int rows = (Dot::Vec::registers - NV - Dot::spare) / NV;
+  return rows < 14 ? rows : 14;
+}
+
+template <class Dot>
+struct Int8Tiles {
+  static constexpr int widest = Dot::Vec::registers >= 32 ? 4 : 2;
+  Int8TileFn one[int8_rows<Dot, 1>()], two[int8_rows<Dot, 2>()], four[int8_rows<Dot, widest>()];
+  Int8Tiles() {
+    Int8TileTable<Dot, 1, int8_rows<Dot, 1>()>::fill(one);
+    Int8TileTable<Dot, 2, int8_rows<Dot, 2>()>::fill(two);
+    Int8TileTable<Dot, widest, int8_rows<Dot, widest>()>::fill(four);
+  }
+};
+
 // Rows [m0, m1) of block-rows [i0, i1), in the order of linear_range and for its reasons.
 template <class Dot>
 void int8_range(const Int8Args& a, int64_t m0, int64_t m1, int64_t i0, int64_t i1) {
   using V = typename Dot::Vec;
   static const Int8Tiles<Dot> tiles;
   constexpr int widest = Int8Tiles<Dot>::widest, rows_widest = int8_rows<Dot, widest>(), rows_two = int8_rows<Dot, 2>();
-  constexpr int64_t stage_cols = 256, ldz = stage_cols + 4 * V::W;  // the last strip may store past the outputs it has
   const bool has_wide = widest == 4 && a.R >= 4 * V::W;
-  constexpr int64_t panel_wide = 2 * rows_widest, panel_most = panel_wide > rows_two ? panel_wide : rows_two;
-  const int64_t panel = has_wide || widest == 2 ? panel_wide : rows_two;
-  const int64_t rows = m1 - m0, panels = (rows + panel - 1) / panel, y_element = a.dtype == DType::f32 ? 4 : 2;
-  alignas(64) int32_t stage[panel_most * ldz];  // [panel][stage_cols]
+  const int64_t panel = 4 * (has_wide || widest == 2 ? rows_widest : rows_two);
+  const int64_t rows = m1 - m0, panels = (rows + panel - 1) / panel;
   for (int64_t g0 = i0, g1; g0 < i1; g0 = g1) {
     g1 = group_end(a, g0, i1, 1);
-    const int64_t n_end = g1 * a.R < a.N ? g1 * a.R : a.N;
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t from = rows * p / panels, high = rows * (p + 1) / panels - from;
-      const uint8_t* xp = static_cast<const uint8_t*>(a.x) + (m0 + from) * a.ldx;  // [high, K]
-      int64_t n = g0 * a.R, staged = n;  // outputs [staged, n) are in the stage
       for (int64_t i = g0; i < g1; ++i) {
         const int64_t row_end = (i + 1) * a.R < a.N ? (i + 1) * a.R : a.N;
-        while (n < row_end) {
+        for (int64_t n = i * a.R, cols; n < row_end; n += cols) {
           const int64_t left = row_end - n;
           const bool wide = has_wide && left >= 4 * V::W;
           const int vectors = wide ? 4 : (left > V::W ? 2 : 1);
           const Int8TileFn* table = wide ? tiles.four : (vectors == 2 ? tiles.two : tiles.one);
           const int64_t most = wide ? rows_widest : (vectors == 2 ? rows_two : int8_rows<Dot, 1>());
-          const int64_t cols = left < vectors * V::W ? left : vectors * V::W;
-          const int8_t* w = static_cast<const int8_t*>(a.w) + (n - i * a.R) * kInt8Step;
+          cols = left < vectors * V::W ? left : vectors * V::W;
           const int64_t count = (high + most - 1) / most;
           for (int64_t t = 0; t < count; ++t) {
             const int64_t m = high * t / count, tile = high * (t + 1) / count - m;
-            const char* y = static_cast<const char*>(a.y) + ((m0 + from + m) * a.N + n) * y_element;
-            table[tile - 1](a, xp + m * a.ldx, w, a.offsets + n, a.crow[i], a.crow[i + 1], stage + m * ldz + (n - staged), ldz, y,
-                            y_element);
-          }
-          n += cols;
-          if (n == n_end || n - staged + vectors * V::W > stage_cols) {
-            int8_finish<V>(a, stage, ldz, m0 + from, staged, high, n - staged);
-            staged = n;
+            table[tile - 1](a, m0 + from + m, i, n, cols);
           }
         }
       }

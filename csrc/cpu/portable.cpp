@@ -173,6 +173,7 @@ struct PlainDot {
   }
   static inline void store(int32_t* p, I v) { memcpy(p, &v, sizeof v); }
   static inline I add(I a, I b) { return a + b; }
+  static inline Vec::F to_float(I v) { return __builtin_convertvector(v, Vec::F); }
   static inline I weights(const int8_t* w) {
     I v;
     memcpy(&v, w, sizeof v);
