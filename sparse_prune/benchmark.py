@@ -33,6 +33,11 @@ from .layers import SparseLinear
 from .masks import check_density, expand_mask, grid_shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# bench_linear also takes int8: weights in int8 and x in bfloat16, against bfloat16 dense and our bfloat16.
+LINEAR_DTYPES = DTYPES | {"int8": torch.bfloat16}
+INT8_ERROR = (
+    0.03  # both x and weights are rounded to 1/127 of their row's largest: each about 0.8% of a normal one's size
+)
 DENSE = ("dense", "dense_prepacked")  # what a ratio to dense takes the faster of
 
 
@@ -101,15 +106,18 @@ def random_mask(shape: Sequence[int], blocksize: Sequence[int], density: float, 
     return mask.view(rows, cols)
 
 
-def limits(dtype: torch.dtype, threads: int) -> dict[str, float | str]:
-    """This machine's roofline for a dtype: GFLOP/s of multiply-adds on registers alone and GB/s of reading, `threads` at once.
+def limits(dtype: torch.dtype, threads: int) -> dict[str, float | str] | None:
+    """This machine's roofline for weights of a dtype: GFLOP/s of multiply-adds on registers, GB/s of reading, by `threads`.
 
-    Where the instruction set in force has no such probe (AMX) the GFLOP/s are those of a large dense product, and `peak` says so.
-    Reading is measured over 8 MiB a thread, which a last-level cache holds, and over 256 MiB, which it does not.
+    Where the instruction set in force has no such probe (AMX) the GFLOP/s are those of a large dense product, and `peak` says so;
+    int8 then has none, and None is returned. Reading is measured over 8 MiB a thread, which a last-level cache holds, and over
+    256 MiB, which it does not.
     """
     isa, element = backends.cpu_isa(dtype), torch.tensor([], dtype=dtype).element_size()
     # Where a dtype has no instructions of its own the kernels compute in float32.
-    probe = isa if isa.endswith("bf16") else backends.cpu_isa(torch.float32)
+    probe = isa if dtype == torch.int8 or isa.endswith("bf16") else backends.cpu_isa(torch.float32)
+    if dtype == torch.int8 and probe != "avx512_vnni":
+        return None
     flops = backends.together(threads, lambda: backends.peak_flops(probe))
     source = "multiply-adds on registers"
     if not flops:
@@ -252,7 +260,7 @@ GRIDS = {
         "tokens": (1, 16, 128, 512),
         "densities": (0.05, 0.2, 0.5, 0.8, 1.0),
         "blocksizes": ((32, 32),),
-        "dtypes": ("float32", "bfloat16"),
+        "dtypes": ("float32", "bfloat16", "int8"),
         "threads": (1,),
     },
     "full": {
@@ -260,7 +268,7 @@ GRIDS = {
         "tokens": (1, 16, 128, 512, 2048),
         "densities": (0.05, 0.1, 0.2, 0.5, 0.8, 1.0),
         "blocksizes": ((16, 16), (32, 32), (64, 64), (64, 16), (128, 16)),
-        "dtypes": ("float32", "bfloat16"),
+        "dtypes": ("float32", "bfloat16", "int8"),
         "threads": (1, 2),
     },
 }
@@ -282,8 +290,8 @@ def linear_problems(
     for (k, n), dtype, block, thread, m, density in itertools.product(
         shapes, dtypes, blocksizes, threads, tokens, densities
     ):
-        if dtype not in DTYPES:
-            raise SparsePruneError("dtypes", f"names among {', '.join(DTYPES)}", dtype, "choose some of these")
+        if dtype not in LINEAR_DTYPES:
+            raise SparsePruneError("dtypes", f"names among {', '.join(LINEAR_DTYPES)}", dtype, "choose some of these")
         check_density(density)
         if min(k, n, m, thread) < 1:
             raise SparsePruneError(
@@ -330,7 +338,7 @@ def bench_linear(
         if row is None:
             roof = (problem["dtype"], problem["threads"])
             if backends.cpu_isas() and roof not in roofs:
-                roofs[roof] = limits(DTYPES[roof[0]], roof[1])
+                roofs[roof] = limits(getattr(torch, roof[0]), roof[1])
             row = {"kind": "linear", **about, **problem, **_time_linear(problem, seconds, roofs.get(roof), peers)}
             if keep is not None:
                 with open(keep, "a", encoding="utf-8") as file:
@@ -364,7 +372,13 @@ def _kept_rows(path: str | Path | None, about: dict) -> dict[str, dict]:
 
 @torch.no_grad()
 def _time_linear(problem: dict, seconds: float, limit: dict | None, engines: Sequence[Engine]) -> dict:
-    k, n, m, blocksize, dtype = problem["K"], problem["N"], problem["M"], problem["blocksize"], DTYPES[problem["dtype"]]
+    k, n, m, blocksize, dtype = (
+        problem["K"],
+        problem["N"],
+        problem["M"],
+        problem["blocksize"],
+        LINEAR_DTYPES[problem["dtype"]],
+    )
     generator = torch.Generator().manual_seed(zlib.crc32(json.dumps(problem).encode()))
     mask = random_mask((n, k), blocksize, problem["density"], generator)
     x = torch.randn(m, k, generator=generator).to(dtype)
@@ -375,9 +389,17 @@ def _time_linear(problem: dict, seconds: float, limit: dict | None, engines: Seq
     linear = linear.to(dtype).requires_grad_(False)
     kernel = SparseLinear.from_dense(linear, mask, blocksize)
     kernel.planned = False
-    peers = _peers(x, linear, kernel.packed)
+    quantized = problem["dtype"] == "int8"
+    if quantized:
+        kernel.quantize_()
+    peers = _peers(x, linear, kernel.packed.dequantize(dtype))
     candidates = {"sparse": lambda: kernel(x)} | {name: peers.pop(name) for name in DENSE if name in peers}
     auto = SparseLinear.from_dense(linear, mask, blocksize)
+    if quantized:
+        unquantized = SparseLinear.from_dense(linear, mask, blocksize)
+        unquantized.planned = False
+        candidates["sparse_bf16"] = lambda: unquantized(x)
+        auto.quantize_()
     runs = auto.backend_for(m)
     if runs.startswith("dense"):
         candidates["auto"] = lambda: auto(x)
@@ -386,6 +408,8 @@ def _time_linear(problem: dict, seconds: float, limit: dict | None, engines: Seq
     allowed = 2 * max(errors["dense"], torch.finfo(dtype).eps / 4)
     for name, error in errors.items():
         limit_here = allowed if name in candidates else 4 * allowed  # another's rounding is not ours to judge
+        if quantized and name in ("sparse", "auto"):
+            limit_here = INT8_ERROR
         if not error <= limit_here:
             text = (
                 f"{name} is wrong at M={m} K={k} N={n} {problem['dtype']}: error {error:.1e}, allowed {limit_here:.1e}"
@@ -548,7 +572,7 @@ def plot_linear(rows: Sequence[dict], path: str | Path) -> None:
         sorted({row[name] if name != "blocksize" else tuple(row[name]) for row in rows})
         for name in ("dtype", "M", "blocksize", "density")
     )
-    dtypes.sort(key=list(DTYPES).index)
+    dtypes.sort(key=list(LINEAR_DTYPES).index)
     colours = ["#c6dbef", "#9ecae1", "#6baed6", "#2f7cc8", "#08306b"][-len(tokens) :]  # darker: more tokens
     dashes = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1))]
     figure = Figure(figsize=(1.2 + 4.4 * len(dtypes), 7.4), layout="constrained")

@@ -32,7 +32,7 @@ bench_app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 
 console = Console(stderr=False)
-SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8"}
 
 # typer reads these at run time, on Python 3.10 too: Optional, not `| None`.
 Task = Annotated[str, typer.Option("--task", help="sentiment or ner")]
@@ -414,7 +414,7 @@ def bench_linear(
     tokens: Annotated[Optional[str], typer.Option(help="M values; None: the grid's")] = None,  # noqa: UP045
     density: Annotated[Optional[str], typer.Option(help="kept fractions; None: the grid's")] = None,  # noqa: UP045
     block: Annotated[Optional[str], typer.Option(help="block sizes; None: the grid's")] = None,  # noqa: UP045
-    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16, float16; None: the grid's")] = None,  # noqa: UP045
+    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16, float16, int8; None: the grid's")] = None,  # noqa: UP045
     threads: Annotated[Optional[str], typer.Option(help="thread counts; None: the grid's")] = None,  # noqa: UP045
     seconds: Annotated[float, typer.Option(help="time spent on each row")] = 1.0,
     out: Annotated[
@@ -465,8 +465,8 @@ def bench_linear(
         console.print(_linear_table(f"{k}->{n}, {r}x{c} blocks, {name}, {count} thread(s)", group))
     console.print(
         "sparse, dense: microseconds, medians of runs in turns; dense: the better of plain and prepacked;\n"
-        "ideal: share of 1/density; roof: share of the roofline; auto: what SparseLinear runs, d for dense with its ratio;\n"
-        "BSR (torch), DS (DeepSparse), ORT (ONNX Runtime), OV (OpenVINO): their time over ours",
+        "ideal: share of 1/density; roof: share of the roofline; auto: d and its ratio where SparseLinear runs dense;\n"
+        "BSR (torch), bf16 (ours), DS (DeepSparse), ORT (ONNX Runtime), OV (OpenVINO): their time over ours",
         soft_wrap=True,
     )
     _show_machine(rows)
@@ -501,6 +501,7 @@ def _linear_table(title: str, rows: list[dict]) -> Table:
     some = {
         "auto": any(_runs_dense(row) for row in rows),
         "BSR": any("torch_bsr" in row["us"] for row in rows),
+        "bf16": any("sparse_bf16" in row["us"] for row in rows),
         **{name: any(name in row["us"] for row in rows) for name in rows[0]["engines"]},
     }
     columns = ["M", "dens", "sparse", "dense", "ratio", "ideal", "roof", *(name for name in some if some[name])]
@@ -516,10 +517,11 @@ def _linear_table(title: str, rows: list[dict]) -> Table:
             "ratio": f"{row['speedup']:.2f}",
             "ideal": f"{row['share']:.2f}",
             "roof": f"{row['roofline']:.2f}" if "roofline" in row else "",
-            "auto": f"d {row['auto_speedup']:.2f}" if _runs_dense(row) else "sparse",
+            "auto": f"d {row['auto_speedup']:.2f}" if _runs_dense(row) else "-",
             "BSR": f"{us['torch_bsr'] / us['sparse']:.0f}x" if "torch_bsr" in us else "",
+            "bf16": f"{us['sparse_bf16'] / us['sparse']:.2f}x" if "sparse_bf16" in us else "",
         }
-        cells |= {name: f"{us[name] / us['sparse_alone']:.2f}x" for name in row["engines"] if name in us}
+        cells |= {name: f"{us[name] / us['sparse_alone']:.3g}x" for name in row["engines"] if name in us}
         table.add_row(*(cells.get(column, "") for column in columns))
     return table
 

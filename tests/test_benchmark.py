@@ -53,6 +53,12 @@ def test_a_row_says_what_was_compared():
         assert row["roofline"] == pytest.approx(bound / row["us"]["sparse"])
 
 
+def test_int8_is_compared_with_bfloat16():
+    (row,) = benchmark.bench_linear(benchmark.linear_problems(**GRID | {"tokens": [8], "dtypes": ["int8"]}), 0)
+    assert {"sparse", "sparse_bf16", "dense"} <= set(row["us"]) and row["dtype"] == "int8"
+    assert 0.001 < row["error"] < benchmark.INT8_ERROR, "rounded to int8, and no further"
+
+
 @needs_kernels
 def test_auto_is_timed_where_it_runs_dense():
     problems = benchmark.linear_problems(**GRID | {"tokens": [8]})
