@@ -17,6 +17,7 @@ LAYERS = [
     ("cli", "__main__"),
     ("tasks", "models", "integrations"),
     ("recipes",),
+    ("gpu_bounds",),
     ("convert", "serialization", "report", "charts", "benchmark", "tuning"),
     ("fuse",),
     ("layers", "pruner", "distill"),

@@ -78,10 +78,10 @@ def test_interpreted_kernels_match_float64_for_every_blocksize():
 LINEAR_GATES = [
     (32, 32, 16, "bfloat16", 80, "ieee", False),
     (32, 32, 4096, "bfloat16", 80, "ieee", False),
+    (16, 16, 4096, "float16", 80, "ieee", True),
     (128, 128, 4096, "bfloat16", 80, "ieee", True),
-    (64, 64, 4096, "float16", 80, "ieee", False),
+    (16, 16, 4096, "bfloat16", 90, "ieee", False),
     (32, 32, 16, "bfloat16", 90, "ieee", False),
-    (32, 32, 4096, "bfloat16", 90, "ieee", True),
     (128, 128, 4096, "bfloat16", 90, "ieee", False),
     (64, 64, 4096, "bfloat16", 120, "ieee", False),
     (32, 32, 4096, "float32", 80, "ieee", False),
@@ -89,13 +89,13 @@ LINEAR_GATES = [
     (32, 32, 4096, "float32", 80, "tf32", False),
 ]
 SIDES = (16, 32, 64, 128)
-ALL_LINEAR_GATES = [
-    (side_n, side_k, m, dtype, capability, "ieee", m > 16 and side_n > side_k)
-    for dtype, capability in (("bfloat16", 80), ("bfloat16", 90), ("float32", 80))
-    for side_n in SIDES
-    for side_k in SIDES
-    for m in ((16, 4096) if side_n == side_k else (4096,))
-]
+UNIONS = {1: 0.2, 2: 0.34, 4: 0.53, 8: 0.76}  # of a random mask of density .2
+ALL_LINEAR_GATES = (
+    [(r, c, 4096, "bfloat16", capability, "ieee", r > c) for capability in (80, 90) for r in SIDES for c in SIDES]
+    + [(r, r, m, "bfloat16", capability, "ieee", False) for capability in (80, 90) for r in SIDES for m in (1, 64, 512)]
+    + [(r, r, 4096, "float16", capability, "ieee", False) for capability in (86, 89, 100, 120) for r in SIDES]
+    + [(r, c, 4096, "float32", 80, "ieee", r > c) for r in SIDES for c in SIDES]
+)
 SDD_GATES = [
     (32, 32, "bfloat16", 80, "ieee"),
     (128, 128, "bfloat16", 90, "ieee"),
@@ -105,34 +105,52 @@ SDD_GATES = [
 ]
 
 
-def check_gates(made, dtype, capability, precision, wgmma, bytes_per_stage, num_stages):
-    """No spills, shared memory within the smallest GPU's limit, a pipeline as deep as asked, the right multiplications."""
-    from sparse_prune_kernels.config import SHARED_LIMIT
+def tiling(m, side_n, side_k, itemsize, capability):
+    from sparse_prune_kernels import config
+
+    unions = {merge: UNIONS[merge] for merge in config.merges(side_n, itemsize)}
+    return config.linear_config(m, 4096, 4096, side_n, side_k, itemsize, capability, 0.2, unions)
+
+
+def check_gates(made, dtype, capability, precision, instruction, bytes_per_stage, num_stages):
+    """No spills, shared memory within the GPU's limit, a pipeline as deep as asked, the right multiplications."""
+    from sparse_prune_kernels.config import gpu_of
 
     assert made.stack == 0, f"spills: {made.stack} bytes of stack with {made.registers} registers"
     assert 0 < made.registers <= 255
-    # Triton keeps one tile of each operand fewer than stages. The pipeline falls to one tile where an address depends on a load.
-    assert (num_stages - 1) * bytes_per_stage <= made.shared <= SHARED_LIMIT
+    # Triton keeps one tile of each operand fewer than stages, or as many. The pipeline falls to one tile where an address depends
+    # on a load.
+    assert (num_stages - 1) * bytes_per_stage <= made.shared <= gpu_of(capability).shared
     assert "cp.async" in made.ptx
-    tensor_cores = set(re.findall(r"\b(mma\.sync|wgmma\.mma_async)\S*?\.f32\.(\w+)\.\w+", made.ptx))
+    products = set(re.findall(r"\b(mma\.sync|wgmma\.mma_async)\S*?\.f32\.(\w+)\.\w+", made.ptx))
     if dtype == "float32" and precision == "ieee":
-        assert not tensor_cores and "tf32" not in made.ptx and "fma.rn.f32" in made.ptx
+        assert not products and "tf32" not in made.ptx and "fma.rn.f32" in made.ptx
+    elif instruction == "tcgen05.mma":
+        assert instruction in made.ptx and not products
     else:
-        operand = {"bfloat16": "bf16", "float16": "f16", "float32": "tf32"}[dtype]
-        assert tensor_cores == {("wgmma.mma_async" if wgmma else "mma.sync", operand)}
+        assert products == {(instruction, {"bfloat16": "bf16", "float16": "f16", "float32": "tf32"}[dtype])}
 
 
 def check_linear_gates(side_n, side_k, m, dtype, capability, precision, transposed, even_k):
     from sparse_prune_kernels import config, offline
 
     itemsize = 4 if dtype == "float32" else 2
-    tiles = config.linear_config(m, side_n, side_k, itemsize)
-    made = offline.compile_linear(
+    tiles = tiling(m, side_n, side_k, itemsize, capability)
+    made, *then = offline.compile_linear(
         tiles, side_n, side_k, dtype, capability, precision, transposed=transposed, even_k=even_k
     )
-    wgmma = capability == 90 and tiles.block_m >= 64  # the 64 rows that a warp group's instruction takes
-    bytes_per_stage = (tiles.block_m + side_n) * tiles.block_k * itemsize
-    check_gates(made, dtype, capability, precision, wgmma, bytes_per_stage, tiles.num_stages)
+    # the 64 rows that a warp group's instruction takes, and the 128 of Blackwell's
+    rows = tiles.merge * side_n if tiles.swap else tiles.block_m
+    instruction = "wgmma.mma_async" if capability == 90 and rows >= 64 else "mma.sync"
+    if capability == 100 and (dtype != "float32" or precision != "ieee"):
+        instruction = next(name for name in ("tcgen05.mma", "mma.sync") if name in made.ptx)
+    bytes_per_stage = (tiles.block_m + tiles.merge * side_n) * tiles.block_k * itemsize
+    check_gates(made, dtype, capability, precision, instruction, bytes_per_stage, tiles.num_stages)
+    # What config.py counts on: one program of eight warps on an SM, two of four, three of the small ones.
+    programs = 3 if tiles.swap else 1 if tiles.num_warps == 8 else 2
+    assert programs * 32 * tiles.num_warps * made.registers <= 65536
+    assert programs * (made.shared + 1024) <= config.gpu_of(capability).shared + 1024 * programs
+    assert len(then) == (tiles.split > 1) and all(kernel.stack == 0 for kernel in then)
 
 
 @needs_triton
@@ -156,26 +174,70 @@ def test_compiled_sdd(gate):
 
     r, c, dtype, capability, precision = gate
     itemsize = 4 if dtype == "float32" else 2
-    tiles = config.sdd_config(r, c, itemsize)
+    tiles = config.sdd_config(r, c, itemsize, capability)
     made = offline.compile_sdd(tiles, r, c, dtype, capability, precision)
-    wgmma = capability == 90 and r >= 64
-    check_gates(made, dtype, capability, precision, wgmma, (r + c) * tiles.block_m * itemsize, tiles.num_stages)
+    instruction = "wgmma.mma_async" if capability == 90 and r >= 64 else "mma.sync"
+    check_gates(made, dtype, capability, precision, instruction, (r + c) * tiles.block_m * itemsize, tiles.num_stages)
 
 
 def test_linear_config_fits_its_problem():
-    from sparse_prune_kernels.config import linear_config
+    small = [tiling(m, 32, 32, 2, 80) for m in (1, 16, 17, 64)]
+    assert [(t.block_m, t.swap) for t in small] == [(16, True), (16, True), (32, True), (64, True)]
+    assert all(t.split > 1 for t in small)
+    assert [tiling(4096, 32, c, 2, 80).block_k for c in SIDES] == [16, 32, 64, 64]
+    assert [tiling(64, 32, c, 4, 80).block_k for c in SIDES] == [16, 16, 16, 16]
+    # Where L2 is the wall small blocks are merged; where tensor cores are it, zeros cost more than bytes.
+    assert [tiling(4096, side, side, 2, 90).merge for side in SIDES] == [8, 4, 2, 1]
+    assert [tiling(4096, side, side, 2, 86).merge for side in SIDES] == [1, 1, 1, 1]
 
-    assert [linear_config(m, 32, 32, 2).block_m for m in (1, 16, 17, 33, 64, 65, 5000)] == [
-        16,
-        16,
-        32,
-        64,
-        64,
-        128,
-        128,
-    ]
-    assert [linear_config(64, 32, c, 2).block_k for c in SIDES] == [16, 32, 64, 64]
-    assert [linear_config(64, 32, c, 4).block_k for c in SIDES] == [16, 16, 16, 16]
+
+def test_prediction_is_what_the_text_counts():
+    from sparse_prune_kernels.config import GPUS, predicted_cycles
+
+    tiles = tiling(4096, 64, 64, 2, 90)
+    assert (tiles.merge, tiles.block_m) == (2, 256)
+    cycles = predicted_cycles(tiles, 4096, 4096, 64, 0.2, 0.34, 90)
+    assert cycles["L2"] == pytest.approx(16 * 32 * 2 * (256 * 0.34 + 128 * 0.2) / 5120)
+    assert cycles["tensor"] == pytest.approx(-(-16 * 32 // GPUS[90].sms) * 256 * 128 * 0.34 / 2048)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("merge", [1, 2, 4, 8])
+@pytest.mark.parametrize("rows, columns, density", [(13, 9, 0.4), (8, 5, 0.0), (3, 7, 1.0), (1, 1, 1.0)])
+def test_plan_holds_every_block_once(rows, columns, density, merge, transposed):
+    from sparse_prune_kernels.plan import make_plans
+
+    mask = torch.rand(rows, columns) < density
+    crow = torch.cat([torch.zeros(1), mask.sum(1).cumsum(0)]).int()
+    col = mask.nonzero()[:, 1].int()
+    made = make_plans(crow, col, columns, (merge,), transposed)[merge]
+    heads, steps = made.table[: made.tiles + 1], made.table[made.tiles + 1 :]
+    served = heads[:-1, 1:].flatten()
+    assert sorted(served[served >= 0].tolist()) == list(range(columns if transposed else rows))
+    assert heads[-1, 0] == made.steps == len(steps) and (heads[:, 0].diff() >= 0).all()
+    found = {}
+    for tile in range(made.tiles):
+        own = steps[heads[tile, 0] : heads[tile + 1, 0]]
+        assert (own[:, 0].diff() > 0).all() and (own[:, 1:] >= 0).any(1).all()
+        for column, *slots in own.tolist():
+            for row, slot in zip(heads[tile, 1:].tolist(), slots, strict=True):
+                if slot >= 0:
+                    found[(column, row) if transposed else (row, column)] = slot
+    expected = {(r, c): slot for slot, (r, c) in enumerate(mask.nonzero().tolist())}
+    assert found == expected
+
+
+def test_rows_that_share_columns_share_a_tile():
+    from sparse_prune_kernels.plan import row_order
+
+    patterns = torch.rand(8, 64) < 0.2
+    mask = patterns.repeat_interleave(4, 0)[torch.randperm(32)]
+    order = row_order(mask, 4)
+    assert all((mask[tile] == mask[tile[0]]).all() for tile in order)  # as if blocks were four times as tall
+    counts = mask[order].any(1).sum(1)
+    assert (counts.diff() <= 0).all()  # the longest first
+    scattered = torch.rand(128, 128) < 0.2
+    assert scattered[row_order(scattered, 4)].any(1).float().mean() < 0.55  # in the order they come: .59
 
 
 @pytest.mark.parametrize(

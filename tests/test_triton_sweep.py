@@ -5,6 +5,8 @@ The interpreter has to be chosen before Triton is imported, so test_triton_kerne
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 
 import pytest
@@ -15,62 +17,23 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU and TRITON_INTERPRET is not 1: test_triton_kernels.py runs this file", allow_module_level=True)
 
-from sparse_prune_kernels import launch, support
+from sparse_prune_kernels import launch, plan, support
+from sparse_prune_kernels.config import LinearConfig
+from triton_problems import ACTIVATIONS, DTYPES, PROBLEMS, SIDES, arrays, assert_as_good_as_torch, make_problem
 
-import sparse_prune as sp
 from sparse_prune import reference
-from sparse_prune.masks import expand_mask, grid_shape
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ACTIVATIONS = list(launch.ACTIVATIONS)
-# (M, N, K, R, C, density): M of 0 and 1, odd tails, empty block-rows, all zero, all kept, rectangular blocks both ways, several
-# row tiles (and with 1100 rows more than one group of them), blocks that take several steps.
-PROBLEMS = [
-    (0, 64, 64, 32, 32, 0.5),
-    (1, 96, 64, 32, 32, 0.5),
-    (7, 45, 70, 16, 32, 0.5),
-    (33, 64, 96, 64, 16, 0.3),
-    (9, 64, 64, 32, 32, 0.0),
-    (9, 64, 64, 32, 32, 1.0),
-    (130, 128, 96, 16, 16, 0.2),
-    (20, 100, 300, 128, 128, 0.7),
-    (1100, 40, 33, 32, 16, 0.5),
-]
-SIDES = (16, 32, 64, 128)
+make = functools.partial(make_problem, device=DEVICE)
 
 
-def make(m, n, k, r, c, density, dtype):
-    mask = torch.rand(grid_shape((n, k), (r, c))) < density
-    if 0 < density < 1 and mask.shape[0] > 1:
-        mask[1] = False  # an empty block-row
-    weight = torch.randn(n, k) * expand_mask(mask, (r, c), (n, k))
-    packed = sp.BsrWeight.from_dense(weight.to(DEVICE, dtype), mask, (r, c))
-    x, bias, residual = (torch.randn(shape).to(DEVICE, dtype) for shape in ((m, k), (n,), (m, n)))
-    return packed, x, bias, residual
-
-
-def arrays(packed):
-    return packed.crow_indices, packed.col_indices, packed.values
-
-
-def assert_as_good_as_torch(got, exact, dense):
-    """At most twice the error of PyTorch in the same dtype, and never less than two roundings of the largest output."""
-    assert got.dtype == dense.dtype and got.shape == exact.shape and got.is_contiguous()
-    assert not got.isnan().any()
-    if got.numel():
-        rounding = torch.finfo(dense.dtype).eps * exact.abs().max()
-        allowed = 2 * torch.maximum((exact - dense.double()).abs().max(), rounding)
-        assert (exact - got.double()).abs().max() <= allowed
-
-
-def check_linear(packed, x, bias, residual, activation):
+def check_linear(packed, x, bias, residual, activation, config=None):
     weight, act = packed.to_dense(), reference.ACTIVATIONS[activation]
     exact = act(F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
     dense = act(F.linear(x, weight, bias))
     if residual is not None:
         exact, dense = exact + residual.double(), dense + residual
-    got = launch.bsr_linear(x, *arrays(packed), packed.shape[0], bias, activation, residual)
+    got = launch.bsr_linear(x, *arrays(packed), packed.shape[0], bias, activation, residual, config)
     assert_as_good_as_torch(got, exact, dense)
 
 
@@ -147,12 +110,51 @@ def test_registered_operators_run_the_kernels(monkeypatch):
     torch.testing.assert_close(dvalues, reference.bsr_sdd(residual, x, crow, col, 16, 32))
 
 
-@pytest.mark.parametrize("m, n, k, r, c", [(5, 70, 45, 16, 32), (1, 128, 64, 64, 16), (3, 32, 32, 32, 32)])
-def test_transposed_index(m, n, k, r, c):
-    packed, *_ = make(m, n, k, r, c, 0.5, torch.float32)
-    crow, col, slots = launch.transposed_index(packed.crow_indices, packed.col_indices, grid_shape((n, k), (r, c))[1])
-    transposed = sp.BsrWeight((k, n), (c, r), crow, col, packed.values[slots.long()].transpose(1, 2).contiguous())
-    assert torch.equal(transposed.validate().to_dense(), packed.to_dense().T)
+# Every way through the kernel, whatever linear_config would choose here.
+TILINGS = [
+    (merge, block_m, split, swap)
+    for merge, block_m, split in ((1, 16, 1), (2, 64, 1), (4, 16, 3), (8, 32, 2), (8, 256, 1), (2, 512, 1))
+    for swap in (False, True)
+]
+
+
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+def test_every_tiling(tiling):
+    merge, block_m, split, swap = tiling
+    packed, x, bias, residual = make(37, 9 * 16 - 5, 150, 16, 32, 0.4, torch.bfloat16)
+    config = LinearConfig(merge, block_m, 32, 8, split, swap, 4, 2)
+    check_linear(packed, x, bias, residual, "silu", config)
+    check_linear(packed, x, None, None, "none", config)
+    dx = launch.bsr_linear_dx(
+        residual, *arrays(packed), 150, LinearConfig(merge // 2 or 1, block_m, 16, 8, split, swap, 4, 2)
+    )
+    weight = packed.to_dense()
+    assert_as_good_as_torch(dx, residual.double() @ weight.double(), residual @ weight)
+
+
+def test_split_inputs_add_up_in_one_order():
+    packed, x, *_ = make(5, 64, 640, 32, 32, 0.7, torch.float16)
+    config = LinearConfig(2, 16, 32, 1, 4, True, 4, 2)
+    first, second = (launch.bsr_linear(x, *arrays(packed), 64, config=config) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_plans_are_kept_until_the_index_changes(monkeypatch):
+    made = []
+    monkeypatch.setattr(launch, "make_plans", lambda *a: (made.append(None), plan.make_plans(*a))[1])
+    packed, x, *_ = make(3, 64, 64, 32, 32, 1.0, torch.float32)
+    for _ in range(2):
+        launch.bsr_linear(x, *arrays(packed), 64)
+    assert len(made) == 1
+    launch.bsr_linear_dx(x, *arrays(packed), 64)
+    assert len(made) == 2
+    packed.col_indices.copy_(packed.col_indices.clone())
+    launch.bsr_linear(x, *arrays(packed), 64)
+    assert len(made) == 3
+    kept = len(launch._plans)
+    del packed
+    gc.collect()
+    assert len(launch._plans) < kept
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@
 imports Triton: the first call on a GPU does.
 
 support.py     which problems run, and the registration
-config.py      tile sizes and the reasons for them
+plan.py        which block-rows one program serves together
+config.py      tile sizes, and the arithmetic that chooses them
 launch.py      checks, allocation and launches
 offline.py     compilation for a GPU that is not here
 kernels.py     device code
+peers.py       kernels that ours are compared with
 """
 
 from __future__ import annotations

@@ -1,34 +1,105 @@
-"""Tile sizes, chosen from the problem by rules whose reasons stand beside them.
+"""Tile sizes, chosen by counting what a tiling costs each resource of the GPU; no GPU has timed them yet.
 
-The rules come from arithmetic and from what ptxas reports (registers, spills, shared memory); no GPU has timed them yet.
+One step of the loop brings an x tile of block_m rows and the blocks of `merge` block-rows in that column. With u the filled part of
+the merged rows' union and d the density, a tile of block_m x (merge * side_n) outputs takes, per input,
+
+    tensor cores   block_m * merge * side_n * u      multiply-adds: a block that a row lacks is multiplied as zeros
+    L2             (block_m * u + merge * side_n * d) elements: a block that a row lacks is not loaded
+    shared memory  every loaded element written once, zeros too; x tile and blocks read once by each warp that multiplies them
+
+so merging pays where L2 is the wall (small blocks, Hopper) until the zeros make the tensor cores the wall.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-GROUP_M = (
-    8  # eight tiles of 128 rows and 4096 inputs are 8 MB in bfloat16, which stays in L2 (40 MB on A100) from row to row
-)
-SHARED_LIMIT = 99 * 1024  # bytes a program may have on sm_86, sm_89 and sm_120; sm_80 and sm_90 have more
+# Eight tiles of 128 rows and 4096 inputs are 8 MB in bfloat16, which stays in L2 (40 MB on A100) from row to row.
+GROUP_M = 8
+# Outputs of a tile at most: with 256 rows that is 128 accumulators a thread in eight warps, of 255 registers.
+MERGED_SIDE = 128
+SMALL_M = 64  # up to this many rows the bytes of the weight are the wall: swap operands and split the inputs
+SUM_BLOCK, SUM_WARPS = 512, 4  # outputs that a program of sum_parts_kernel adds up: 4 a thread, 16 bytes of each part
+SPLIT_LIMIT = 16  # parts of a tile's inputs at most: each writes and reads M * N float32 again
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Published peaks, per SM and clock where not said otherwise.
+
+    sms              streaming multiprocessors of the model named in GPUS
+    shared           bytes of shared memory a program may have
+    multiply_adds    of the tensor cores in float16, dense, by the best instruction that Triton uses
+    l2_bytes         from L2 to all SMs together
+    dram_bytes       from memory to all SMs together, per clock
+    mma_sync         the part of multiply_adds that mma.sync reaches
+    shared_bytes     to or from shared memory
+    issue            warp instructions
+    warpgroup        whether products of 64 rows go through wgmma
+    """
+
+    sms: int
+    shared: int
+    multiply_adds: int
+    l2_bytes: int = 5120
+    dram_bytes: float = 0.0
+    mma_sync: float = 1.0
+    shared_bytes: int = 128
+    issue: int = 4
+    warpgroup: bool = False
+
+
+# By compute capability. 8.6, 8.9 and 12.0 multiply half as fast per SM as 8.0; their L2 figures are not published: A100's per SM.
+GPUS = {
+    80: Gpu(sms=108, shared=163 * 1024, multiply_adds=1024, dram_bytes=2.04e12 / 1.41e9),  # A100
+    86: Gpu(sms=84, shared=99 * 1024, multiply_adds=512, l2_bytes=3982, dram_bytes=936e9 / 1.70e9),  # RTX 3090
+    89: Gpu(sms=128, shared=99 * 1024, multiply_adds=512, l2_bytes=6068, dram_bytes=1.008e12 / 2.52e9),  # RTX 4090
+    90: Gpu(  # H100; its L2 is assumed to be A100's
+        sms=132, shared=227 * 1024, multiply_adds=2048, dram_bytes=3.35e12 / 1.83e9, mma_sync=0.62, warpgroup=True
+    ),
+    100: Gpu(sms=148, shared=227 * 1024, multiply_adds=4096, dram_bytes=8e12 / 1.85e9),  # B200; L2 again A100's
+    120: Gpu(sms=170, shared=99 * 1024, multiply_adds=512, l2_bytes=8059, dram_bytes=1.792e12 / 2.41e9),  # RTX 5090
+}
+
+
+def gpu_of(capability: int) -> Gpu:
+    """The entry of GPUS for a compute capability such as 90; the nearest older one where there is none."""
+    return GPUS[max((known for known in GPUS if known <= capability), default=80)]
 
 
 @dataclass(frozen=True)
 class LinearConfig:
     """Tiling of y = x @ W^T over a weight whose blocks span side_n outputs and side_k inputs.
 
+    merge        block-rows that a program serves over the union of their columns
     block_m      rows of x that a program covers
     block_k      inputs in one step of the loop; divides side_k
-    group_m      row tiles that pass over a block-row one after another, so that its blocks come from L2
+    group_m      row tiles that pass over a tile of block-rows one after another, so that its blocks come from L2
+    split        programs that share the inputs of a tile
+    swap         whether y^T = W x^T is computed
     num_warps    warps of a program
     num_stages   depth of the software pipeline: tiles on their way while one is multiplied
     """
 
+    merge: int
     block_m: int
     block_k: int
     group_m: int
+    split: int
+    swap: bool
     num_warps: int
     num_stages: int
+
+    def narrow(self, side_n: int) -> int:
+        """Columns of the accumulators that the kernel finishes at a time.
+
+        32 accumulators a thread, or offsets and residual would not fit beside 128; never fewer than 16 outputs, one sector of y.
+        """
+        block_n = self.merge * side_n
+        columns = self.block_m if self.swap else block_n
+        accumulators = self.block_m * block_n // (32 * self.num_warps)  # of a thread
+        return columns if accumulators < 128 else max(16, columns * 32 // accumulators)
 
 
 @dataclass(frozen=True)
@@ -40,27 +111,137 @@ class SddConfig:
     num_stages: int
 
 
-def linear_config(m: int, side_n: int, side_k: int, itemsize: int) -> LinearConfig:
-    """Tiles for m rows; itemsize is 2 for float16 and bfloat16, 4 for float32."""
-    # float32 is multiplied outside the tensor cores, with whole operand tiles in registers: 64 x 16 is what fits unspilled.
-    tallest, widest = (128, 64) if itemsize == 2 else (64, 16)
-    # The fewest wasted rows, from 16, the least that tensor cores take.
-    block_m = min(max(16, 1 << (m - 1).bit_length()), tallest)
-    # 64 two-byte inputs are one 128-byte line of x and of the block, and one swizzle of shared memory.
-    block_k = min(side_k, widest)
-    # Four warps of 32 x 128 accumulators take 128 registers a thread, which leaves too few of 255 for the operands of 128 x 128.
-    # In float32 the operands take as many again: with four warps ptxas spilled at 64 x 32 and stood at 254 registers at 64 x 128.
-    num_warps = 8 if block_m * side_n >= 128 * 128 or (itemsize == 4 and block_m == tallest) else 4
-    return LinearConfig(block_m, block_k, GROUP_M, num_warps, _stages((block_m + side_n) * block_k * itemsize))
+def merges(side_n: int, itemsize: int) -> tuple[int, ...]:
+    """The numbers of block-rows worth merging; one for float32, whose products, not bytes, are the wall."""
+    return tuple(g for g in (1, 2, 4, 8) if g == 1 or (itemsize == 2 and g * side_n <= MERGED_SIDE))
 
 
-def sdd_config(r: int, c: int, itemsize: int) -> SddConfig:
+def linear_config(
+    m: int,
+    n: int,
+    k: int,
+    side_n: int,
+    side_k: int,
+    itemsize: int,
+    capability: int,
+    density: float,
+    unions: Mapping[int, float],
+    sms: int | None = None,
+) -> LinearConfig:
+    """The cheapest tiling for m rows, n outputs and k inputs.
+
+    itemsize is 2 for float16 and bfloat16, 4 for float32; density of blocks; unions maps each possible merge to the filled part of
+    its unions; sms of the device, those of the model in GPUS unless given.
+    """
+    gpu = gpu_of(capability)
+    sms = sms or gpu.sms
+    if itemsize == 4:
+        return _float32_config(m, side_n, side_k, gpu)
+    if m <= SMALL_M:
+        return _small_config(m, n, k, side_n, side_k, unions, gpu, sms)
+
+    def cost(tile: tuple[int, int]) -> tuple[float, int]:
+        merge, block_m = tile
+        resources = _resources(
+            m, n, merge, block_m, _warps(block_m, merge * side_n, gpu), side_n, density, unions[merge], gpu, sms
+        )
+        # the wall first; among equal walls the tiling that leaves more to spare
+        return max(resources.values()) + sum(resources.values()) / 16, merge
+
+    # 512 rows only where a block-row alone is 32 outputs or fewer: 512 x 32 has the accumulators of 128 x 128.
+    tiles = [(g, b) for g in unions for b in (64, 128, 256, 512) if b * g * side_n <= 256 * MERGED_SIDE and b < 2 * m]
+    tiles = [(g, b) for g, b in tiles if b < 512 or g * side_n <= 32]
+    merge, block_m = min(tiles, key=cost)
+    num_warps = _warps(block_m, merge * side_n, gpu)
+    # 64 two-byte inputs are one 128-byte line of x and of the block, and one swizzle of shared memory. Four warps with 128
+    # accumulators a thread have registers for the operands of 32.
+    full = num_warps == 4 and block_m * merge * side_n == 128 * 128
+    block_k = min(side_k, 32 if full else 64)
+    # As the left operand, W's 64 rows meet x of 256 in one wgmma: fewer reads of shared memory than x's 64 rows and W's 128.
+    swap = gpu.warpgroup and merge * side_n == 2 * 64 and num_warps == 8
+    stages = _stages((block_m + merge * side_n) * block_k * itemsize, gpu.shared // (1 if num_warps == 8 else 2), gpu)
+    return LinearConfig(merge, block_m, block_k, GROUP_M, 1, swap, num_warps, stages)
+
+
+def predicted_cycles(
+    config: LinearConfig, m: int, n: int, side_n: int, density: float, union: float, capability: int
+) -> dict[str, float]:
+    """Clocks per input that each resource of the GPU is busy, at its peak, as the module's text counts them."""
+    gpu = gpu_of(capability)
+    return _resources(m, n, config.merge, config.block_m, config.num_warps, side_n, density, union, gpu, gpu.sms)
+
+
+def sdd_config(r: int, c: int, itemsize: int, capability: int) -> SddConfig:
     """Tiles for blocks of r x c."""
+    gpu = gpu_of(capability)
     block_m = 64 if itemsize == 2 else 16  # as block_k above: m is what this product sums over
     num_warps = 8 if r * c >= 128 * 128 else 4  # as above: 128 x 128 accumulators
-    return SddConfig(block_m, num_warps, _stages((r + c) * block_m * itemsize))
+    return SddConfig(block_m, num_warps, _stages((r + c) * block_m * itemsize, gpu.shared, gpu))
 
 
-def _stages(bytes_per_stage: int) -> int:
-    """Four stages cover the latency of an indirect load (column, then tile); fewer where shared memory ends first."""
-    return max(2, min(4, SHARED_LIMIT // bytes_per_stage))
+def _small_config(m, n, k, side_n, side_k, unions: Mapping[int, float], gpu: Gpu, sms: int) -> LinearConfig:
+    """Bytes of the weight are the wall: each block is read once, and many programs keep many bytes on their way."""
+
+    def split(merge: int) -> int:
+        # Two programs on each SM hide the latency of each other's loads. A second kernel adds the parts in a fixed order.
+        tiles, columns = -(-n // (merge * side_n)), unions[merge] * k / side_k
+        return max(1, min(SPLIT_LIMIT, -(-2 * sms // tiles), int(columns) // 2))
+
+    def traffic(merge: int) -> float:
+        # through L2 beside the blocks, per row: x once for each tile, and each part's sums out and in
+        return 2 * unions[merge] * k * n / (merge * side_n) + (8 * split(merge) * n if split(merge) > 1 else 0)
+
+    merge = min(unions, key=traffic)
+    block_m = max(16, 1 << (m - 1).bit_length())  # the fewest wasted columns of y^T, from 16
+    block_k = min(side_k, 64)
+    stages = _stages((block_m + merge * side_n) * block_k * 2, gpu.shared // 3, gpu, deepest=8)
+    return LinearConfig(merge, block_m, block_k, 1, split(merge), True, 4, stages)
+
+
+def _float32_config(m: int, side_n: int, side_k: int, gpu: Gpu) -> LinearConfig:
+    """float32 is multiplied outside the tensor cores, with whole operand tiles in registers: 64 x 16 is what fits unspilled."""
+    # The fewest wasted rows, from 16, the least that tensor cores take (tf32 runs through here too).
+    block_m = min(max(16, 1 << (m - 1).bit_length()), 64)
+    block_k = min(side_k, 16)
+    # The operands take as many registers as the accumulators: with four warps ptxas spilled at 64 x 32 and stood at 254 registers
+    # at 64 x 128.
+    num_warps = 8 if block_m * side_n >= 128 * 128 or block_m == 64 else 4
+    return LinearConfig(
+        1, block_m, block_k, GROUP_M, 1, False, num_warps, _stages((block_m + side_n) * block_k * 4, gpu.shared, gpu)
+    )
+
+
+def _warps(block_m: int, block_n: int, gpu: Gpu) -> int:
+    """Four up to 128 accumulators a thread, since fewer warps read fewer operands twice; else eight.
+
+    Eight also for 512 x 32, whose 512 rows of x leave four warps no registers, and for wgmma, which needs two warp groups: one
+    multiplies while the other waits.
+    """
+    outputs = block_m * block_n
+    return 8 if outputs > 128 * 128 or (outputs == 128 * 128 and (block_n <= 32 or gpu.warpgroup)) else 4
+
+
+def _resources(m, n, merge, block_m, warps, side_n, density, union, gpu, sms) -> dict[str, float]:
+    block_n = merge * side_n
+    tiles = -(-m // block_m) * -(-n // block_n)
+    busiest = -(-tiles // sms)  # tiles that the busiest SM makes: the last wave is seldom full
+    loaded = block_m * union + block_n * density  # elements
+    if gpu.warpgroup:  # a warp group's 64 rows read the blocks once, and x tiles straight from shared memory
+        read = block_m * union + block_n * union * max(1, block_m // 64)
+    else:
+        across = min(warps, max(1, block_m // 32))  # warps along m: each reads all blocks; those along n all of x
+        read = block_m * union * (warps // across) + block_n * union * across
+    return {
+        "tensor": busiest * block_m * block_n * union / gpu.multiply_adds,
+        "L2": tiles * 2 * loaded / gpu.l2_bytes,
+        "shared": busiest * 2 * (block_m * union + block_n * union + read) / gpu.shared_bytes,
+    }
+
+
+def _stages(bytes_per_stage: int, limit: int, gpu: Gpu, deepest: int = 4) -> int:
+    """Four stages cover the latency of an indirect load (column, then tile); fewer where shared memory ends first.
+
+    Triton keeps as many tiles of each operand as stages for wgmma, and one fewer for mma.sync, whose operands go to registers.
+    """
+    tiles = (limit - 1024) // bytes_per_stage  # 1024: scratch and alignment
+    return max(2, min(deepest, tiles + (0 if gpu.warpgroup else 1)))

@@ -2,6 +2,8 @@
 
 Triton's interpreter multiplies the raw bits of bfloat16 and cuts float32 down to it instead of rounding. INTERPRETED, a constant
 that launch.py sets, makes both right there and changes nothing in compiled code.
+
+M is not specialised: it differs from call to call, and M = 1 would be compiled apart, with a number where code expects a tensor.
 """
 
 from __future__ import annotations
@@ -44,58 +46,126 @@ def round_to(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def finish(
+    acc,  # float32 [BLOCK_M, L]; [BLOCK_N, L] if SWAP
+    START: tl.constexpr,  # place of acc's first column within the tile
+    NARROW: tl.constexpr,  # columns to work on at a time; a wider acc is halved, which moves nothing between warps
+    head,  # the tile's row of the plan
+    first_m,  # int64, the tile's first row of y
+    bias,
+    residual,
+    y,
+    M,
+    N,
+    SIDE_N: tl.constexpr,
+    SWAP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    WHOLE: tl.constexpr,  # acc is the whole product: what follows it is done here
+    INTERPRETED: tl.constexpr,
+):
+    """Store act(acc + bias) + residual, or acc, where the plan says that its outputs belong."""
+    HEIGHT: tl.constexpr = acc.shape[0]
+    LENGTH: tl.constexpr = acc.shape[1]
+    HALF: tl.constexpr = LENGTH // 2
+    if LENGTH > NARROW:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (HEIGHT, 2, HALF)), (0, 2, 1)))  # [HEIGHT, HALF] each
+        finish(
+            left, START, NARROW, head, first_m, bias, residual, y, M, N,
+            SIDE_N, SWAP, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, WHOLE, INTERPRETED,
+        )  # fmt: skip
+        finish(
+            right, START + HALF, NARROW, head, first_m, bias, residual, y, M, N,
+            SIDE_N, SWAP, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, WHOLE, INTERPRETED,
+        )  # fmt: skip
+        return
+    m_axis: tl.constexpr = 1 if SWAP else 0
+    n_axis: tl.constexpr = 1 - m_axis
+    n = tl.arange(0, HEIGHT) if SWAP else START + tl.arange(0, LENGTH)  # [HEIGHT] or [LENGTH]
+    m = first_m + (START + tl.arange(0, LENGTH) if SWAP else tl.arange(0, HEIGHT))  # [LENGTH] or [HEIGHT]
+    # -1 where the last tile has fewer block-rows; one block-row for each SIDE_N outputs, so that stores are wide
+    block_row = tl.max_constancy(tl.load(head + 1 + n // SIDE_N), SIDE_N)  # as n
+    n_out = block_row * SIDE_N + n % SIDE_N  # as n
+    n_mask = (block_row >= 0) & (n_out < N)  # as n
+    offsets = tl.expand_dims(m, n_axis) * N + tl.expand_dims(n_out, m_axis)  # as acc
+    mask = tl.expand_dims(m < M, n_axis) & tl.expand_dims(n_mask, m_axis)  # as acc
+    if WHOLE:
+        if HAS_BIAS:
+            acc += tl.expand_dims(tl.load(bias + n_out, mask=n_mask, other=0.0).to(tl.float32), m_axis)
+        acc = activate(acc, ACTIVATION)
+        if HAS_RESIDUAL:
+            acc += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + offsets, round_to(acc, y.dtype.element_ty, INTERPRETED), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
 def bsr_linear_kernel(
     x,  # [M, K], rows stride_x apart
-    crow_indices,  # int32 [ceil(N/SIDE_N) + 1]
-    col_indices,  # int32 [nnzb]
-    slots,  # int32 [nnzb], which block of values each index stands for; read if HAS_SLOTS
+    plan,  # int32 [tiles_n + 1 + U, 1 + MERGE], as Plan.table in plan.py
     values,  # [nnzb, ...], blocks of SIDE_N * SIDE_K elements
     bias,  # [N], read if HAS_BIAS
     residual,  # [M, N], read if HAS_RESIDUAL
-    y,  # [M, N]
+    y,  # [M, N]; float32 [SPLIT, M, N] if SPLIT > 1: sums over a part of the inputs, without what follows the product
     M,
     N,
     K,
     stride_x,
+    tiles_n,
     SIDE_N: tl.constexpr,
     SIDE_K: tl.constexpr,
     VALUE_STRIDE_N: tl.constexpr,  # within a block of values, from one output feature to the next
     VALUE_STRIDE_K: tl.constexpr,  # ... from one input feature to the next
+    MERGE: tl.constexpr,  # block-rows that share the x tiles of a program
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SPLIT: tl.constexpr,  # programs that share the steps of a tile
+    SWAP: tl.constexpr,  # compute y^T = W x^T, which wastes no tensor-core rows on a small M
+    NARROW: tl.constexpr,  # columns of the accumulators that are finished at a time
     ACTIVATION: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     EVEN_K: tl.constexpr,  # K is a multiple of SIDE_K: no block reaches past x
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """y = act(x @ W^T + bias) + residual. One program makes BLOCK_M rows of one block-row's SIDE_N outputs."""
-    # Programs that start together share: GROUP_M row tiles take one block-row, then the next block-row, and so on.
+    """y = act(x @ W^T + bias) + residual. One program makes BLOCK_M rows of the outputs of MERGE block-rows."""
+    # Programs that start together share: GROUP_M row tiles take one tile of block-rows, then the next, and so on.
     program = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
-    programs_in_group = GROUP_M * tl.cdiv(N, SIDE_N)
+    programs_in_group = GROUP_M * tiles_n
     first_tile = program // programs_in_group * GROUP_M
     tiles_in_group = tl.minimum(tiles_m - first_tile, GROUP_M)
     tile_m = first_tile + program % programs_in_group % tiles_in_group
-    block_row = program % programs_in_group // tiles_in_group
+    tile_n = program % programs_in_group // tiles_in_group
+    part = tl.program_id(1)
 
+    BLOCK_N: tl.constexpr = MERGE * SIDE_N
+    WIDTH: tl.constexpr = 1 + MERGE  # of the plan
     # Row offsets are 64-bit: M * K and M * N may pass 2^31.
-    m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    n = block_row * SIDE_N + tl.arange(0, SIDE_N)  # [SIDE_N]
+    first_m = tile_m.to(tl.int64) * BLOCK_M
+    m = first_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
     x_rows = x + m[:, None] * stride_x  # [BLOCK_M, 1]
-    in_block = k[:, None] * VALUE_STRIDE_K + tl.arange(0, SIDE_N)[None, :] * VALUE_STRIDE_N  # [BLOCK_K, SIDE_N]
+    in_block = k[:, None] * VALUE_STRIDE_K + (n % SIDE_N)[None, :] * VALUE_STRIDE_N  # [BLOCK_K, BLOCK_N]
 
     STEPS: tl.constexpr = SIDE_K // BLOCK_K
-    begin = tl.load(crow_indices + block_row)
-    end = tl.load(crow_indices + block_row + 1)
-    acc = tl.zeros((BLOCK_M, SIDE_N), tl.float32)  # [BLOCK_M, SIDE_N]
-    column = tl.load(col_indices + begin, mask=begin < end, other=0)
-    slot = tl.load(slots + begin, mask=begin < end, other=0) if HAS_SLOTS else begin
-    # Blocks and the steps within them are one loop, so that the pipeline never drains between blocks. Where the next tiles lie
+    head = plan + tile_n * WIDTH
+    begin = tl.load(head)
+    columns_of_tile = tl.load(head + WIDTH) - begin
+    end = begin + columns_of_tile * (part + 1) // SPLIT
+    begin += columns_of_tile * part // SPLIT
+    steps = plan + (tiles_n + 1) * WIDTH
+    step_slots = steps + 1 + n // SIDE_N  # [BLOCK_N]
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+    last = end - 1  # of an empty tile: a row of the plan all the same, the heads' last one at worst
+    first = tl.minimum(begin, last)
+    column = tl.load(steps + first * WIDTH)
+    # That a whole block has one slot tells the compiler which loads it may widen.
+    slot = tl.max_constancy(tl.load(step_slots + first * WIDTH), SIDE_N)  # [BLOCK_N]
+    # Columns and the steps within them are one loop, so that the pipeline never drains between blocks. Where the next tiles lie
     # is read one step ahead: tiles whose address is loaded in the same step would get half of the pipeline's stages.
     for step in range(begin * STEPS, end * STEPS):
         inner = step % STEPS * BLOCK_K
@@ -104,24 +174,56 @@ def bsr_linear_kernel(
         if not EVEN_K:
             x_mask = x_mask & (columns[None, :] < K)  # [BLOCK_M, BLOCK_K]
         x_tile = tl.load(x_rows + columns[None, :], mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
-        w_block = values + slot.to(tl.int64) * (SIDE_N * SIDE_K) + inner * VALUE_STRIDE_K
-        w_tile = tl.load(w_block + in_block)  # [BLOCK_K, SIDE_N]
-        acc = multiply(x_tile, w_tile, acc, PRECISION, INTERPRETED)  # [BLOCK_M, SIDE_N]
-        block = (step + 1) // STEPS
-        column = tl.load(col_indices + block, mask=block < end, other=0)
-        slot = tl.load(slots + block, mask=block < end, other=0) if HAS_SLOTS else block
+        # A block-row without this column gets zeros, which cost tensor-core time and no bytes.
+        w_blocks = values + slot.to(tl.int64) * (SIDE_N * SIDE_K) + inner * VALUE_STRIDE_K  # [BLOCK_N]
+        w_tile = tl.load(w_blocks[None, :] + in_block, mask=slot[None, :] >= 0, other=0.0)  # [BLOCK_K, BLOCK_N]
+        if SWAP:
+            acc = multiply(tl.trans(w_tile), tl.trans(x_tile), acc, PRECISION, INTERPRETED)  # [BLOCK_N, BLOCK_M]
+        else:
+            acc = multiply(x_tile, w_tile, acc, PRECISION, INTERPRETED)  # [BLOCK_M, BLOCK_N]
+        ahead = tl.minimum((step + 1) // STEPS, last)
+        column = tl.load(steps + ahead * WIDTH)
+        slot = tl.max_constancy(tl.load(step_slots + ahead * WIDTH), SIDE_N)  # [BLOCK_N]
 
+    if SPLIT > 1:
+        y += part.to(tl.int64) * M * N
+    finish(
+        acc, 0, NARROW, head, first_m, bias, residual, y, M, N,
+        SIDE_N, SWAP, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SPLIT == 1, INTERPRETED,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M"])
+def sum_parts_kernel(
+    parts,  # float32 [SPLIT, M, N]
+    bias,  # [N], read if HAS_BIAS
+    residual,  # [M, N], read if HAS_RESIDUAL
+    y,  # [M, N]
+    M,
+    N,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """y = act(sum of parts + bias) + residual, always added in the same order. One program makes BLOCK elements of y."""
+    size = M.to(tl.int64) * N
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    mask = offsets < size  # [BLOCK]
+    acc = tl.zeros((BLOCK,), tl.float32)  # [BLOCK]
+    for part in tl.static_range(SPLIT):
+        acc += tl.load(parts + part * size + offsets, mask=mask, other=0.0)  # [BLOCK]
     if HAS_BIAS:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]  # [BLOCK_M, SIDE_N]
-    acc = activate(acc, ACTIVATION)  # [BLOCK_M, SIDE_N]
-    y_offsets = m[:, None] * N + n[None, :]  # [BLOCK_M, SIDE_N]
-    y_mask = (m[:, None] < M) & (n[None, :] < N)  # [BLOCK_M, SIDE_N]
+        acc += tl.load(bias + offsets % N, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+    acc = activate(acc, ACTIVATION)  # [BLOCK]
     if HAS_RESIDUAL:
-        acc += tl.load(residual + y_offsets, mask=y_mask, other=0.0).to(tl.float32)  # [BLOCK_M, SIDE_N]
-    tl.store(y + y_offsets, round_to(acc, y.dtype.element_ty, INTERPRETED), mask=y_mask)
+        acc += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+    tl.store(y + offsets, round_to(acc, y.dtype.element_ty, INTERPRETED), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def bsr_sdd_kernel(
     dy,  # [M, N], rows stride_dy apart
     x,  # [M, K], rows stride_x apart

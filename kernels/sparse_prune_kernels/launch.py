@@ -1,19 +1,47 @@
-"""Checks, allocation and launches. No call here waits for the device, so all of them can be captured into a CUDA graph."""
+"""Checks, allocation and launches.
+
+Once a weight's plans are made, on its first call, no call here waits for the device: all of them can be captured into a CUDA graph.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from .config import linear_config, sdd_config
-from .kernels import bsr_linear_kernel, bsr_sdd_kernel
+from .config import SUM_BLOCK, SUM_WARPS, LinearConfig, SddConfig, linear_config, merges, sdd_config
+from .kernels import bsr_linear_kernel, bsr_sdd_kernel, sum_parts_kernel
+from .plan import Plan, make_plans
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 MAX_PROGRAMS = 2**31 - 1  # CUDA's limit on the first dimension of a grid
 INTERPRETED = not isinstance(
     bsr_linear_kernel, triton.JITFunction
 )  # TRITON_INTERPRET=1 was set when Triton was imported
+
+# Plans of every weight in use, by its col_indices: they go when those go, and are made again when the index is written to.
+_plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One launch: arguments are what the device reads, in the kernel's order; constants are compiled in."""
+
+    kernel: triton.JITFunction
+    grid: tuple[int, int]
+    arguments: dict[str, Tensor | int | None]
+    constants: dict[str, object]
+    num_warps: int
+    num_stages: int = 1
+
+    def run(self) -> None:
+        """Launch on the current device and stream."""
+        sizes = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        self.kernel[self.grid](**self.arguments, **self.constants, **sizes)
 
 
 def bsr_linear(
@@ -25,6 +53,7 @@ def bsr_linear(
     bias: Tensor | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
+    config: LinearConfig | None = None,
 ) -> Tensor:
     """y[M, N] = act(x[M, K] @ W[N, K]^T + bias[N]) + residual[M, N], accumulated in float32; N = out_features.
 
@@ -32,25 +61,35 @@ def bsr_linear(
     crow_indices   int32 [ceil(N/R) + 1]
     col_indices    int32 [nnzb]
     values         [nnzb, R, C], R and C in {16, 32, 64, 128}; dtype of x, as bias and residual
+    config         None: chosen by linear_config
 
     float32 is multiplied exactly unless torch.backends.cuda.matmul.fp32_precision is "tf32".
-    The indices are trusted. Raises ValueError for dtypes, devices or shapes that do not agree.
+    The indices are trusted. The first call with an index reads it on the host and keeps the plan that comes of it: make that call
+    before a CUDA graph is captured. Raises ValueError for dtypes, devices or shapes that do not agree.
     """
     _check_same("x", x, values=values, bias=bias, residual=residual)
     _check("activation", activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}", repr(activation))
     _, r, c = values.shape
-    return _linear(x, crow_indices, col_indices, None, values, out_features, r, c, c, 1, bias, activation, residual)
+    plans = plans_of(crow_indices, col_indices, out_features, x.shape[1], r, c, x.element_size(), transposed=False)
+    return _linear(x, plans, values, out_features, r, c, c, 1, bias, activation, residual, config)
 
 
-def bsr_linear_dx(dy: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, in_features: int) -> Tensor:
+def bsr_linear_dx(
+    dy: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    in_features: int,
+    config: LinearConfig | None = None,
+) -> Tensor:
     """dx[M, K] = dy[M, N] @ W[N, K]; K = in_features, the rest as in bsr_linear.
 
-    The same kernel, over the index of W^T: blocks stay where they are in values and are read with their strides exchanged.
+    The same kernel, over the plan of W^T: blocks stay where they are in values and are read with their strides exchanged.
     """
     _check_same("dy", dy, values=values)
     _, r, c = values.shape
-    transposed = transposed_index(crow_indices, col_indices, triton.cdiv(in_features, c))
-    return _linear(dy, *transposed, values, in_features, c, r, 1, c, None, "none", None)
+    plans = plans_of(crow_indices, col_indices, dy.shape[1], in_features, r, c, dy.element_size(), transposed=True)
+    return _linear(dy, plans, values, in_features, c, r, 1, c, None, "none", None, config)
 
 
 def bsr_sdd(
@@ -60,31 +99,13 @@ def bsr_sdd(
     _check_same("dy", dy, x=x)
     _check("x", x.shape[0] == dy.shape[0], f"{dy.shape[0]} rows like dy", x.shape[0])
     dy, x = _with_adjacent_columns(dy), _with_adjacent_columns(x)
-    (m, n), k, nnzb = dy.shape, x.shape[1], col_indices.numel()
+    nnzb = col_indices.numel()
     dvalues = dy.new_empty(nnzb, block_rows, block_cols)  # [nnzb, R, C]
     if nnzb == 0:
         return dvalues
-    config = sdd_config(block_rows, block_cols, dy.element_size())
+    config = sdd_config(block_rows, block_cols, dy.element_size(), _device(dy.device)[0])
     with torch.cuda.device_of(dy):
-        bsr_sdd_kernel[(nnzb,)](
-            dy,
-            x,
-            row_of_blocks(crow_indices, nnzb),
-            col_indices,
-            dvalues,
-            m,
-            n,
-            k,
-            dy.stride(0),
-            x.stride(0),
-            R=block_rows,
-            C=block_cols,
-            BLOCK_M=config.block_m,
-            PRECISION=_precision(),
-            INTERPRETED=INTERPRETED,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+        sdd_call(dy, x, row_of_blocks(crow_indices, nnzb), col_indices, dvalues, config, _precision()).run()
     return dvalues
 
 
@@ -94,63 +115,124 @@ def row_of_blocks(crow_indices: Tensor, nnzb: int) -> Tensor:
     return torch.searchsorted(crow_indices, blocks, right=True, out_int32=True) - 1
 
 
-def transposed_index(crow_indices: Tensor, col_indices: Tensor, block_columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The BSR index of W^T: crow int32 [block_columns + 1], col int32 [nnzb]; and each block's place in values, int32 [nnzb]."""
-    rows = row_of_blocks(crow_indices, col_indices.numel())  # [nnzb]
-    sorted_columns, order = torch.sort(col_indices, stable=True)  # stable: rows ascend within a column
-    edges = torch.arange(block_columns + 1, dtype=torch.int32, device=col_indices.device)  # [block_columns + 1]
-    crow = torch.searchsorted(sorted_columns, edges, out_int32=True)  # [block_columns + 1]
-    return crow, rows[order], order.to(torch.int32)
+def plans_of(
+    crow: Tensor, col: Tensor, n: int, k: int, r: int, c: int, itemsize: int, transposed: bool
+) -> dict[int, Plan]:
+    """The plans of W[N, K], or of its transpose, for every number of merged block-rows: from the cache, else made now."""
+    rows = triton.cdiv(n, r)
+    _check("crow_indices", crow.shape == (rows + 1,), f"{rows + 1} entries", tuple(crow.shape))
+    # An in-place write to an inference tensor leaves no trace: such an index must not change.
+    version = tuple(-1 if index.is_inference() else index._version for index in (crow, col))
+    key = (transposed, merges(c if transposed else r, itemsize), crow.data_ptr(), n, k, r, c)
+    known = _plans.setdefault(col, {})
+    if key not in known or known[key][0] != version:
+        _check(
+            "col_indices",
+            not col.is_cuda or not torch.cuda.is_current_stream_capturing(),
+            "an index that ran once before a CUDA graph is captured",
+            "a new index inside a capture",
+        )
+        known[key] = (version, make_plans(crow, col, triton.cdiv(k, c), key[1], transposed))
+    return known[key][1]
 
 
-def _linear(x, crow, col, slots, values, n, side_n, side_k, stride_n, stride_k, bias, activation, residual) -> Tensor:
+@cache
+def _device(device: torch.device) -> tuple[int, int | None]:
+    """Compute capability and SMs; in the interpreter, A100's."""
+    if device.type != "cuda":
+        return 80, None
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+def _linear(x, plans, values, n, side_n, side_k, stride_n, stride_k, bias, activation, residual, config) -> Tensor:
     """y[M, n] for blocks that span side_n outputs and side_k inputs, stride_n and stride_k elements apart."""
-    _check(
-        "crow_indices",
-        crow.shape == (triton.cdiv(n, side_n) + 1,),
-        f"{triton.cdiv(n, side_n) + 1} entries",
-        tuple(crow.shape),
-    )
     x = _with_adjacent_columns(x)
     m, k = x.shape
     y = x.new_empty(m, n)  # [M, N]
     if y.numel() == 0:
         return y
-    config = linear_config(m, side_n, side_k, x.element_size())
-    programs = triton.cdiv(m, config.block_m) * triton.cdiv(n, side_n)
+    if config is None:
+        density = values.shape[0] / (triton.cdiv(n, side_n) * triton.cdiv(k, side_k))
+        unions = {merge: plan.union for merge, plan in plans.items()}
+        capability, sms = _device(x.device)
+        config = linear_config(m, n, k, side_n, side_k, x.element_size(), capability, density, unions, sms)
+    plan = plans[config.merge]
+    programs = triton.cdiv(m, config.block_m) * plan.tiles
     _check("x", programs <= MAX_PROGRAMS, f"at most {MAX_PROGRAMS} tiles", programs)
     with torch.cuda.device_of(x):
-        bsr_linear_kernel[(programs,)](
-            x,
-            crow,
-            col,
-            slots,
-            values,
-            bias,
-            residual,
-            y,
-            m,
-            n,
-            k,
-            x.stride(0),
-            SIDE_N=side_n,
-            SIDE_K=side_k,
-            VALUE_STRIDE_N=stride_n,
-            VALUE_STRIDE_K=stride_k,
-            BLOCK_M=config.block_m,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            ACTIVATION=activation,
-            HAS_SLOTS=slots is not None,
-            HAS_BIAS=bias is not None,
-            HAS_RESIDUAL=residual is not None,
-            EVEN_K=k % side_k == 0,
-            PRECISION=_precision(),
-            INTERPRETED=INTERPRETED,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+        for call in linear_calls(
+            x, plan, values, bias, residual, y, side_n, side_k, stride_n, stride_k, activation, config, _precision()
+        ):
+            call.run()
     return y
+
+
+def linear_calls(
+    x: Tensor,
+    plan: Plan,
+    values: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    side_n: int,
+    side_k: int,
+    stride_n: int,
+    stride_k: int,
+    activation: str,
+    config: LinearConfig,
+    precision: str,
+) -> list[Call]:
+    """What makes y[M, N] of x[M, K], whose columns are adjacent: one call, or two where config splits the inputs."""
+    (m, k), n = x.shape, y.shape[1]
+    whole = config.split == 1
+    # float32 sums of each part of the inputs, [split, M, N]
+    parts = y if whole else torch.empty(config.split, m, n, dtype=torch.float32, device=x.device)
+    epilogue = {
+        "ACTIVATION": activation,
+        "HAS_BIAS": bias is not None,
+        "HAS_RESIDUAL": residual is not None,
+        "INTERPRETED": INTERPRETED,
+    }
+    arguments = {"x": x, "plan": plan.table, "values": values, "bias": bias, "residual": residual, "y": parts}
+    arguments |= {"M": m, "N": n, "K": k, "stride_x": x.stride(0), "tiles_n": plan.tiles}
+    constants = {
+        "SIDE_N": side_n,
+        "SIDE_K": side_k,
+        "VALUE_STRIDE_N": stride_n,
+        "VALUE_STRIDE_K": stride_k,
+        "MERGE": config.merge,
+        "BLOCK_M": config.block_m,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "SPLIT": config.split,
+        "SWAP": config.swap,
+        "NARROW": config.narrow(side_n),
+        "EVEN_K": k % side_k == 0,
+        "PRECISION": precision,
+    }
+    grid = (triton.cdiv(m, config.block_m) * plan.tiles, config.split)
+    product = Call(bsr_linear_kernel, grid, arguments, constants | epilogue, config.num_warps, config.num_stages)
+    if whole:
+        return [product]
+    arguments = {"parts": parts, "bias": bias, "residual": residual, "y": y, "M": m, "N": n}
+    constants = {"SPLIT": config.split, "BLOCK": SUM_BLOCK}
+    return [
+        product,
+        Call(sum_parts_kernel, (triton.cdiv(m * n, SUM_BLOCK), 1), arguments, constants | epilogue, SUM_WARPS),
+    ]
+
+
+def sdd_call(
+    dy: Tensor, x: Tensor, block_rows: Tensor, col_indices: Tensor, dvalues: Tensor, config: SddConfig, precision: str
+) -> Call:
+    """What makes dvalues[nnzb, R, C] of dy[M, N] and x[M, K], whose columns are adjacent."""
+    nnzb, r, c = dvalues.shape
+    (m, n), k = dy.shape, x.shape[1]
+    arguments = {"dy": dy, "x": x, "block_rows": block_rows, "col_indices": col_indices, "dvalues": dvalues}
+    arguments |= {"M": m, "N": n, "K": k, "stride_dy": dy.stride(0), "stride_x": x.stride(0)}
+    constants = {"R": r, "C": c, "BLOCK_M": config.block_m, "PRECISION": precision, "INTERPRETED": INTERPRETED}
+    return Call(bsr_sdd_kernel, (nnzb, 1), arguments, constants, config.num_warps, config.num_stages)
 
 
 def _precision() -> str:

@@ -8,25 +8,42 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .config import LinearConfig, SddConfig
-from .kernels import bsr_linear_kernel, bsr_sdd_kernel
+from .launch import Call, linear_calls, sdd_call
+from .plan import Plan
 
-TYPE_NAMES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}  # PyTorch's names and Triton's
+TYPES = {  # PyTorch's types and Triton's names of them
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int8: "i8",
+}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"  # comes with Triton's wheel
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel became: its PTX, registers per thread, stack bytes per thread (spills lie there), shared bytes."""
+    """What one kernel became.
+
+    ptx         its text
+    registers   of a thread
+    stack       bytes of a thread; spills lie there
+    shared      bytes of shared memory of a program
+    parameters  names of the arguments that the device reads, in order
+    """
 
     ptx: str = field(repr=False)
     registers: int
     stack: int
     shared: int
+    parameters: tuple[str, ...]
 
 
 def compile_linear(
@@ -39,53 +56,49 @@ def compile_linear(
     activation: str = "gelu",
     transposed: bool = False,
     even_k: bool = True,
-) -> Compiled:
-    """bsr_linear_kernel with bias and residual; dtype as in "bfloat16", capability as in 90, transposed as bsr_linear_dx has it."""
-    pointer = "*" + TYPE_NAMES[dtype]
-    types = dict.fromkeys(("x", "values", "bias", "residual", "y"), pointer)
-    types |= {"crow_indices": "*i32", "col_indices": "*i32", "M": "i32", "N": "i32", "K": "i32", "stride_x": "i32"}
-    constants = {
-        "SIDE_N": side_n,
-        "SIDE_K": side_k,
-        "VALUE_STRIDE_N": 1 if transposed else side_k,
-        "VALUE_STRIDE_K": side_n if transposed else 1,
-        "BLOCK_M": config.block_m,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
-        "ACTIVATION": activation,
-        "HAS_SLOTS": transposed,
-        "HAS_BIAS": True,
-        "HAS_RESIDUAL": True,
-        "EVEN_K": even_k,
-        "PRECISION": precision,
-        "INTERPRETED": False,
-    }
-    if transposed:
-        types["slots"] = "*i32"
-    else:
-        constants["slots"] = None
-    return _compile(bsr_linear_kernel, types, constants, config, capability)
+) -> list[Compiled]:
+    """What a launch with bias, residual and config would run on large, aligned tensors: one kernel, or two if config.split > 1.
+
+    dtype as in "bfloat16", capability as in 90, transposed as bsr_linear_dx has it.
+    """
+    kind = getattr(torch, dtype)
+    k = 4096 if even_k else 4096 + 16 * (1 if side_k > 16 else 0)
+    x, values, bias, y = (_imagined(kind, *s) for s in ((4096, k), (8, side_n, side_k), (4096,), (4096, 4096)))
+    tiles = 4096 // (config.merge * side_n)
+    plan = Plan(config.merge, tiles, 1, _imagined(torch.int32, tiles + 2, 1 + config.merge), 1.0)
+    strides = (1, side_n) if transposed else (side_k, 1)
+    calls = linear_calls(x, plan, values, bias, y, y, side_n, side_k, *strides, activation, config, precision)
+    return [compile_call(call, capability) for call in calls]
 
 
 def compile_sdd(config: SddConfig, r: int, c: int, dtype: str, capability: int, precision: str = "ieee") -> Compiled:
-    """bsr_sdd_kernel for blocks of r x c; dtype and capability as in compile_linear."""
-    types = dict.fromkeys(("dy", "x", "dvalues"), "*" + TYPE_NAMES[dtype])
-    types |= {"block_rows": "*i32", "col_indices": "*i32", "M": "i32", "N": "i32", "K": "i32"}
-    types |= {"stride_dy": "i32", "stride_x": "i32"}
-    constants = {"R": r, "C": c, "BLOCK_M": config.block_m, "PRECISION": precision, "INTERPRETED": False}
-    return _compile(bsr_sdd_kernel, types, constants, config, capability)
+    """bsr_sdd_kernel for blocks of r x c on large, aligned tensors; dtype and capability as in compile_linear."""
+    kind = getattr(torch, dtype)
+    dy, x, dvalues = (_imagined(kind, *shape) for shape in ((4096, 4096), (4096, 4096), (16, r, c)))
+    index = _imagined(torch.int32, 16)
+    return compile_call(sdd_call(dy, x, index, index, dvalues, config, precision), capability)
 
 
-def _compile(kernel, types: dict[str, str], constants: dict[str, object], config, capability: int) -> Compiled:
-    """The kernel for addresses and sizes that are multiples of 16, as a launch on aligned tensors specialises it."""
-    places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
+def compile_call(call: Call, capability: int) -> Compiled:
+    """The kernel that this call would run on a GPU of that compute capability, specialised by its arguments as a launch does it."""
+    read, constants, aligned = {}, dict(call.constants), set()
+    general = {parameter.name for parameter in call.kernel.params if parameter.do_not_specialize}
+    for name, value in call.arguments.items():
+        if value is None or (isinstance(value, int) and value == 1 and name not in general):
+            constants[name] = value
+            continue
+        tensor = isinstance(value, Tensor)
+        read[name] = "*" + TYPES[value.dtype] if tensor else "i32" if abs(value) < 2**31 else "i64"
+        if name not in general and (value.data_ptr() if tensor else value) % 16 == 0:
+            aligned.add(name)
+    names = call.kernel.arg_names
     source = ASTSource(
-        kernel,
-        signature={name: types.get(name, "constexpr") for name in kernel.arg_names},
-        constexprs={places[name]: value for name, value in constants.items()},
-        attrs={places[name]: [["tt.divisibility", 16]] for name in types},
+        call.kernel,
+        signature={name: read.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_warps": call.num_warps, "num_stages": call.num_stages}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(made.asm["cubin"])
@@ -93,4 +106,9 @@ def _compile(kernel, types: dict[str, str], constants: dict[str, object], config
         command = [str(CUOBJDUMP), "--dump-resource-usage", cubin.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    return Compiled(made.asm["ptx"], registers, stack, made.metadata.shared)
+    return Compiled(made.asm["ptx"], registers, stack, made.metadata.shared, tuple(read))
+
+
+def _imagined(dtype: torch.dtype, *shape: int) -> Tensor:
+    """A tensor without memory, aligned."""
+    return torch.empty(shape, dtype=dtype, device="meta")

@@ -1,0 +1,87 @@
+"""Which block-rows one program serves together, and in which order it meets their columns: derived from the index, on the host.
+
+A tile of `merge` block-rows walks over the union of their columns and loads each x tile once for all of them. Rows are put together
+so that unions are small. Nothing here depends on values, so a plan outlives every step of training; it is never saved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The index of a weight, merged `merge` block-rows at a time.
+
+    merge   block-rows of a tile
+    tiles   T, number of tiles: ceil(block-rows / merge)
+    steps   U, number of columns in all unions
+    table   int32 [T + 1 + U, 1 + merge]
+            rows t <= T: the first of tile t's steps (U at t = T), then the block-rows that it serves, -1 for none
+            rows T + 1 + s: the block-column of step s, then the place in values of each block-row's block, -1 where it has none
+    union   filled fraction of the grid of tiles and block-columns: u, at least the density and at most 1
+    """
+
+    merge: int
+    tiles: int
+    steps: int
+    table: Tensor
+    union: float
+
+
+def make_plans(
+    crow_indices: Tensor, col_indices: Tensor, block_columns: int, merges: tuple[int, ...], transposed: bool = False
+) -> dict[int, Plan]:
+    """A plan for each number in merges, on the device of the indices; of W^T if transposed.
+
+    crow_indices int32 [rows + 1], col_indices int32 [nnzb]. Reads the indices on the host, so a GPU is waited for.
+    """
+    crow, col = crow_indices.cpu().long(), col_indices.cpu().long()
+    rows = torch.repeat_interleave(crow.diff(), output_size=col.numel())  # [nnzb]
+    slots = torch.full((crow.numel() - 1, block_columns), -1, dtype=torch.int32)  # [rows, columns]
+    slots[rows, col] = torch.arange(col.numel(), dtype=torch.int32)
+    slots = slots.T.contiguous() if transposed else slots
+    return {merge: _make_plan(slots, merge, crow_indices.device) for merge in merges}
+
+
+def _make_plan(slots: Tensor, merge: int, device: torch.device) -> Plan:
+    """slots int32 [rows, columns]: the place in values of each block, -1 where there is none."""
+    order = row_order(slots >= 0, merge)  # [T, merge]
+    tiles, columns = order.shape[0], slots.shape[1]
+    padded = torch.cat([slots, slots.new_full((1, columns), -1)])  # row -1 is the row that is not there
+    grouped = padded[order]  # [T, merge, columns]
+    tile, column = (grouped >= 0).any(1).nonzero(as_tuple=True)  # [U] each, by tile and then by column
+    begin = torch.searchsorted(tile, torch.arange(tiles + 1))  # [T + 1]
+    heads = torch.cat([begin[:, None], torch.cat([order, order.new_full((1, merge), -1)])], 1)  # [T + 1, 1 + merge]
+    steps = torch.cat([column[:, None], grouped[tile, :, column]], 1)  # [U, 1 + merge]
+    table = torch.cat([heads, steps]).to(torch.int32).to(device)
+    return Plan(merge, tiles, tile.numel(), table, tile.numel() / max(1, tiles * columns))
+
+
+def row_order(mask: Tensor, merge: int) -> Tensor:
+    """int64 [ceil(rows / merge), merge]: block-rows of mask (bool [rows, columns]) in tiles with small unions, -1 where rows end.
+
+    Greedy: the fullest row left opens a tile and takes in, one after another, the row that shares the most columns with the tile
+    so far; each shared column is one x tile fewer to load. Tiles with many columns come first, so that the last ones to run on a
+    GPU are short. A random mask of density .2 leaves little to find; rows that a criterion made alike end up together.
+    """
+    left = mask.float()  # [rows, columns]; rows that are placed become zero
+    counts = mask.sum(1).float()  # [rows]; -1 once placed
+    tiles, unions = [], []
+    for _ in range(-(-mask.shape[0] // merge)):
+        first = int(counts.argmax())
+        tile, union = [first], left[first].clone()
+        counts[first] = -1
+        while len(tile) < merge and bool((counts >= 0).any()):
+            shared = torch.where(counts >= 0, left @ union, -1.0)  # [rows]
+            best = int(shared.argmax())
+            tile.append(best)
+            union = torch.maximum(union, left[best])
+            counts[best] = -1
+        tiles.append(tile + [-1] * (merge - len(tile)))
+        unions.append(int(union.sum()))
+    by_length = sorted(range(len(tiles)), key=lambda place: -unions[place])  # stable: equal tiles keep their order
+    return torch.tensor([tiles[place] for place in by_length]).view(-1, merge)

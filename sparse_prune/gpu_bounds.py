@@ -1,0 +1,313 @@
+"""Lower bounds on the time of GPU kernels from the work they do: `sparse-prune bench gpu-bounds`.
+
+Our kernel, PyTorch's own for BSR weights and a dense product are compiled for GPUs that are not here, a sample of their programs
+runs in the PTX emulator, its result is checked, and what was counted is divided by published peaks. A bound is not a time: nothing
+waits for anything else in it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .benchmark import random_mask
+from .bsr import BsrWeight
+from .errors import SparsePruneError
+from .masks import expand_mask
+
+PROBLEMS = ((16, 4096, 4096), (512, 768, 3072), (4096, 4096, 4096))  # (M, K, N)
+BLOCKS = ((16, 16), (32, 32), (64, 64), (128, 128), (64, 16), (128, 16))
+DENSITIES = (0.1, 0.2, 0.5)
+CAPABILITIES = (80, 90)
+NAMES = {80: "A100", 90: "H100"}
+LATENCY = 500  # clocks from asking memory to having: between what microbenchmarks publish for L2 hits and for misses
+SAMPLE = 3  # tiles of a weight that are run, spread over long and short ones
+# Tiles of the dense product, warps and stages; the best one counts. The last two are for few rows.
+DENSE_TILES = (
+    ((128, 256, 64), 8, 3),
+    ((128, 128, 64), 4, 3),
+    ((64, 128, 64), 4, 4),
+    ((16, 64, 128), 4, 5),
+    ((16, 32, 128), 4, 5),
+)
+
+
+def gpu_bounds(
+    report: Callable[[str, float], None] = lambda text, fraction: None, quick: bool = False
+) -> list[dict[str, Any]]:
+    """One row per GPU, problem, blocksize, density and kernel; quick leaves out all but density .2 and two blocksizes.
+
+    Rows hold clocks of each resource ("tensor", "issue", "shared", "L2", "DRAM", "latency"), the largest ("bound") and its name
+    ("limit"), "e_bound" (the dense tensor-core ideal at that density over the bound), "speedup_bound" (an ideal dense kernel over
+    the bound) and "bytes_ratio" (bytes that must move between memory and the GPU over those of x, kept blocks and y).
+    Raises SparsePruneError where Triton or the emulator is missing.
+    """
+    emulator = _emulator()
+    blocks, densities = (BLOCKS[1:3], (0.2,)) if quick else (BLOCKS, DENSITIES)
+    cases = [(c, p) for c in CAPABILITIES for p in PROBLEMS]
+    rows: list[dict[str, Any]] = []
+    for place, (capability, problem) in enumerate(cases):
+        dense = min(
+            (_dense(emulator, capability, *problem, *tiles) for tiles in _fitting(problem)),
+            key=lambda row: row["bound"],
+        )
+        rows.append(dense)
+        grid = [(block, density) for block in blocks for density in densities]
+        for inner, (block, density) in enumerate(grid):
+            report(
+                f"{NAMES[capability]} {problem} {block[0]}x{block[1]} {density}",
+                (place + inner / len(grid)) / len(cases),
+            )
+            packed = _weight(problem, block, density)
+            rows.append(_ours(emulator, capability, problem[0], packed))
+            rows.append(_torch(emulator, capability, problem[0], packed))
+    return rows
+
+
+def _emulator():
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise SparsePruneError("triton", "an installed Triton", str(error), "pip install triton") from None
+    tests = Path(__file__).resolve().parent.parent / "tests"
+    if not (tests / "ptx_emulator").is_dir():
+        raise SparsePruneError(
+            "gpu-bounds",
+            "a checkout with tests/ptx_emulator",
+            str(tests.parent),
+            "run it from a clone, installed editable",
+        )
+    if str(tests) not in sys.path:
+        sys.path.insert(0, str(tests))
+    emulator = importlib.import_module("ptx_emulator")
+    reason = emulator.unavailable()
+    if reason:
+        raise SparsePruneError("gpu-bounds", "a machine that can build the PTX emulator", reason, "install a compiler")
+    return emulator
+
+
+def _weight(problem: tuple[int, int, int], block: tuple[int, int], density: float) -> BsrWeight:
+    _, k, n = problem
+    generator = torch.Generator().manual_seed(0)
+    mask = random_mask((n, k), block, density, generator)
+    weight = torch.randn(n, k, generator=generator).mul_(expand_mask(mask, block, (n, k))).bfloat16()
+    return BsrWeight.from_dense(weight, mask, block)
+
+
+def _ours(emulator, capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
+    from sparse_prune_kernels import config, launch, plan
+
+    (n, k), (r, c) = packed.shape, packed.blocksize
+    plans = launch.plans_of(packed.crow_indices, packed.col_indices, n, k, r, c, 2, transposed=False)
+    unions = {merge: p.union for merge, p in plans.items()}
+    tiles = config.linear_config(m, n, k, r, c, 2, capability, packed.density, unions)
+    whole = plans[tiles.merge]
+    every = m <= config.SMALL_M  # few rows are cheap: count all programs, and so the bytes that must move
+    some = plan.Plan(whole.merge, *_some_tiles(whole, whole.tiles if every else SAMPLE), whole.union)
+    rows = min(m, tiles.block_m)
+    x, y = _rows(rows, k), torch.full((rows, n), torch.nan, dtype=torch.bfloat16)
+    calls = launch.linear_calls(x, some, packed.values, None, None, y, r, c, c, 1, "none", tiles, "ieee")
+    launches = -(-m // tiles.block_m) * whole.tiles / some.tiles
+    counted = [_run(emulator, call, capability) for call in calls]
+    scales = [launches, 1.0]  # the second call adds all parts already
+    served = some.table[: some.tiles, 1:].flatten()
+    outputs = (served[served >= 0][:, None] * r + torch.arange(r)).flatten()
+    _check(y[:, outputs], x, packed.to_dense()[outputs], "ours")
+    bytes_moved = _compulsory(m, packed) + 4 * whole.table.numel()
+    bytes_ratio = None
+    if every:  # parts stay in L2, which holds all of them many times over
+        product = counted[0][0]
+        written = product.dram_store_sectors * 32 if len(calls) == 1 else y.numel() * 2
+        bytes_moved = 32 * product.dram_load_sectors + written
+        bytes_ratio = bytes_moved / _compulsory(m, packed)
+    steps = whole.steps / whole.tiles / tiles.split * (c / tiles.block_k)
+    row = _bound(counted, scales, capability, bytes_moved, steps, tiles.num_stages)
+    row |= {"kernel": "ours", "config": asdict(tiles), "union": whole.union, "bytes_ratio": bytes_ratio}
+    return _headline(row, capability, m, packed)
+
+
+def _some_tiles(whole, sample: int) -> tuple[int, int, Tensor]:
+    """Tiles, steps and table of a plan that holds only `sample` of the tiles, spread over all."""
+    sample = min(sample, whole.tiles)
+    chosen = [int((place + 0.5) * whole.tiles / sample) for place in range(sample)]
+    begin = whole.table[: whole.tiles + 1, 0]
+    steps = [whole.table[whole.tiles + 1 + begin[t] : whole.tiles + 1 + begin[t + 1]] for t in chosen]
+    heads = torch.cat([whole.table[chosen], whole.table[whole.tiles][None]])
+    heads[:, 0] = torch.tensor([0, *(len(s) for s in steps)]).cumsum(0)
+    return sample, int(heads[-1, 0]), torch.cat([heads, *steps])
+
+
+def _torch(emulator, capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
+    from sparse_prune_kernels import peers
+
+    (n, k), (r, c) = packed.shape, packed.blocksize
+    meta = peers.torch_meta(m, n, k, r, c, packed.density, capability)
+    columns = m // meta["SPLIT_N"]
+    block_rows = n // r
+    by_length = packed.crow_indices.diff().argsort(descending=True)
+    chosen = by_length[[int((place + 0.5) * block_rows / SAMPLE) for place in range(min(SAMPLE, block_rows))]]
+    dense = packed.to_dense().view(block_rows, r, k)[chosen].reshape(-1, k)
+    mask = packed.block_mask()[chosen]
+    some = BsrWeight.from_dense(dense, mask, (r, c))
+    x, y = _rows(columns, k), torch.full((columns, len(dense)), torch.nan, dtype=torch.bfloat16)
+    call = peers.torch_call(x, some.crow_indices, some.col_indices, some.values, y, meta, columns)
+    counted = _run(emulator, call, capability)
+    _check(y, x, dense, "PyTorch")
+    launches = block_rows / len(chosen) * meta["SPLIT_N"]
+    steps = packed.nnzb / block_rows
+    row = _bound([counted], [launches], capability, _compulsory(m, packed), steps, meta["num_stages"])
+    row |= {
+        "kernel": "torch",
+        "config": {**meta, "BLOCKSIZE_COL": columns},
+        "union": packed.density,
+        "bytes_ratio": None,
+    }
+    return _headline(row, capability, m, packed)
+
+
+def _fitting(problem: tuple[int, int, int]) -> Iterator[tuple]:
+    m, k, n = problem
+    for tiles, warps, stages in DENSE_TILES:
+        if m % tiles[0] == n % tiles[1] == k % tiles[2] == 0 and (tiles[0] > 16) == (m > 16):
+            yield tiles, warps, stages
+
+
+def _dense(emulator, capability: int, m: int, k: int, n: int, tiles, warps: int, stages: int) -> dict[str, Any]:
+    from sparse_prune_kernels import peers
+
+    x, w = _rows(tiles[0], k), _rows(tiles[1], k, seed=1)
+    y = torch.full((tiles[0], tiles[1]), torch.nan, dtype=torch.bfloat16)
+    counted = _run(emulator, peers.dense_call(x, w, y, tiles, warps, stages), capability)
+    _check(y, x, w, "dense")
+    launches = m // tiles[0] * (n // tiles[1])
+    row = _bound([counted], [launches], capability, 2 * (m * k + n * k + m * n), k / tiles[2], stages)
+    row |= {
+        "kernel": "dense",
+        "config": {"tiles": tiles, "num_warps": warps, "num_stages": stages},
+        "bytes_ratio": None,
+    }
+    row |= {"union": 1.0, "m": m, "k": k, "n": n, "block": "", "density": 1.0}
+    return _ratios(row, capability)
+
+
+def _run(emulator, call, capability: int):
+    """What the emulator counted of one call, what it was compiled to, and its programs."""
+    from sparse_prune_kernels import offline
+
+    made = offline.compile_call(call, capability)
+    arguments = [call.arguments[name] for name in made.parameters]
+    name, threads = call.kernel.fn.__name__, 32 * call.num_warps
+    counts = emulator.emulate(
+        made.ptx, name, call.grid, threads, arguments, shared_bytes=made.shared, mode="early", races=False
+    )
+    return counts, made, call.grid[0] * call.grid[1], threads
+
+
+def _check(y: Tensor, x: Tensor, weight: Tensor, who: str) -> None:
+    exact = x.double() @ weight.double().T
+    error, allowed = (y.double() - exact).abs().max(), 2**-7 * exact.abs().max()
+    assert error <= allowed, f"{who}: an error of {error:.3g}, {allowed:.3g} allowed"
+
+
+def _rows(m: int, k: int, seed: int = 0) -> Tensor:
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def _compulsory(m: int, packed: BsrWeight) -> int:
+    """Bytes of x, the kept blocks with their index, and y."""
+    n, k = packed.shape
+    return packed.nbytes + 2 * (m * k + m * n)
+
+
+def _bound(counted, scales, capability: int, bytes_moved: float, steps: float, stages: int) -> dict[str, Any]:
+    """Clocks that each resource of the GPU is busy at its peak, for calls that follow one another."""
+    from sparse_prune_kernels.config import gpu_of
+
+    gpu = gpu_of(capability)
+    clocks = dict.fromkeys(("tensor", "issue", "shared", "L2"), 0.0) | {
+        "DRAM": bytes_moved / gpu.dram_bytes,
+        "latency": 0.0,
+    }
+    wavefronts = ideal = 0
+    for place, ((counts, made, programs, threads), scale) in enumerate(zip(counted, scales, strict=False)):
+        total = programs * scale
+        busiest = -(-total // gpu.sms) / programs  # programs of the busiest SM, per program run
+        rate = gpu.multiply_adds * (gpu.mma_sync if counts.kinds["wgmma"] == 0 else 1.0)
+        clocks["tensor"] += busiest * counts.tensor_fma / rate
+        clocks["issue"] += busiest * counts.instructions / gpu.issue
+        clocks["shared"] += busiest * (counts.shared_wavefronts + counts.wgmma_shared_bytes / gpu.shared_bytes)
+        clocks["L2"] += scale * 32 * (counts.l2_load_sectors + counts.global_store_sectors) / gpu.l2_bytes
+        resident = min(
+            65536 // (made.registers * threads), (gpu.shared + 1024) // (made.shared + 1024), 2048 // threads
+        )
+        waves = -(-total // (gpu.sms * max(1, resident)))
+        # where to look, the index, then as many rounds as the pipeline's depth leaves, and the output
+        rounds = 3 + (steps / max(1, stages - 1) if place == 0 else 0)
+        clocks["latency"] += waves * rounds * LATENCY
+        wavefronts, ideal = wavefronts + counts.shared_wavefronts, ideal + counts.shared_ideal
+    limit = max(clocks, key=clocks.get)
+    conflicts = wavefronts / ideal if ideal else 1.0
+    return {
+        "gpu": NAMES[capability],
+        "clocks": clocks,
+        "bound": clocks[limit],
+        "limit": limit,
+        "wavefronts_per_ideal": conflicts,
+    }
+
+
+def _headline(row: dict[str, Any], capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
+    (n, k), (r, c) = packed.shape, packed.blocksize
+    row |= {"m": m, "k": k, "n": n, "block": f"{r}x{c}", "density": round(packed.nnzb * r * c / (n * k), 4)}
+    return _ratios(row, capability)
+
+
+def _ratios(row: dict[str, Any], capability: int) -> dict[str, Any]:
+    from sparse_prune_kernels.config import gpu_of
+
+    gpu, (m, k, n) = gpu_of(capability), (row["m"], row["k"], row["n"])
+    ideal = m * n * k / gpu.multiply_adds / gpu.sms
+    row["e_bound"] = ideal * row["density"] / row["bound"]
+    row["speedup_bound"] = max(ideal, 2 * (m * k + n * k + m * n) / gpu.dram_bytes) / row["bound"]
+    return row
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as the tables of docs/gpu-bounds.md."""
+    lines = []
+    for gpu in dict.fromkeys(row["gpu"] for row in rows):
+        for m, k, n in dict.fromkeys((row["m"], row["k"], row["n"]) for row in rows):
+            own = [row for row in rows if (row["gpu"], row["m"], row["k"], row["n"]) == (gpu, m, k, n)]
+            small = m <= 64
+            dense = next(row for row in own if row["kernel"] == "dense")
+            what = "speed-up bound over an ideal dense kernel" if small else "e_bound"
+            value = "speedup_bound" if small else "e_bound"
+            lines += ["", f"## {gpu}, M = {m}, {k} -> {n}: {what}", ""]
+            lines += [f"A dense Triton product: {dense[value]:.2f} ({dense['limit']}).", ""]
+            extra = "bytes/compulsory" if small else "merge x BM"
+            lines += [
+                f"| block | density | ours | PyTorch | ours/PyTorch | {extra} | wavefronts/ideal |",
+                "|---|---|---|---|---|---|---|",
+            ]
+            for row in own:
+                if row["kernel"] != "ours":
+                    continue
+                peer = next(
+                    r
+                    for r in own
+                    if r["kernel"] == "torch" and (r["block"], r["density"]) == (row["block"], row["density"])
+                )
+                c = row["config"]
+                more = f"{row['bytes_ratio']:.2f}" if small else f"{c['merge']} x {c['block_m']}"
+                lines.append(
+                    f"| {row['block']} | {row['density']:.2g} | {row[value]:.2f} ({row['limit']}) | {peer[value]:.2f} "
+                    f"({peer['limit']}) | {row[value] / peer[value]:.1f} | {more} | {row['wavefronts_per_ideal']:.2f} |"
+                )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,172 @@
+"""What Triton compiles for GPUs that are not here, executed by the PTX emulator against float64."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import ptx_emulator
+import pytest
+import torch
+import torch.nn.functional as F
+from triton_problems import PROBLEMS, arrays, assert_as_good_as_torch, make_problem
+
+from sparse_prune import reference
+
+pytestmark = [
+    pytest.mark.skipif(ptx_emulator.unavailable() is not None, reason=str(ptx_emulator.unavailable())),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+]
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def run(calls, capability, mode="late"):
+    """Compile each call as its launch would and execute it; returns what the emulator counted."""
+    from sparse_prune_kernels import offline
+
+    counts = []
+    for call in calls:
+        made = offline.compile_call(call, capability)
+        arguments = [call.arguments[name] for name in made.parameters]
+        name = call.kernel.fn.__name__
+        counts.append(
+            ptx_emulator.emulate(
+                made.ptx, name, call.grid, 32 * call.num_warps, arguments, shared_bytes=made.shared, mode=mode
+            )
+        )
+    return counts
+
+
+def product(
+    x, packed, bias, residual, activation, capability, precision="ieee", transposed=False, config=None, mode="late"
+):
+    """act(x @ W^T + bias) + residual, or x @ W if transposed, by the compiled kernels that a launch would choose; and counts."""
+    from sparse_prune_kernels import launch
+    from sparse_prune_kernels.config import linear_config
+
+    (n, k), (r, c) = packed.shape, packed.blocksize
+    crow, col, values = arrays(packed)
+    plans = launch.plans_of(crow, col, n, k, r, c, x.element_size(), transposed)
+    if transposed:
+        (n, k), (r, c) = (k, n), (c, r)
+    unions = {merge: plan.union for merge, plan in plans.items()}
+    config = config or linear_config(len(x), n, k, r, c, x.element_size(), capability, packed.density, unions)
+    y = x.new_full((len(x), n), torch.nan)
+    strides = (1, r) if transposed else (c, 1)
+    plan = plans[config.merge]
+    calls = launch.linear_calls(x, plan, values, bias, residual, y, r, c, *strides, activation, config, precision)
+    return y, run(calls, capability, mode)
+
+
+def check_forward(
+    problem, dtype, capability, activation="gelu", extras=(True, True), precision="ieee", config=None, mode="late"
+):
+    packed, x, bias, residual = make_problem(*problem, dtype)
+    bias, residual = (tensor if used else None for tensor, used in zip((bias, residual), extras, strict=True))
+    y, counts = product(x, packed, bias, residual, activation, capability, precision, config=config, mode=mode)
+    weight, act = packed.to_dense(), reference.ACTIVATIONS[activation]
+    exact = act(F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
+    dense = act(F.linear(x, weight, bias))
+    if residual is not None:
+        exact, dense = exact + residual.double(), dense + residual
+    if precision == "tf32":  # operands are cut to 11 digits
+        assert not y.isnan().any() and (y.double() - exact).abs().max() <= 2**-10 * (x.abs() @ weight.abs().T).max()
+    else:
+        assert_as_good_as_torch(y, exact, dense)
+    return packed, counts
+
+
+# sm_80: mma.sync with cp.async. sm_90: wgmma. sm_120: mma.sync again, by a younger compiler.
+@pytest.mark.parametrize("capability", [80, 90, 120])
+@pytest.mark.parametrize("problem", PROBLEMS[1:], ids=str)
+def test_forward(problem, capability):
+    # The emulator does not know yet the sum of bfloat16 and float32 that the compiler uses for a bias on sm_100 and younger.
+    check_forward(problem, BF16, capability, extras=(capability < 100, capability < 100))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    "dtype, precision, problem",
+    [
+        (F16, "ieee", (70, 128, 192, 64, 64, 0.4)),
+        (F32, "ieee", (33, 45, 70, 16, 32, 0.5)),
+        (F32, "tf32", (33, 64, 96, 32, 32, 0.5)),
+    ],
+    ids=str,
+)
+def test_other_dtypes(dtype, precision, problem, capability):
+    check_forward(problem, dtype, capability, precision=precision)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("m", [5, 70])
+def test_epilogues(m, activation, capability):
+    """Within the kernel, and (small m) in the one that adds the parts."""
+    for extras in ((True, False), (False, True)):
+        check_forward((m, 45, 70, 16, 32, 0.5), BF16, capability, activation, extras)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+def test_asynchronous_copies_may_end_whenever_they_like(mode, capability):
+    check_forward((260, 128, 640, 32, 32, 0.4), BF16, capability, mode=mode)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    "tiling", [(8, 256, 1, False), (4, 64, 2, True), (2, 512, 1, False), (8, 128, 1, True)], ids=str
+)
+def test_merged_rows(tiling, capability):
+    from sparse_prune_kernels.config import LinearConfig
+
+    merge, block_m, split, swap = tiling
+    config = LinearConfig(merge, block_m, 16, 8, split, swap, 8 if block_m * merge * 16 >= 128 * 128 else 4, 3)
+    packed, counts = check_forward((130, 9 * 16 - 5, 90, 16, 16, 0.4), F16, capability, config=config)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    "problem", [(7, 45, 70, 16, 32, 0.5), (130, 96, 128, 32, 64, 0.4), (33, 64, 96, 64, 16, 0.3)], ids=str
+)
+def test_gradients(problem, capability):
+    from sparse_prune_kernels import launch
+    from sparse_prune_kernels.config import sdd_config
+
+    packed, x, _, dy = make_problem(*problem, BF16)
+    weight, (r, c) = packed.to_dense(), packed.blocksize
+    dx, _ = product(dy, packed, None, None, "none", capability, transposed=True)
+    assert_as_good_as_torch(dx, dy.double() @ weight.double(), dy @ weight)
+    crow, col, values = arrays(packed)
+    dvalues = torch.full_like(values, torch.nan)
+    config = sdd_config(r, c, 2, capability)
+    run([launch.sdd_call(dy, x, launch.row_of_blocks(crow, len(col)), col, dvalues, config, "ieee")], capability)
+    exact, dense = (reference.bsr_sdd(a, b, crow, col, r, c) for a, b in ((dy.double(), x.double()), (dy, x)))
+    assert_as_good_as_torch(dvalues, exact, dense)
+
+
+def test_rows_that_lie_apart():
+    """Read in place, by narrower copies where rows are misaligned; what lies between them is nobody's."""
+    packed, x, *_ = make_problem(24, 64, 70, 16, 32, 0.5, BF16)
+    wide = torch.full((24, 81), torch.nan, dtype=BF16)
+    view = wide[:, 3:73]
+    view.copy_(x)
+    y, _ = product(view, packed, None, None, "none", 80)
+    assert_as_good_as_torch(y, x.double() @ packed.to_dense().double().T, x @ packed.to_dense().T)
+
+
+@pytest.mark.parametrize("capability, merge", [(80, 1), (80, 2), (90, 4)])
+def test_work_is_what_config_counts(capability, merge):
+    """Multiplications, zeros included, and bytes, zeros not: the arithmetic that tilings are chosen by."""
+    from sparse_prune_kernels import launch
+    from sparse_prune_kernels.config import LinearConfig
+
+    config = LinearConfig(merge, 256, 32, 8, 1, False, 8, 3)
+    packed, (counts,) = check_forward(
+        (512, 256, 1024, 32, 32, 0.2), BF16, capability, "none", (False, False), config=config
+    )
+    plan = launch.plans_of(*arrays(packed)[:2], 256, 1024, 32, 32, 2, False)[merge]
+    assert counts.tensor_fma == 512 * merge * 32 * plan.steps * 32
+    loaded = 2 * 32 * (512 * plan.steps + 2 * 32 * packed.nnzb)  # x once per step, blocks once per row tile
+    index = 4 * plan.table.numel()
+    assert loaded <= 32 * counts.l2_load_sectors <= 1.02 * loaded + 64 * index
+    assert counts.shared_wavefronts <= 1.1 * counts.shared_ideal

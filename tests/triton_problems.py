@@ -1,0 +1,50 @@
+"""Problems that the interpreted, the compiled and the real kernels are tested on, and when a result is right."""
+
+from __future__ import annotations
+
+import torch
+
+import sparse_prune as sp
+from sparse_prune.masks import expand_mask, grid_shape
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ACTIVATIONS = ["none", "relu", "gelu", "gelu_tanh", "silu"]
+# (M, N, K, R, C, density): M of 0 and 1, odd tails, empty block-rows, all zero, all kept, rectangular blocks both ways, several
+# row tiles (and with 1100 rows more than one group of them), blocks that take several steps.
+PROBLEMS = [
+    (0, 64, 64, 32, 32, 0.5),
+    (1, 96, 64, 32, 32, 0.5),
+    (7, 45, 70, 16, 32, 0.5),
+    (33, 64, 96, 64, 16, 0.3),
+    (9, 64, 64, 32, 32, 0.0),
+    (9, 64, 64, 32, 32, 1.0),
+    (130, 128, 96, 16, 16, 0.2),
+    (20, 100, 300, 128, 128, 0.7),
+    (1100, 40, 33, 32, 16, 0.5),
+]
+SIDES = (16, 32, 64, 128)
+
+
+def make_problem(m, n, k, r, c, density, dtype, device="cpu"):
+    """A packed weight, x [m, k], bias [n] and residual [m, n]; one empty block-row wherever there are two."""
+    mask = torch.rand(grid_shape((n, k), (r, c))) < density
+    if 0 < density < 1 and mask.shape[0] > 1:
+        mask[1] = False  # an empty block-row
+    weight = torch.randn(n, k) * expand_mask(mask, (r, c), (n, k))
+    packed = sp.BsrWeight.from_dense(weight.to(device, dtype), mask, (r, c))
+    x, bias, residual = (torch.randn(shape).to(device, dtype) for shape in ((m, k), (n,), (m, n)))
+    return packed, x, bias, residual
+
+
+def arrays(packed):
+    return packed.crow_indices, packed.col_indices, packed.values
+
+
+def assert_as_good_as_torch(got, exact, dense):
+    """At most twice the error of PyTorch in the same dtype, and never less than two roundings of the largest output."""
+    assert got.dtype == dense.dtype and got.shape == exact.shape and got.is_contiguous()
+    assert not got.isnan().any()
+    if got.numel():
+        rounding = torch.finfo(dense.dtype).eps * exact.abs().max()
+        allowed = 2 * torch.maximum((exact - dense.double()).abs().max(), rounding)
+        assert (exact - got.double()).abs().max() <= allowed
