@@ -526,6 +526,28 @@ def _linear_table(title: str, rows: list[dict]) -> Table:
     return table
 
 
+@bench_app.command("gpu-bounds")
+def bench_gpu_bounds(
+    quick: Annotated[bool, typer.Option("--quick", help="two block sizes at density .2: a minute")] = False,
+    markdown: Annotated[Optional[Path], typer.Option(help="also write the tables to this Markdown file")] = None,  # noqa: UP045
+    json_file: Json = None,
+) -> None:
+    """Bounds on GPU kernels without a GPU: ours, PyTorch's BSR and dense, compiled, run in the PTX emulator and counted.
+
+    Needs a checkout, Triton and a C++ compiler; the whole table takes some ten minutes.
+    """
+    from . import gpu_bounds
+
+    with _progress("from the start") as report:
+        rows = gpu_bounds.gpu_bounds(lambda done, of, text: report("bounds", done, of, text), quick)
+    text = gpu_bounds.markdown(rows)
+    console.print(text, markup=False, soft_wrap=True)
+    if markdown is not None:
+        markdown.parent.mkdir(parents=True, exist_ok=True)
+        markdown.write_text(text)
+    _write_json(json_file, rows)
+
+
 @bench_app.command("model")
 def bench_model(
     dense: Annotated[Path, typer.Argument(help="directory of the dense model")],

@@ -40,7 +40,7 @@ DENSE_TILES = (
 
 
 def gpu_bounds(
-    report: Callable[[str, float], None] = lambda text, fraction: None, quick: bool = False
+    report: Callable[[int, int, str], None] = lambda done, of, text: None, quick: bool = False
 ) -> list[dict[str, Any]]:
     """One row per GPU, problem, blocksize, density and kernel; quick leaves out all but density .2 and two blocksizes.
 
@@ -51,23 +51,20 @@ def gpu_bounds(
     """
     emulator = _emulator()
     blocks, densities = (BLOCKS[1:3], (0.2,)) if quick else (BLOCKS, DENSITIES)
-    cases = [(c, p) for c in CAPABILITIES for p in PROBLEMS]
+    grid = [(block, density) for block in blocks for density in densities]
+    of = len(CAPABILITIES) * len(PROBLEMS) * len(grid)
     rows: list[dict[str, Any]] = []
-    for place, (capability, problem) in enumerate(cases):
-        dense = min(
-            (_dense(emulator, capability, *problem, *tiles) for tiles in _fitting(problem)),
-            key=lambda row: row["bound"],
-        )
-        rows.append(dense)
-        grid = [(block, density) for block in blocks for density in densities]
-        for inner, (block, density) in enumerate(grid):
-            report(
-                f"{NAMES[capability]} {problem} {block[0]}x{block[1]} {density}",
-                (place + inner / len(grid)) / len(cases),
-            )
-            packed = _weight(problem, block, density)
-            rows.append(_ours(emulator, capability, problem[0], packed))
-            rows.append(_torch(emulator, capability, problem[0], packed))
+    done = 0
+    for capability in CAPABILITIES:
+        for problem in PROBLEMS:
+            candidates = (_dense(emulator, capability, *problem, *tiles) for tiles in _fitting(problem))
+            rows.append(min(candidates, key=lambda row: row["bound"]))
+            for block, density in grid:
+                packed = _weight(problem, block, density)
+                rows.append(_ours(emulator, capability, problem[0], packed))
+                rows.append(_torch(emulator, capability, problem[0], packed))
+                done += 1
+                report(done, of, f"{NAMES[capability]} M={problem[0]} {block[0]}x{block[1]} density {density}")
     return rows
 
 

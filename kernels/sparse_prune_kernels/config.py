@@ -181,21 +181,17 @@ def sdd_config(r: int, c: int, itemsize: int, capability: int) -> SddConfig:
 
 def _small_config(m, n, k, side_n, side_k, unions: Mapping[int, float], gpu: Gpu, sms: int) -> LinearConfig:
     """Bytes of the weight are the wall: each block is read once, and many programs keep many bytes on their way."""
-
-    def split(merge: int) -> int:
-        # Two programs on each SM hide the latency of each other's loads. A second kernel adds the parts in a fixed order.
-        tiles, columns = -(-n // (merge * side_n)), unions[merge] * k / side_k
-        return max(1, min(SPLIT_LIMIT, -(-2 * sms // tiles), int(columns) // 2))
-
-    def traffic(merge: int) -> float:
-        # through L2 beside the blocks, per row: x once for each tile, and each part's sums out and in
-        return 2 * unions[merge] * k * n / (merge * side_n) + (8 * split(merge) * n if split(merge) > 1 else 0)
-
-    merge = min(unions, key=traffic)
     block_m = max(16, 1 << (m - 1).bit_length())  # the fewest wasted columns of y^T, from 16
+    # Enough rows that the x tile, which comes from L2 again for each tile of block-rows, is no larger than what it meets.
+    merge = next((merge for merge in sorted(unions) if merge * side_n >= block_m), max(unions))
     block_k = min(side_k, 64)
+    # Two programs on each SM hide the latency of each other's loads. A second kernel adds the parts in a fixed order.
+    tiles, columns = -(-n // (merge * side_n)), unions[merge] * k / side_k
+    split = max(1, min(SPLIT_LIMIT, -(-2 * sms // tiles), int(columns) // 2))
+    # A warp copies 512 bytes at once; more warps than the blocks of a step have to copy would only repeat its instructions.
+    num_warps = min(4, merge * side_n * block_k * 2 // 512)
     stages = _stages((block_m + merge * side_n) * block_k * 2, gpu.shared // 3, gpu, deepest=8)
-    return LinearConfig(merge, block_m, block_k, 1, split(merge), True, 4, stages)
+    return LinearConfig(merge, block_m, block_k, 1, split, True, num_warps, stages)
 
 
 def _float32_config(m: int, side_n: int, side_k: int, gpu: Gpu) -> LinearConfig:
