@@ -6,9 +6,9 @@
 #include <immintrin.h>
 #include <cstring>
 #ifdef SPARSE_PRUNE_EMULATE_AMX
-SPARSE_PRUNE_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prfchw")
+SPARSE_PRUNE_TARGET("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prfchw")
 #else
-SPARSE_PRUNE_TARGET("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prfchw")
+SPARSE_PRUNE_TARGET("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prfchw")
 #endif
 
 namespace sparse_prune {
@@ -17,6 +17,7 @@ namespace {
 #include "amx_tile.h"
 #include "avx512.h"
 #include "tile_kernel.h"
+#include "avx512_bf16.h"
 
 constexpr int kTile = 16;  // rows of a tile, and floats in one of its rows
 
@@ -33,24 +34,22 @@ bool tiles_fit(const LinearArgs& a) {
   return a.R % kTile == 0 && step >= 8 && a.K % step == 0;
 }
 
-// Loads the configuration unless this thread has it already: ldtilecfg also clears every tile.
-void configure(int64_t step) {
+// Loads the configuration unless this thread has it already: ldtilecfg also clears every tile. rows: of x and of the sums, at most 16.
+void configure(int64_t step, int64_t rows) {
   TileConfig want = {}, have = {};
   want.palette = 1;
   for (int t = 0; t < 8; ++t) {
-    want.rows[t] = kTile;
-    want.row_bytes[t] = 4 * kTile;
+    want.rows[t] = static_cast<uint8_t>(t < 6 ? rows : step / 2);                                // weights: [step / 2][16][2]
+    want.row_bytes[t] = static_cast<uint16_t>(t == 4 || t == 5 ? 2 * step : 4 * kTile);          // x: [rows][step]
   }
-  for (int t = 4; t < 6; ++t) want.row_bytes[t] = static_cast<uint16_t>(2 * step);  // x: [16][step]
-  for (int t = 6; t < 8; ++t) want.rows[t] = static_cast<uint8_t>(step / 2);        // weights: [step / 2][16][2]
   tile_store_config(&have);
   if (memcmp(&want, &have, sizeof want) != 0) tile_load_config(&want);
 }
 
-// MT * 16 rows by NT * 16 outputs, accumulated over the column list of one block-row.
+// MT * rows rows (rows is 16 where MT is 2) by NT * 16 outputs, accumulated over the blocks [begin, end) of one block-row.
 template <int MT, int NT>
-void amx_tile(const LinearArgs& a, int64_t step, const uint16_t* x, const uint16_t* w, int64_t begin, int64_t end, const uint16_t* bias,
-              const uint16_t* residual, uint16_t* y, const Finish& f) {
+void amx_tile(const LinearArgs& a, int64_t step, int64_t rows, const uint16_t* x, const uint16_t* w, int64_t begin, int64_t end,
+              const Place<DotBf16>& at) {
   tile_zero<0>();
   if (NT > 1) tile_zero<1>();
   if (MT > 1) tile_zero<2>();
@@ -60,54 +59,78 @@ void amx_tile(const LinearArgs& a, int64_t step, const uint16_t* x, const uint16
     const int64_t k0 = a.col[e] * a.C;
     const int64_t inputs = a.K - k0 < a.C ? a.K - k0 : a.C;
     const uint16_t* wb = w + (a.block ? a.block[e] : e) * a.C * a.R;  // [C / 2][R][2]
+    if (e + 1 < end) {  // the next block's x is anywhere in the row, which no hardware prefetcher can know
+      const uint16_t* next = x + a.col[e + 1] * a.C;
+      for (int64_t j = 0; j < a.C; j += 32)
+        for (int64_t m = 0; m < MT * rows; ++m) prefetch(next + m * a.ldx + j);
+    }
     for (int64_t k = 0; k < inputs; k += step) {
       tile_load<6>(wb + k * a.R, w_stride);                                         // [step / 2][16][2]
       if (NT > 1) tile_load<7>(wb + k * a.R + 2 * kTile, w_stride);                 // [step / 2][16][2]
-      tile_load<4>(x + k0 + k, x_stride);                                           // [16][step]
+      tile_load<4>(x + k0 + k, x_stride);                                           // [rows][step]
       tile_dot_bf16<0, 4, 6>();
       if (NT > 1) tile_dot_bf16<1, 4, 7>();
       if (MT > 1) {
-        tile_load<5>(x + kTile * a.ldx + k0 + k, x_stride);                         // [16][step]
+        tile_load<5>(x + kTile * a.ldx + k0 + k, x_stride);                         // [rows][step]
         tile_dot_bf16<2, 5, 6>();
         if (NT > 1) tile_dot_bf16<3, 5, 7>();
       }
     }
   }
-  alignas(64) float z[MT * kTile * NT * kTile];  // [MT * 16][NT * 16]
   constexpr int64_t ldz = NT * kTile;
+  alignas(64) float z[MT * kTile * ldz];  // [MT * rows][NT * 16]
   tile_store<0>(z, 4 * ldz);
   if (NT > 1) tile_store<1>(z + kTile, 4 * ldz);
   if (MT > 1) tile_store<2>(z + kTile * ldz, 4 * ldz);
   if (MT > 1 && NT > 1) tile_store<3>(z + kTile * ldz + kTile, 4 * ldz);
-  finish<Bf16Weights<Avx512>>(z, ldz, bias, residual, y, f);
+  if (!at.simple) return finish<DotBf16>(z, ldz, at.bias, at.residual, at.y, {MT * rows, at.cols, at.ld, a.activation});
+  Avx512::F bias[NT];
+  load_bias<DotBf16>(at, bias);
+  for (int64_t m = 0; m < MT * rows; ++m) {
+    Avx512::F sums[NT];
+    for (int v = 0; v < NT; ++v) sums[v] = Avx512::load(z + m * ldz + v * kTile);
+    finish_row<DotBf16>(a, at, m, bias, sums);
+  }
 }
 
+// The order of linear_range: a group of block-rows, whose weights stay in L2, for one panel of 64 rows after another.
 void linear(const LinearArgs& a, int64_t m0, int64_t m1, int64_t i0, int64_t i1) {
-  const int64_t tiled = tiles_fit(a) ? (m1 - m0) / kTile * kTile : 0;
-  if (m0 + tiled < m1) avx512_bf16_kernels()->linear(a, m0 + tiled, m1, i0, i1);
-  if (tiled == 0) return;
-  const int64_t step = inputs_per_step(a.C);
-  configure(step);
-  const auto* bias_all = static_cast<const uint16_t*>(a.bias);
-  const auto* residual_all = static_cast<const uint16_t*>(a.residual);
-  for (int64_t i = i0; i < i1; ++i) {
-    const int64_t begin = a.crow[i], end = a.crow[i + 1];
-    const int64_t outputs = a.N - i * a.R < a.R ? a.N - i * a.R : a.R;
-    for (int64_t r = 0; r < outputs; r += 2 * kTile) {
-      const bool two = a.R - r > kTile;
-      const int64_t n = i * a.R + r;
-      const int64_t wanted = two ? 2 * kTile : kTile;
-      Finish f = {0, outputs - r < wanted ? outputs - r : wanted, a.N, a.activation};
-      const auto* w = static_cast<const uint16_t*>(a.w) + 2 * r;
-      for (int64_t m = m0; m < m0 + tiled; m += f.rows) {
-        f.rows = m0 + tiled - m >= 2 * kTile ? 2 * kTile : kTile;
-        const auto* x = static_cast<const uint16_t*>(a.x) + m * a.ldx;
-        auto tile = f.rows > kTile ? (two ? amx_tile<2, 2> : amx_tile<2, 1>) : (two ? amx_tile<1, 2> : amx_tile<1, 1>);
-        tile(a, step, x, w, begin, end, bias_all ? bias_all + n : nullptr, residual_all ? residual_all + m * a.N + n : nullptr,
-             static_cast<uint16_t*>(a.y) + m * a.N + n, f);
+  const int64_t height = m1 - m0;
+  // A tile product takes a cycle for each row, of x or of weights, whichever are more: below 8 rows vdpbf16ps is as fast.
+  if (!tiles_fit(a) || height < 8) return avx512_bf16_kernels()->linear(a, m0, m1, i0, i1);
+  const int64_t step = inputs_per_step(a.C), rows = height < kTile ? height : kTile;
+  configure(step, rows);
+  const auto* bias = static_cast<const uint16_t*>(a.bias);
+  const auto* residual = static_cast<const uint16_t*>(a.residual);
+  const bool past_cache = writes_past_cache<DotBf16>(a);
+  for (int64_t g0 = i0, g1; g0 < i1; g0 = g1) {
+    g1 = group_end(a, g0, i1, sizeof(uint16_t));
+    for (int64_t p = m0; p < m1; p += 4 * kTile) {
+      const int64_t panel_end = p + 4 * kTile < m1 ? p + 4 * kTile : m1;
+      for (int64_t i = g0; i < g1; ++i) {
+        const int64_t row_end = (i + 1) * a.R < a.N ? (i + 1) * a.R : a.N;
+        for (int64_t n = i * a.R; n < row_end; n += 2 * kTile) {
+          const bool two = (i + 1) * a.R - n > kTile;
+          const int64_t wanted = two ? 2 * kTile : kTile, cols = row_end - n < wanted ? row_end - n : wanted;
+          const bool simple = cols == wanted && a.activation == Activation::none;
+          const auto* w = static_cast<const uint16_t*>(a.w) + 2 * (n - i * a.R);
+          for (int64_t next = p, m; next < panel_end;) {
+            const bool tall = panel_end - next > kTile && height >= 2 * kTile;
+            const int64_t most = tall ? 2 * kTile : rows;
+            // The last tile begins early enough to be whole: rows that it shares with the one before come out the same again.
+            m = next + most <= m1 ? next : m1 - most;
+            next = m + most;
+            const auto* x = static_cast<const uint16_t*>(a.x) + m * a.ldx;
+            auto tile = tall ? (two ? amx_tile<2, 2> : amx_tile<2, 1>) : (two ? amx_tile<1, 2> : amx_tile<1, 1>);
+            tile(a, step, rows, x, w, a.crow[i], a.crow[i + 1],
+                 {static_cast<uint16_t*>(a.y) + m * a.N + n, bias ? bias + n : nullptr, residual ? residual + m * a.N + n : nullptr, a.N,
+                  cols, simple, past_cache && two});
+          }
+        }
       }
     }
   }
+  if (past_cache) Avx512::fence();
 }
 
 }  // namespace

@@ -115,6 +115,26 @@ void finish(const typename Fmt::Vec::Elem* z, int64_t ldz, const typename Fmt::Y
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch_to_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
+template <class Fmt, int NV>
+inline void load_bias(const Place<Fmt>& at, typename Fmt::F (&bias)[NV]) {
+  for (int v = 0; v < NV; ++v) bias[v] = at.bias ? Fmt::load_y(at.bias + v * Fmt::Vec::W) : Fmt::Vec::zero();
+}
+
+// Row m of a simple place, whose sums are in registers.
+template <class Fmt, int NV>
+inline void finish_row(const LinearArgs& a, const Place<Fmt>& at, int64_t m, const typename Fmt::F (&bias)[NV],
+                       typename Fmt::F (&sums)[NV]) {
+  using V = typename Fmt::Vec;
+  for (int v = 0; v < NV; ++v) sums[v] = V::add(sums[v], bias[v]);
+  if (at.residual)
+    for (int v = 0; v < NV; ++v) sums[v] = V::add(sums[v], Fmt::load_y(at.residual + m * at.ld + v * V::W));
+  Fmt::template store_row<NV>(at.y + m * at.ld, sums, at.past_cache);
+  // The next block-row's part of y: rows are too far apart for the hardware to fetch it in time. Into L2 only: rows that are a multiple
+  // of 4 KiB apart would push each other out of L1.
+  if (!at.past_cache)
+    for (int64_t j = 0; j < NV * V::W; j += 64 / sizeof(typename Fmt::Y)) prefetch_to_l2(at.y + m * at.ld + a.R + j);
+}
+
 // One step: NV vectors of weights by MR broadcast inputs, for each of the parts that a weight vector holds.
 template <class Fmt, int MR, int NV, class F>
 inline void tile_step(const typename Fmt::X* x, int64_t ldx, const typename Fmt::Wt* w, F (&acc)[MR][NV]) {
@@ -198,17 +218,8 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
       for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], V::load(z + (m * NV + v) * V::W));
   if (at.simple) {  // straight from the registers
     F bias[NV];
-    for (int v = 0; v < NV; ++v) bias[v] = at.bias ? Fmt::load_y(at.bias + v * V::W) : V::zero();
-    for (int m = 0; m < MR; ++m) {
-      for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], bias[v]);
-      if (at.residual)
-        for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], Fmt::load_y(at.residual + m * at.ld + v * V::W));
-      Fmt::template store_row<NV>(at.y + m * at.ld, acc[0][m], at.past_cache);
-      // The next block-row's part of y: rows are too far apart for the hardware to fetch it in time. Into L2 only: rows that are a
-      // multiple of 4 KiB apart would push each other out of L1.
-      if (!at.past_cache)
-        for (int64_t j = 0; j < NV * V::W; j += 64 / sizeof(typename Fmt::Y)) prefetch_to_l2(at.y + m * at.ld + a.R + j);
-    }
+    load_bias<Fmt>(at, bias);
+    for (int m = 0; m < MR; ++m) finish_row<Fmt>(a, at, m, bias, acc[0][m]);
     return;
   }
   for (int m = 0; m < MR; ++m)
@@ -259,6 +270,15 @@ inline int64_t group_end(const LinearArgs& a, int64_t i, int64_t i1, int64_t wei
   return g;
 }
 
+// A y that would not stay in a shared cache until it is read goes past them, which saves reading its lines first; a smaller one that
+// does stay is read again sooner. Measured on the pair of an FFN with 32 MiB of shared L3: at 3 MiB it loses, from 12 MiB on it gains.
+template <class Fmt>
+bool writes_past_cache(const LinearArgs& a) {
+  constexpr int64_t line = 64, y_bytes = sizeof(typename Fmt::Y);
+  const bool whole_lines = reinterpret_cast<uintptr_t>(a.y) % line == 0 && a.N * y_bytes % line == 0 && a.R * y_bytes % line == 0;
+  return whole_lines && a.M * a.N * y_bytes >= 6 << 20;
+}
+
 // Rows [m0, m1) of block-rows [i0, i1). x is a.x, or its rows widened to float, as X with ldx elements per row, starting at row m0.
 // A group of block-rows is finished for one panel of rows before the next panel, so that rows of y are written along, not down: they
 // are often a multiple of 4 KiB apart.
@@ -273,11 +293,7 @@ void linear_range(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, in
   // Four tiles a panel: the blocks of a row are then found, and the branches that follow their number learnt, once for all four.
   const int64_t panel = 4 * (has_wide || widest == 2 ? rows_widest : rows_two);
   const int64_t rows = m1 - m0, panels = (rows + panel - 1) / panel;
-  // A y that would not stay in a shared cache until it is read goes past them, which saves reading its lines first; a smaller one that
-  // does stay is read again sooner. Measured on the pair of an FFN with 32 MiB of shared L3: at 3 MiB it loses, from 12 MiB on it gains.
-  constexpr uintptr_t line = 64;
-  const bool whole_lines = reinterpret_cast<uintptr_t>(a.y) % line == 0 && a.N * sizeof(Y) % line == 0 && a.R * sizeof(Y) % line == 0;
-  const bool past_cache = whole_lines && a.M * a.N * static_cast<int64_t>(sizeof(Y)) >= 6 << 20;
+  const bool past_cache = writes_past_cache<Fmt>(a);
   for (int64_t g0 = i0, g1; g0 < i1; g0 = g1) {
     g1 = group_end(a, g0, i1, sizeof(typename Fmt::Wt));
     for (int64_t p = 0; p < panels; ++p) {
