@@ -87,7 +87,7 @@ class GarlicAttention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor, need_weights: bool) -> tuple[Tensor, Tensor | None]:
         """The heads side by side, before `out`: [B, T, H], and the weights [B, heads, T, T] where they are wanted."""
-        batch, length, hidden = x.shape
+        batch, length, _ = x.shape
         qkv = fused_linear(self.qkv, x).view(batch, length, 3, self.heads, self.head_size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, T, d]
         # Training in bf16 on a CPU takes the explicit product: PyTorch's fused backward is four times slower there.
@@ -104,7 +104,7 @@ class GarlicAttention(nn.Module):
             context = weights @ v  # [B, heads, T, d]
         else:
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-        return context.transpose(1, 2).reshape(batch, length, hidden), weights if need_weights else None
+        return context.transpose(1, 2).reshape(batch, length, -1), weights if need_weights else None
 
 
 class SequenceDropout(nn.Dropout):
