@@ -56,6 +56,7 @@ bench: $(INSTALLED) ## sparse against dense and against peers on this machine
 # Each engine wants versions of its own (DeepSparse: Python 3.8 to 3.11 and numpy below 2), so each gets an environment.
 PEERS := runs/peers
 peers: $(PEERS)/deepsparse/.installed $(PEERS)/openvino/.installed $(PEERS)/onnxruntime/.installed ## DeepSparse, OpenVINO, ONNX Runtime for `bench`
+	@$(BIN)/python -m pip install -q onnx
 
 $(PEERS)/deepsparse/.installed: PEER_PYTHON = python3.11
 $(PEERS)/deepsparse/.installed: PEER_NEEDS = deepsparse==1.8.0 'numpy<2'

@@ -1,4 +1,4 @@
-"""Sparse against dense and against peers, side by side in one run: `sparse-prune bench linear` and `bench model`.
+"""Sparse against dense and against peers, side by side in one run: `sparse-prune bench linear`.
 
 Every candidate is checked against float64 before it is timed, candidates take turns, and the median over the turns counts. Rows are
 plain dicts that go to JSON; a ratio to dense is a ratio to the best dense PyTorch here, plain or with prepacked weights.
@@ -7,7 +7,6 @@ plain dicts that go to JSON; a ratio to dense is a ratio to the best dense PyTor
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import json
 import platform
@@ -469,93 +468,6 @@ def _time_engines(
                 raise ArithmeticError(f"{engine.name} is wrong at {problem}: error {error:.1e}, allowed {allowed:.1e}")
             found[engine.name] = timed[0]
     return found
-
-
-def token_inputs(model: nn.Module) -> Callable[[int, int], dict[str, Tensor]]:
-    """(batch, length) -> random input_ids and a full attention_mask for a Hugging Face encoder."""
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    if vocabulary is None:
-        raise SparsePruneError(
-            "inputs", "a function (batch, length) -> keyword arguments", "none", "model has no vocab_size"
-        )
-    generator = torch.Generator().manual_seed(0)
-
-    def make(batch: int, length: int) -> dict[str, Tensor]:
-        ids = torch.randint(vocabulary, (batch, length), generator=generator)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-    return make
-
-
-@torch.no_grad()
-def bench_model(
-    dense_model: nn.Module,
-    sparse_model: nn.Module,
-    inputs: Callable[[int, int], dict[str, Tensor]] | None = None,
-    batches: Iterable[int] = (1, 16),
-    lengths: Iterable[int] = (64, 128),
-    dtypes: Iterable[str] = ("float32", "bfloat16"),
-    threads: int | None = None,
-    seconds: float = 3.0,
-    on_row: Callable[[dict], None] | None = None,
-) -> list[dict]:
-    """Latency and throughput of a whole model, dense and sparse, one row per batch, length and dtype.
-
-    inputs(batch, length) gives the keyword arguments of a forward call; the default serves Hugging Face models with token inputs.
-    Both models are copied, set to eval and converted to the dtype. A row holds median milliseconds of each, sequences per second,
-    their ratio as `speedup`, and `machine()`.
-
-    Raises SparsePruneError for an unknown dtype or unknown inputs, ArithmeticError for an output that is not finite.
-    """
-    inputs = inputs or token_inputs(dense_model)
-    about, rows = machine(), []
-    for dtype_name in dtypes:
-        if dtype_name not in DTYPES:
-            raise SparsePruneError("dtypes", f"names among {', '.join(DTYPES)}", dtype_name, "choose some of these")
-        dense, sparse = (copy.deepcopy(model).eval().to(DTYPES[dtype_name]) for model in (dense_model, sparse_model))
-        for batch in batches:
-            for length in lengths:
-                arguments = inputs(batch, length)
-                for name, model in (("dense", dense), ("sparse", sparse)):
-                    if not all(torch.isfinite(t).all() for t in _tensors(model(**arguments)) if t.is_floating_point()):
-                        raise ArithmeticError(
-                            f"the {name} model's output at batch {batch}, length {length} is not finite"
-                        )
-                with thread_count(threads) as used, torch.inference_mode():
-                    medians = interleaved_medians(
-                        {
-                            "dense": lambda dense=dense, arguments=arguments: dense(**arguments),
-                            "sparse": lambda sparse=sparse, arguments=arguments: sparse(**arguments),
-                        },
-                        seconds,
-                    )
-                rows.append(
-                    {
-                        "kind": "model",
-                        **about,
-                        **{"batch": batch, "length": length, "dtype": dtype_name, "threads": used},
-                        "dense_ms": medians["dense"] * 1e3,
-                        "sparse_ms": medians["sparse"] * 1e3,
-                        "dense_per_s": batch / medians["dense"],
-                        "sparse_per_s": batch / medians["sparse"],
-                        "speedup": medians["dense"] / medians["sparse"],
-                    }
-                )
-                if on_row is not None:
-                    on_row(rows[-1])
-    return rows
-
-
-def _tensors(output: object) -> Iterator[Tensor]:
-    """The tensors in a model's output: a tensor, a sequence, or a mapping such as Hugging Face's ModelOutput."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, (list, tuple)):
-        for item in output:
-            yield from _tensors(item)
-    elif hasattr(output, "values"):
-        for item in output.values():
-            yield from _tensors(item)
 
 
 def plot_linear(rows: Sequence[dict], path: str | Path) -> None:

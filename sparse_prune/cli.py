@@ -550,39 +550,78 @@ def bench_gpu_bounds(
 
 @bench_app.command("model")
 def bench_model(
-    dense: Annotated[Path, typer.Argument(help="directory of the dense model")],
-    sparse: Annotated[Path, typer.Argument(help="directory of its packed twin")],
-    task: Task = "sentiment",
+    model: Annotated[str, typer.Argument(help="directory of a dense encoder (Garlic or the BERT family), or garlic")],
+    packed: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(help="directory of its packed twin", show_default="pruned here by magnitude, for speed alone"),
+    ] = None,
+    density: Annotated[str, typer.Option(help="kept fractions of the encoder's blocks")] = "0.5,0.2,0.1",
+    block: Annotated[str, typer.Option(help="block size")] = "32x32",
     batch: Annotated[str, typer.Option(help="batch sizes")] = "1,16",
     length: Annotated[str, typer.Option(help="tokens per sequence")] = "64,128",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16")] = "float32,bfloat16",
     threads: Annotated[Optional[int], typer.Option(help="thread count", show_default="PyTorch's own")] = None,  # noqa: UP045
+    compiled: Annotated[bool, typer.Option("--compile", help="also time torch.compile of the dense model")] = False,
+    peers: Annotated[Path, typer.Option(help="where `make peers` put other runtimes; used if there")] = Path(
+        "runs/peers"
+    ),
+    seconds: Annotated[float, typer.Option(help="time spent on each batch and length")] = 5.0,
     json_file: Json = None,
 ) -> None:
-    """Time a whole model, dense and packed, in one run."""
-    from . import benchmark
-    from .tasks.models import load_model, quiet
+    """Time a whole encoder, sparse against dense, against a dense one shrunk to the same size, and against other runtimes.
+
+    `sparse-prune bench model garlic` times an untrained Garlic, pruned here; `sparse-prune bench model DENSE PACKED` your model and
+    what `pack` made of it. "fused" is dense after fuse_encoder_; sparse always is. "shrunk" lost heads and FFN rows until it is as
+    small as the sparse one: if it is accurate enough for you, you need no sparsity. Results are checked against float64 first.
+    """
+    from . import benchmark_model
+    from .peers import installed
+    from .tasks.models import encoder_filter, load_encoder, quiet
 
     with quiet():
-        models = [load_model(path, task)[0] for path in (dense, sparse)]
-    grid = {"batches": _numbers(batch, int), "lengths": _numbers(length, int), "dtypes": dtype.split(",")}
+        net = load_encoder(model)
+        twin = None if packed is None else load_encoder(packed)
+    grid = {"batches": _numbers(batch, int), "lengths": _numbers(length, int)}
+    about = {"densities": _numbers(density, float), "blocksize": parse_block(block), "dtypes": dtype.split(",")}
     with _progress() as report:
         total, done = math.prod(len(axis) for axis in grid.values()), 0
 
         def on_row(row: dict) -> None:
             nonlocal done
             done += 1
-            report("bench", done, total, f"batch {row['batch']} x {row['length']}: {row['speedup']:.2f}x")
+            report("bench", done, total, f"batch {row['batch']} x {row['length']}")
 
-        rows = benchmark.bench_model(*models, **grid, threads=threads, on_row=on_row)
-    table = Table(title="milliseconds, medians of runs in turn", title_justify="left")
-    for column in ("batch", "length", "dtype", "threads", "dense", "sparse", "speed-up"):
-        table.add_column(column, justify="right")
+        rows = benchmark_model.bench_model(
+            net,
+            encoder_filter(net),
+            **grid,
+            **about,
+            threads=threads,
+            packed=twin,
+            compiled=compiled,
+            peers=installed(peers),
+            seconds=seconds,
+            on_row=on_row,
+        )
+    title = f"milliseconds, medians of runs in turn, {rows[0]['threads']} thread(s)"
+    table = Table(title=title, title_justify="left")
+    table.add_column("model")
+    table.add_column("dtype")
+    table.add_column("encoder")
     for row in rows:
-        problem = (str(row["batch"]), str(row["length"]), row["dtype"], str(row["threads"]))
-        table.add_row(*problem, f"{row['dense_ms']:.2f}", f"{row['sparse_ms']:.2f}", f"{row['speedup']:.2f}")
+        table.add_column(f"{row['batch']} x {row['length']}", justify="right")
+    times = [{(c["name"], c["dtype"]): c["ms"] for c in row["candidates"]} for row in rows]
+    sizes = {c["name"]: c["parameters"] for row in rows for c in row["candidates"]}
+    for name, kind in dict.fromkeys(key for found in times for key in found):
+        cells = [f"{found[name, kind]:.2f}" if (name, kind) in found else "-" for found in times]
+        size = f"{sizes[name] / 1e6:.2f} M" if sizes[name] else ""
+        table.add_row(name, SHORT[kind], size, *cells)
     console.print(table)
+    for reason in dict.fromkeys(f"{name}: {why}" for row in rows for name, why in row["failed"].items()):
+        console.print(f"failed      {_escape(reason)}")
     _show_machine(rows)
+    if rows[0]["versions"]:
+        console.print("peers       " + ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items()))
     _write_json(json_file, rows)
 
 

@@ -130,15 +130,15 @@ class FusedForward:
                 found = self.derived[name] = (key, make())
         return found[1]
 
-    def attend(self, name: int, x: Tensor, projections: tuple[nn.Module, ...], heads: int, **masks: Tensor) -> Tensor:
-        """Attention of x[B, T, H] by one qkv projection or by three: the heads side by side, [B, T, H]."""
+    def attend(self, name: int, x: Tensor, projections: tuple[nn.Module, ...], size: int, **masks: Tensor) -> Tensor:
+        """Attention of x[B, T, H] by one qkv projection or by three: the heads of `size` side by side, [B, T, heads * size]."""
         batch, length, _ = x.shape
         if len(projections) == 3 and _joinable(projections):
             projections = (self.remember(name, tuple(map(_key, projections)), lambda: _side_by_side(projections)),)
         if len(projections) == 1:
-            q, k, v = fused_linear(projections[0], x).view(batch, length, 3, heads, -1).unbind(2)
+            q, k, v = fused_linear(projections[0], x).view(batch, length, 3, -1, size).unbind(2)
         else:
-            q, k, v = (fused_linear(p, x).view(batch, length, heads, -1) for p in projections)
+            q, k, v = (fused_linear(p, x).view(batch, length, -1, size) for p in projections)
         return attention(q, k, v, **masks).view(batch, length, -1)
 
 
@@ -212,6 +212,23 @@ class _Garlic:
             yield (inner["qkv"], inner["out"], *(own[name] for name in names), layer)
 
     @classmethod
+    def linears(cls, stack: nn.Module) -> Iterator[tuple[tuple[nn.Module, ...], nn.Module, nn.Module, nn.Module]]:
+        """Per layer: (the projections to q, k, v), the projection back, and both of the feed-forward network."""
+        for qkv, out, _, _, ffn_in, ffn_out, *_ in cls.parts(stack):
+            yield (qkv,), out, ffn_in, ffn_out
+
+    @staticmethod
+    def head_size(stack: nn.Module) -> int:
+        return stack.layers[0].attention.head_size
+
+    @staticmethod
+    def set_heads_(stack: nn.Module, heads: int) -> None:
+        """Tell the modules that they have that many heads now."""
+        for layer in stack.layers:
+            layer.attention.heads = heads
+        stack.distances = nn.Embedding.from_pretrained(stack.distances.weight[:, :heads].detach().clone())
+
+    @classmethod
     def run(cls, fused, stack, x, attention_mask, output_attentions, output_hidden_states):
         layers = list(cls.parts(stack))
         if output_attentions or not all(_plain(parts) and _linears((*parts[:2], *parts[4:6])) for parts in layers):
@@ -222,10 +239,10 @@ class _Garlic:
             "bias", (length, values_key(weight)), lambda: stack.bias(everywhere).detach().to(x.dtype).contiguous()
         )  # [1, heads, T, T]
         masks = {"bias": bias, "keep": (attention_mask != 0)[:, None, None, :]}
-        heads = stack.config.num_attention_heads
+        size = cls.head_size(stack)
         states = [x]
         for i, (qkv, out, attention_norm, ffn_norm, ffn_in, ffn_out, _, _) in enumerate(layers):
-            context = fused.attend(i, _norm(attention_norm, x), (qkv,), heads, **masks)  # [B, T, H]
+            context = fused.attend(i, _norm(attention_norm, x), (qkv,), size, **masks)  # [B, T, H]
             x = fused_linear(out, context, residual=x)  # [B, T, H]
             inner = fused_linear(ffn_in, _norm(ffn_norm, x), "gelu")  # [B, T, F]
             x = fused_linear(ffn_out, inner, residual=x)  # [B, T, H]
@@ -269,6 +286,20 @@ class _Bert:
             yield (*linears, *norms, own["attention"], self_, merge, inner, output, layer)
 
     @classmethod
+    def linears(cls, stack: nn.Module) -> Iterator[tuple[tuple[nn.Module, ...], nn.Module, nn.Module, nn.Module]]:
+        """Per layer: (the projections to q, k, v), the projection back, and both of the feed-forward network."""
+        for query, key, value, merge, ffn_in, ffn_out, *_ in cls.parts(stack):
+            yield (query, key, value), merge, ffn_in, ffn_out
+
+    @staticmethod
+    def head_size(stack: nn.Module) -> int:
+        return stack.layer[0].attention.self.attention_head_size
+
+    @staticmethod
+    def set_heads_(stack: nn.Module, heads: int) -> None:
+        """Nothing to tell: the modules take the number of heads from their linear layers."""
+
+    @classmethod
     def run(cls, fused, stack, x, attention_mask=None, encoder_hidden_states=None, *args, **options):
         config = cls.config(stack)
         wanted = ("output_attentions", "output_hidden_states", "use_cache", "cache", "past_key_values")
@@ -280,9 +311,9 @@ class _Bert:
         layers = list(cls.parts(stack))
         if masks is None or not all(_linears(parts[:6]) and _only_captures(parts) for parts in layers):
             return None
-        activation, heads = ACTIVATIONS[cls.activation(stack)], config.num_attention_heads
+        activation, size = ACTIVATIONS[cls.activation(stack)], cls.head_size(stack)
         for i, (query, key, value, merge, ffn_in, ffn_out, attention_norm, ffn_norm, *_) in enumerate(layers):
-            context = fused.attend(i, x, (query, key, value), heads, **masks)  # [B, T, H]
+            context = fused.attend(i, x, (query, key, value), size, **masks)  # [B, T, H]
             x = _norm_after(merge, attention_norm, context, x)  # [B, T, H]
             inner = fused_linear(ffn_in, x, activation)  # [B, T, F]
             x = _norm_after(ffn_out, ffn_norm, inner, x)  # [B, T, H]
@@ -316,6 +347,10 @@ class _DistilBert(_Bert):
             attending, ffn = own["attention"], own["ffn"]
             linears = *(attending._modules[name] for name in ("q_lin", "k_lin", "v_lin", "out_lin")), *_ffn(ffn)
             yield (*linears, own["sa_layer_norm"], own["output_layer_norm"], attending, ffn, layer)
+
+    @staticmethod
+    def head_size(stack: nn.Module) -> int:
+        return stack.layer[0].attention.attention_head_size
 
     @staticmethod
     def output(x: Tensor) -> object:

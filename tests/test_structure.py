@@ -18,7 +18,7 @@ LAYERS = [
     ("tasks", "models", "integrations"),
     ("recipes",),
     ("gpu_bounds",),
-    ("convert", "serialization", "report", "charts", "benchmark", "tuning"),
+    ("convert", "serialization", "report", "charts", "benchmark", "benchmark_model", "peers", "tuning"),
     ("fuse",),
     ("layers", "pruner", "distill"),
     ("ops",),

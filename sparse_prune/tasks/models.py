@@ -10,14 +10,20 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 from transformers.utils import logging as transformers_logging
 
 from ..errors import SparsePruneError
 from ..linears import is_linear
 from ..models.garlic import train_tokenizer
 from ..models.garlic_config import GarlicConfig
-from ..serialization import is_packed, load_packed
+from ..serialization import is_packed, load_packed, read_json
 from .data import Example, TagExample, check_task
 
 GARLIC = "garlic"
@@ -107,6 +113,27 @@ def check_dense(name: str | Path) -> None:
         raise SparsePruneError(
             str(name), "a dense model", "a packed one", "pass the dense directory that it was packed from"
         )
+
+
+def load_encoder(name: str | Path) -> nn.Module:
+    """The encoder without a head in a directory, dense or packed, or an untrained Garlic for "garlic"; in evaluation.
+
+    Raises SparsePruneError where there is no such model.
+    """
+    source = str(name)
+    if source == GARLIC:
+        return AutoModel.from_config(GarlicConfig()).eval()
+    check_model_dir(source)
+    heads = read_json(Path(source, "config.json")).get("architectures") or ()
+    tasks = [task for task in AUTO_MODELS if any(head.endswith(auto_suffix(task)) for head in heads)]
+    if tasks and is_packed(source):
+        return load_model(source, tasks[0])[0].base_model.eval()
+    auto = AUTO_MODELS[tasks[0]] if tasks else AutoModel
+    try:
+        return check_finite(source, auto.from_pretrained(source, dtype=torch.float32).base_model.eval())
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise SparsePruneError("model", "a Hugging Face encoder", f"{source} ({told})", "check the path") from None
 
 
 def check_model_dir(path: str | Path) -> None:
