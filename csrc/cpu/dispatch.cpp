@@ -315,7 +315,9 @@ bool prepack_int8(const int8_t* values, const int32_t* crow, int64_t rows, int64
             sum += block[r * C + c];
             lowest = std::min<int32_t>(lowest, block[r * C + c]);
           }
-          offsets[i * R + r] -= 128 * sum;
+          // Unsigned, since it may wrap for long rows; so does the sum of products it is added to, and their total is in range.
+          const uint32_t before = static_cast<uint32_t>(offsets[i * R + r]);
+          offsets[i * R + r] = static_cast<int32_t>(before - 128u * static_cast<uint32_t>(sum));
           if (lowest < -127) symmetric.store(false, std::memory_order_relaxed);
         }
       }
