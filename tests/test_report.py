@@ -322,6 +322,22 @@ def test_curve_without_any_point_worth_it(tmp_path):
     assert "curve" not in read_page(make_run(tmp_path / "no dense", curve=slow[:1])).ids
 
 
+def test_a_point_timed_beside_dense_is_compared_with_that(tmp_path):
+    """The machine was twice as slow at the first point: its speed-up is against what dense took then."""
+    turns = [(0.2, 50.0, 150.0), (0.5, 50.0, 75.0), (1.0, 75.0, 75.0)]
+    curve = [{"density": d, "score": 0.85, "latency_ms": ms, "dense_ms": dense} for d, ms, dense in turns]
+    assert "the fastest is at 20%: 3.0×" in read_page(make_run(tmp_path, curve=curve)).words()
+
+
+def test_what_fusing_alone_gives_is_told(tmp_path):
+    fused = [
+        {"batch": 16, "length": 128, "dtype": "float32", "dense_ms": 88.0, "dense_fused_ms": 80.0, "sparse_ms": 33.7},
+        {"batch": 16, "length": 128, "dtype": "bfloat16", "dense_ms": 52.0, "dense_fused_ms": 40.0, "sparse_ms": 20.0},
+    ]
+    words = read_page(make_run(tmp_path, latency=fused)).words()
+    assert "kernels of ours give 1.10× to 1.3×: the dense model could have that too" in words
+
+
 def test_curve_without_times_draws_the_score(tmp_path):
     untimed = [{"density": d, "score": s, "latency_ms": None} for d, s in [(0.2, 0.85), (1.0, 0.8516)]]
     words = read_page(make_run(tmp_path, curve=untimed)).words()

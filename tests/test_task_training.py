@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
-from sparse_prune import tasks
+from sparse_prune import backends, tasks
 from sparse_prune.distill import DistillConfig
 from sparse_prune.errors import SparsePruneError
 from sparse_prune.integrations import trainer as bridge
@@ -111,6 +111,9 @@ def test_analysis_says_what_the_page_needs(files):
     example = analysis["attention"][0]
     assert len(example["tokens"]) == len(example["dense"]) == len(example["sparse"][0])
     assert analysis["curve"][0]["density"] == 1.0 and analysis["curve"][-1]["density"] == pytest.approx(0.2, abs=0.02)
+    assert all(point["dense_ms"] > 0 for point in analysis["curve"])
+    if backends.cpu_isas():
+        assert all(row["dense_fused_ms"] > 0 for row in analysis["latency"])
     phases = {row["phase"] for row in analysis["history"]}
     assert phases == {"train", "prune"} and any(row["score"] is not None for row in analysis["history"])
     assert analysis["bytes"]["packed_encoder"] < 0.3 * analysis["bytes"]["dense_encoder"]

@@ -451,15 +451,19 @@ def _fit(
         return score(watched, predict(model, tokenizer, watched, length, autocast=settings.bf16)).value
 
     def dev_point(net: nn.Module = model) -> dict[str, float]:
-        """Score and latency of the model as it is, packed by the masks as they are."""
-        packed = copy.deepcopy(net).eval()
+        """Score and latency of the model as it is, packed by the masks as they are, in turns with the dense model."""
+        nets = {"dense": teacher.base_model}
         if net is model:
+            packed = copy.deepcopy(net).eval()
             pack_(packed, pruner.masks, args.block)
+            nets["packed"] = packed.base_model
         inputs = full_batch(tokenizer, watched, 16, length)
+        calls = {name: lambda net=net: net(**inputs) for name, net in nets.items()}
         with torch.inference_mode():
-            seconds = interleaved_medians({"net": lambda: packed.base_model(**inputs)}, seconds=0.5)["net"]
+            times = interleaved_medians(calls, seconds=0.5)
         value = score(watched, predict(net, tokenizer, watched, length, autocast=settings.bf16)).value
-        return {"score": value, "latency_ms": 1e3 * seconds}
+        dense = 1e3 * times["dense"]
+        return {"score": value, "latency_ms": 1e3 * times["packed"] if "packed" in times else dense, "dense_ms": dense}
 
     def step_report(step: int, of: int, text: str) -> None:
         report(phase, step, of, text)
