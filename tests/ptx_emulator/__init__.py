@@ -372,10 +372,17 @@ class _RunArguments(ctypes.Structure):
     ]
 
 
-def _compiler() -> str | None:
-    for name in (os.environ.get("CXX"), "g++", "clang++"):
-        if name and shutil.which(name):
-            return shutil.which(name)
+@functools.cache
+def _compiler() -> tuple[str, ...] | None:
+    """The command of a compiler that builds a C++20 program: CXX where it is set, else g++ or clang++."""
+    for command in [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]:
+        words = tuple(command.split())
+        with tempfile.TemporaryDirectory() as folder:
+            probe = Path(folder) / "probe.cpp"
+            probe.write_text("#include <bit>\nint main() { return std::countl_zero(1u) - 31; }\n")
+            build = [*words, "-std=c++20", str(probe), "-o", f"{folder}/probe"]
+            if shutil.which(words[0]) and subprocess.run(build, capture_output=True).returncode == 0:
+                return words
     return None
 
 
@@ -387,7 +394,7 @@ def _library() -> ctypes.CDLL:
         raise EmulationError(unavailable())
     files = sorted(HERE.glob("*.cpp")) + sorted(HERE.glob("*.h"))
     key = hashlib.sha256(b"".join(f.read_bytes() for f in files))
-    key.update(" ".join((*FLAGS, compiler, platform.machine(), _cpu())).encode())
+    key.update(" ".join((*FLAGS, *compiler, platform.machine(), _cpu())).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparse-prune" / "ptx_emulator"
     path = cache / f"{key.hexdigest()[:24]}.so"
     if not path.exists():
@@ -395,8 +402,8 @@ def _library() -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=cache) as build, ThreadPoolExecutor(os.cpu_count()) as pool:
             sources = sorted(HERE.glob("*.cpp"))
             objects = [f"{build}/{source.stem}.o" for source in sources]
-            list(pool.map(lambda s, o: _run([compiler, *FLAGS, "-c", str(s), "-o", o]), sources, objects))
-            _run([compiler, *FLAGS, "-shared", *objects, "-o", f"{build}/emulator.so"])
+            list(pool.map(lambda s, o: _run([*compiler, *FLAGS, "-c", str(s), "-o", o]), sources, objects))
+            _run([*compiler, *FLAGS, "-shared", *objects, "-o", f"{build}/emulator.so"])
             os.replace(f"{build}/emulator.so", path)  # whole or not at all: other processes may compile too
     return _load(path)
 
