@@ -29,7 +29,7 @@ from . import __version__, backends
 from .bsr import BsrWeight
 from .errors import SparsePruneError
 from .layers import SparseLinear
-from .masks import check_density, expand_mask, grid_shape
+from .masks import check_blocksize, check_density, expand_mask, grid_shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # bench_linear also takes int8: weights in int8 and x in bfloat16, against bfloat16 dense and our bfloat16.
@@ -56,9 +56,16 @@ def machine() -> dict[str, str | int]:
 
 @contextlib.contextmanager
 def thread_count(threads: int | None) -> Iterator[int]:
-    """Run with that many PyTorch threads (None: as many as now), then put the old number back."""
+    """Run with that many PyTorch threads (None: as many as now), then put the old number back.
+
+    Raises SparsePruneError for a count below 1.
+    """
+    if threads is not None and threads < 1:
+        raise SparsePruneError(
+            "threads", "a count of at least 1", threads, "leave it out for as many as PyTorch uses now"
+        )
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
+    torch.set_num_threads(before if threads is None else threads)
     try:
         yield torch.get_num_threads()
     finally:
@@ -94,6 +101,20 @@ def interleaved_medians(
     while count < 5 or (spent < seconds and count < 51):
         spent, count = spent + turn(running), count + 1
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def check_seconds(seconds: float) -> float:
+    """Return seconds; raises SparsePruneError unless it is a finite number from 0 (the fewest turns) on."""
+    if not 0 <= seconds < float("inf"):
+        raise SparsePruneError("seconds", "a finite number from 0 on", seconds, "leave it at the default")
+    return seconds
+
+
+def check_block_fits(blocksize: Sequence[int], shape: Sequence[int]) -> None:
+    """Raise SparsePruneError for a block (R, C) longer than the weight (N, K) in a direction: what is timed would be padding."""
+    if any(block > size for block, size in zip(check_blocksize(blocksize), shape, strict=True)):
+        text = "x".join(map(str, blocksize))
+        raise SparsePruneError("block", f"at most the weight's {shape[0]}x{shape[1]}", text, "choose a smaller block")
 
 
 def random_mask(shape: Sequence[int], blocksize: Sequence[int], density: float, generator: torch.Generator) -> Tensor:
@@ -283,7 +304,8 @@ def linear_problems(
 ) -> list[dict]:
     """Every combination of a grid (see GRIDS), as the fields that name a row of bench_linear; shapes are (K, N), tokens are M.
 
-    Raises SparsePruneError for an unknown dtype, a density outside (0, 1] or a number that is not positive.
+    Raises SparsePruneError for an unknown dtype, a density outside (0, 1], a number that is not positive or a block larger than a
+    weight.
     """
     problems = []
     for (k, n), dtype, block, thread, m, density in itertools.product(
@@ -296,6 +318,7 @@ def linear_problems(
             raise SparsePruneError(
                 "grid", "positive sizes, M and thread counts", (k, n, m, thread), "leave it at the default"
             )
+        check_block_fits(block, (n, k))
         fields = {
             "K": k,
             "N": n,
@@ -327,8 +350,9 @@ def bench_linear(
     of the ideal 1/density that is reached, and `roofline`, the part of what `limits` allow. `auto` says what SparseLinear runs
     here by itself and `auto_speedup` how fast.
 
-    Raises ArithmeticError if the result of any candidate is wrong.
+    Raises SparsePruneError for seconds below 0, ArithmeticError if the result of any candidate is wrong.
     """
+    check_seconds(seconds)
     about, rows = machine() | {"engines": {engine.name: engine.version for engine in peers}}, []
     kept = _kept_rows(keep, about)
     roofs: dict[tuple, dict] = {}

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from . import peers as peers_
-from .benchmark import DTYPES, machine, thread_count
+from .benchmark import DTYPES, check_block_fits, check_seconds, machine, thread_count
 from .convert import BlockSparseConfig, set_module, sparsify_
 from .criteria import block_mask
 from .errors import SparsePruneError
@@ -40,6 +40,7 @@ def prune_by_magnitude_(model: nn.Module, density: float, blocksize: tuple[int, 
     masks = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and inside(name, module):
+            check_block_fits(blocksize, module.weight.shape)
             masks[name] = block_mask(module.weight, blocksize, density)
             with torch.no_grad():
                 module.weight.mul_(expand_mask(masks[name], blocksize, module.weight.shape))
@@ -216,8 +217,10 @@ def bench_model(
     A row: batch, length, blocksize, threads, `machine()`, candidates: [{name, dtype, ms, error, parameters}], failed: name ->
     reason, versions of peers. error is relative to float64 with the same weights; parameters are those of the encoder's layers.
 
-    Raises SparsePruneError for an unknown dtype or model and for peers without onnx, ArithmeticError for a wrong result of ours.
+    Raises SparsePruneError for an unknown dtype or model, a block larger than a weight, threads below 1, seconds below 0, and for
+    peers without onnx; ArithmeticError for a wrong result of ours.
     """
+    check_seconds(seconds)
     dtypes, peers = list(dtypes), peers or {}
     if peers and importlib.util.find_spec("onnx") is None:
         raise SparsePruneError("peers", "the package onnx, which hands them the model", "none", "pip install onnx")

@@ -175,6 +175,20 @@ MISTAKES = {
     "settings that are none": (("eval", "SETTINGS"), "model: expected garlic, a model directory"),
     "no layers": (("prune", "--model", "EMPTY", "--out", "o"), "model: expected a stack of layers with nn.Linear"),
     "bench of nothing": (("bench", "linear", "--tokens", "0"), "option: expected whole numbers above 0"),
+    "bench of padding": (("bench", "linear", "--block", "999999x2"), "block: expected at most the weight's 3072x768"),
+    "bench of no time": (("bench", "linear", "--seconds", "-1"), "seconds: expected a finite number from 0 on, got -1"),
+    "bench by nobody": (
+        ("bench", "model", "DENSE", "--threads", "0"),
+        "threads: expected a count of at least 1, got 0",
+    ),
+    "bench of a model for no time": (
+        ("bench", "model", "DENSE", "--seconds", "nan"),
+        "seconds: expected a finite number",
+    ),
+    "bench of a padded model": (
+        ("bench", "model", "DENSE", "--block", "9999x2"),
+        "block: expected at most the weight's",
+    ),
     "length to score at": (("eval", "DENSE", "--max-length", "0"), "max_length: expected a whole number of at least 3"),
     "a file where a directory should be": (
         ("train", "--out", "OTHER/x"),
