@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <string>
 
 #include "cpu/dispatch.h"
@@ -67,6 +68,18 @@ inline Tensor with_dense_rows(const Tensor& t) {
 }
 
 inline int64_t row_stride(const Tensor& t) { return t.size(0) > 1 ? t.stride(0) : t.size(1); }
+
+// A new contiguous CPU tensor of the dtype of `like`. torch::stable::new_empty would look its operator up by name on each call.
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  int64_t strides[4], step = 1;
+  for (auto d = static_cast<int64_t>(sizes.size()); d-- > 0; step *= std::max<int64_t>(1, sizes.begin()[d])) strides[d] = step;
+  int32_t dtype;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
 
 inline sp::Activation activation_of(const std::string& name) {
   if (name == "none") return sp::Activation::none;

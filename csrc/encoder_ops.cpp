@@ -47,7 +47,7 @@ Tensor attention(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, 
                     torch::headeronly::toString(keep->scalar_type()));
   }
   a.keep = broadcast(keep, "keep", a, held_keep);
-  Tensor out = torch::stable::new_empty(q, {a.B, a.T, a.heads, a.d});
+  Tensor out = new_tensor(q, {a.B, a.T, a.heads, a.d});
   a.out = out.mutable_data_ptr();
   sp::run_attention(a, threads(), parallel);
   return out;
@@ -75,7 +75,7 @@ Tensor layer_norm(const Tensor& x_any, std::optional<Tensor> weight, std::option
     residual = torch::stable::contiguous(*residual);
     a.residual = residual->const_data_ptr();
   }
-  Tensor y = torch::stable::new_empty(x, {a.M, a.H});
+  Tensor y = new_tensor(x, {a.M, a.H});
   a.y = y.mutable_data_ptr();
   sp::run_layer_norm(a, threads(), parallel);
   return y;

@@ -16,6 +16,8 @@ from .masks import check_blocksize, grid_shape
 from .ops import INT8_INPUTS, Activation, bsr_linear, flatten_rows
 from .reference import ACTIVATIONS
 
+is_compiling = torch.compiler.is_dynamo_compiling
+
 
 class SparseLinear(nn.Module):
     """y[..., N] = act(x[..., K] @ W[N, K]^T + b[N]) + residual with W in block sparse row form.
@@ -158,7 +160,49 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor, activation: Activation = "none", residual: Tensor | None = None) -> Tensor:
         """x [..., K] -> act(x @ W^T + b) + residual, [..., N]."""
-        # Straight to the dicts: nn.Module's attribute lookup costs more than a small product, and there are five of them.
+        if is_compiling():
+            return self._forward_any(x, activation, residual)
+        # Straight to the dicts: nn.Module's attribute lookup costs more than a small product, and there are several of them.
+        parameters, derived = self._parameters, self._derived
+        values, bias = parameters["values"], parameters["bias"]
+        shape, features = x.shape, self.out_features
+        # Inference on a CPU with what an earlier call derived is most calls, and at M = 1 each step here costs like a product.
+        if (
+            ops.serves(derived, values)
+            and x.is_cpu
+            and x.dtype is values.dtype
+            and shape
+            and shape[-1] == self.in_features
+            and not torch.is_autocast_enabled("cpu")
+            and not ops.owes_gradient(x, values, bias, residual)
+        ):
+            flat = len(shape) == 2
+            rows = x if flat else x.reshape(-1, self.in_features)
+            if residual is not None and not flat:
+                residual = residual.reshape(-1, features)
+            form = ops.dense_form(derived, rows.shape[0]) if self.planned and derived.plan is not None else ""
+            if not form:
+                buffers = self._buffers
+                crow_indices, col_indices = buffers["crow_indices"], buffers["col_indices"]
+                y = ops.infer(
+                    ops.run_linear,
+                    rows,
+                    crow_indices,
+                    col_indices,
+                    values,
+                    derived.prepacked,
+                    features,
+                    bias,
+                    activation,
+                    residual,
+                )
+                return y if flat else y.view(*shape[:-1], features)
+            if form in derived.dense:
+                y = ops.dense_linear(derived.dense[form], form, rows, bias, activation, residual)
+                return y if flat else y.view(*shape[:-1], features)
+        return self._forward_any(x, activation, residual)
+
+    def _forward_any(self, x: Tensor, activation: Activation, residual: Tensor | None) -> Tensor:
         parameters, buffers = self._parameters, self._buffers
         own, bias = parameters["values"], parameters["bias"]
         values, device = own, own.device.type
@@ -212,7 +256,7 @@ class SparseLinear(nn.Module):
         derived = None if torch.compiler.is_compiling() and self.training else self._current(values)
         if residual is not None:
             residual = residual.reshape(-1, self.out_features).contiguous()
-        y = torch.ops.sparse_prune.bsr_linear_int8(
+        arguments = (
             flatten_rows(x),
             self.crow_indices,
             self.col_indices,
@@ -225,6 +269,10 @@ class SparseLinear(nn.Module):
             residual,
             None,
         )
+        if is_compiling() or not x.is_cpu or ops.owes_gradient(x, values, bias, residual):
+            y = torch.ops.sparse_prune.bsr_linear_int8(*arguments)
+        else:
+            y = ops.infer(ops.run_int8, *arguments)
         return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
 
     def _current(self, values: Tensor) -> Derived:

@@ -132,6 +132,33 @@ def _backward(ctx, dy):
 torch.library.register_autograd("sparse_prune::bsr_linear", _backward, setup_context=_save_for_backward, lib=_library)
 
 
+# OpOverload.__call__ without its frame of Python, and the guard under which torch.library calls kernels that owe no gradient. What
+# it does around that, in Python, costs as much as all the rest of a call.
+run_linear = torch.ops.sparse_prune.bsr_linear.default._op
+run_int8 = torch.ops.sparse_prune.bsr_linear_int8.default._op
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+
+
+def owes_gradient(x: Tensor, values: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
+    """Whether autograd, or a transform of torch.func, has to see what is computed from these."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and (
+        x.requires_grad
+        or values.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
+
+
+def infer(run: Callable[..., Tensor], *arguments: object) -> Tensor:
+    """run(*arguments) for run_linear or run_int8 where no gradient is owed (owes_gradient)."""
+    if torch.is_inference_mode_enabled():
+        return run(*arguments)
+    with _BelowAutograd():
+        return run(*arguments)
+
+
 def _no_backward(ctx, dy):
     raise SparsePruneError(
         "backward", "a floating-point weight", "an int8 weight", "train before quantizing; int8 is for inference"
@@ -320,10 +347,18 @@ def current(derived: Derived, packed: BsrWeight) -> Derived:
     values = packed.values.detach()
     rows, cols = grid_shape(packed.shape, packed.blocksize)
     plan = planner.plan(values.device, values.dtype, packed.blocksize, packed.nnzb / (rows * cols), packed.shape)
-    return Derived(key, prepack(values, packed.crow_indices), plan)
+    derived = Derived(key, prepack(values, packed.crow_indices), plan)
+    if derived.prepacked is not None and values.is_floating_point() and not packed.values.is_inference():
+        derived.source, derived.state = packed.values, key[:3]
+    return derived
 
 
-def values_key(values: Tensor) -> object:
+def serves(derived: Derived, values: Tensor) -> bool:
+    """Whether derived holds what a call on a CPU needs, made from these values as they are now; False also where that is unsure."""
+    return derived.source is values and derived.state == (backends.epoch, values._version, values.data_ptr())
+
+
+def values_key(values: Tensor) -> tuple:
     """Changes whenever values were written in place or replaced, or other kernels chosen, so that what is derived is made again."""
     version = 0 if values.is_inference() else values._version
     return backends.epoch, version, values.data_ptr(), values.dtype, values.device

@@ -236,8 +236,10 @@ def _bad_calls():
     torch.manual_seed(0)  # pytest collects before any fixture seeds: an unlucky mask would have no block to spoil
     p = Problem(4, 64, 96, 32, 32, 0.5, torch.float32)
     crow, col, values = p.bsr
-    beyond, negative, falling = col.clone(), col.clone(), crow.clone()
+    beyond, negative, falling, wrapping = col.clone(), col.clone(), crow.clone(), crow.clone()
     beyond[0], negative[0], falling[1] = 3, -1, 99
+    lowest, highest = torch.full_like(col, -(2**31)), torch.full_like(col, 2**31 - 1)
+    wrapping[1] = -(2**31)
     good = dict(
         x=p.x, crow=crow, col=col, values=values, packed=None, n=64, bias=p.bias, act="none", residual=p.residual
     )
@@ -250,6 +252,9 @@ def _bad_calls():
         "crow_indices: expected entries that rise from 0": dict(crow=falling),
         r"col_indices: expected entries in \[0, 3\), got one outside": dict(col=beyond),
         r"col_indices: expected entries in \[0, 3\)": dict(col=negative),
+        r"col_indices: expected entries in \[0, 3\), got one": dict(col=lowest),
+        r"col_indices: expected entries in \[0, 3\), got": dict(col=highest),
+        "crow_indices: expected entries that rise from 0 to": dict(crow=wrapping),
         r"values: expected shape \[nnzb, R, C\]": dict(values=values.flatten()),
         r"values: expected shape \[\d+, 32, 32\], got \[\d+, 32, 32\]": dict(values=values[:-1]),
         r"prepacked: expected shape \[\d+\], got \[7\]": dict(packed=values.new_zeros(7)),

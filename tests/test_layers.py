@@ -10,6 +10,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 import sparse_prune as sp
+from sparse_prune import backends, ops, planner
 from sparse_prune.masks import expand_mask, grid_shape
 
 
@@ -143,3 +144,91 @@ def test_bad_input_is_named(x, message):
 def test_from_dense_wants_a_linear():
     with pytest.raises(sp.SparsePruneError, match="linear: expected an nn.Linear, got Conv1d"):
         sp.SparseLinear.from_dense(nn.Conv1d(4, 4, 1), torch.ones(1, 1, dtype=torch.bool))
+
+
+@pytest.fixture
+def short_calls(monkeypatch):
+    """Counts the calls of layers that went past autograd."""
+    if backends.cpu_unavailable(torch.device("cpu"), torch.float32):
+        pytest.skip("the C++ kernels were not built")
+    calls = []
+    infer = ops.infer
+    monkeypatch.setattr(ops, "infer", lambda *arguments: calls.append(1) or infer(*arguments))
+    with planner.using_table("off"):
+        yield calls
+
+
+def test_calls_that_owe_no_gradient_go_past_autograd(short_calls):
+    _, layer, _ = make()
+    layer.requires_grad_(False)
+    x, residual = torch.randn(2, 3, 64), torch.randn(2, 3, 96)
+    expected = F.gelu(F.linear(x, layer.weight, layer.bias)) + residual
+    for _ in range(2):
+        torch.testing.assert_close(layer(x, "gelu", residual), expected)
+    assert len(short_calls) == 1, "the first call derives"
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x[0, 0], "gelu", residual[0, 0]), expected[0, 0])
+    assert len(short_calls) == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    with pytest.raises(sp.SparsePruneError, match="x: expected a last dimension of 64"):
+        layer(x[..., :32])
+    with pytest.raises(sp.SparsePruneError, match="x: expected a last dimension of 64"):
+        layer(x[0, 0, 0])
+    with pytest.raises(sp.SparsePruneError, match="x: expected dtype torch.float32"):
+        layer(x.double())
+    with pytest.raises(sp.SparsePruneError, match="x: expected device cpu"):
+        layer(x.to("meta"))
+    assert len(short_calls) == 2
+
+
+@pytest.mark.parametrize("wants", ["x", "values", "bias", "residual"])
+def test_each_wish_for_a_gradient_is_met_after_short_calls(short_calls, wants):
+    _, layer, _ = make()
+    layer.requires_grad_(False)
+    x, residual = torch.randn(3, 64), torch.randn(3, 96)
+    for _ in range(2):
+        layer(x, "none", residual)
+    wanted = {"x": x, "values": layer.values, "bias": layer.bias, "residual": residual}[wants].requires_grad_()
+    layer(x, "silu", residual).square().sum().backward()
+    got, wanted.grad = wanted.grad, None
+    (F.silu(F.linear(x, layer.weight, layer.bias)) + residual).square().sum().backward()
+    torch.testing.assert_close(got, wanted.grad)
+    assert len(short_calls) == 1
+
+
+def test_function_transforms_never_lose_a_gradient_in_a_frozen_layer(short_calls):
+    _, layer, _ = make()
+    layer.requires_grad_(False)
+    x = torch.randn(3, 64)
+    for _ in range(2):
+        layer(x)
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="functorch transforms"),
+    ):  # which torch.library does not support
+        torch.func.grad(lambda x: layer(x).sum())(x)
+    assert len(short_calls) == 1
+
+
+def test_short_calls_see_every_change_of_the_weight(short_calls):
+    _, layer, _ = make()
+    layer.requires_grad_(False)
+    x = torch.randn(3, 64)
+
+    def check():
+        for _ in range(2):
+            torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+
+    check()
+    layer.values.mul_(2)
+    check()
+    layer.values.data = layer.values.data * 3
+    check()
+    layer.values = nn.Parameter(layer.values + 1, requires_grad=False)
+    check()
+    layer.col_indices = 1 - layer.col_indices
+    check()
+    with backends.force_isa("portable"):
+        check()
+    assert len(short_calls) == 7, "the second of each two, and both where only the index changed"
