@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -28,3 +32,22 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def amx(tmp_path_factory):
+    """The AMX kernels with their tiles emulated in plain C++: the functions of amx_harness.cpp."""
+    from sparse_prune import backends
+
+    if "avx512_bf16" not in backends.cpu_isas():
+        pytest.skip("the AMX kernels leave few rows to avx512_bf16, which this processor or build lacks")
+    compiler = (os.environ.get("CXX") or "c++").split()
+    if not shutil.which(compiler[0]):
+        pytest.skip("no C++ compiler")
+    tests = Path(__file__).parent
+    library = tmp_path_factory.mktemp("amx") / "amx.so"
+    names = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_bf16_int8", "scratch")
+    sources = [tests / "amx_harness.cpp", *(tests.parent / "csrc" / "cpu" / f"{name}.cpp" for name in names)]
+    flags = ["-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-DSPARSE_PRUNE_EMULATE_AMX"]
+    subprocess.run([*compiler, *flags, "-o", library, *sources], check=True)
+    return ctypes.CDLL(str(library))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -312,54 +311,68 @@ def test_setup_without_a_compiler(mode, code):
     assert "no C++ compiler" in result.stderr
 
 
-@pytest.fixture(scope="module")
-def amx(tmp_path_factory):
-    """The AMX kernel with its tiles emulated in plain C++."""
-    if "avx512_bf16" not in ISAS:
-        pytest.skip("the AMX kernel leaves fewer than 8 rows to avx512_bf16, which this processor or build lacks")
-    compiler = os.environ.get("CXX") or shutil.which("c++")
-    if not compiler:
-        pytest.skip("no C++ compiler")
-    out = tmp_path_factory.mktemp("amx") / "amx.so"
-    sources = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("amx_bf16", "avx512_bf16", "scratch")]
-    command = [
-        *compiler.split(),
-        "-std=c++20",
-        "-O1",
-        "-w",
-        "-fPIC",
-        "-shared",
-        "-DSPARSE_PRUNE_EMULATE_AMX",
-        "-o",
-        out,
-    ]
-    subprocess.run([*command, ROOT / "tests" / "amx_harness.cpp", *sources], check=True)
-    return ctypes.CDLL(str(out))
+# Heights of one and of two tiles, of shared last rows and of two panels; strips of one and of two tiles; steps of 16 to 64 bytes.
+AMX_PROBLEMS = [
+    *PROBLEMS,
+    (3, 64, 64, 32, 32, 0.5),
+    (4, 64, 64, 32, 32, 0.5),
+    (8, 96, 128, 16, 16, 0.5),
+    (16, 64, 128, 32, 32, 0.7),
+    (24, 64, 128, 64, 64, 0.5),
+    (31, 96, 128, 48, 32, 0.7),
+    (65, 96, 100, 96, 20, 0.5),
+    (70, 50, 80, 16, 16, 0.6),
+    (81, 64, 64, 32, 32, 0.5),
+    (113, 96, 64, 48, 16, 0.5),
+    (140, 96, 128, 16, 16, 0.5),
+]
 
 
-@needs_kernels
+def amx_linear(amx, p, activation="none"):
+    m, k = p.x.shape
+    got, prepacked = torch.full((m, p.n), torch.nan, dtype=torch.bfloat16), sparse.cpu_prepack(p.packed.values)
+    crow, col, x, w, bias, res, y = (
+        ctypes.c_void_p(t.data_ptr()) for t in (*p.bsr[:2], p.x, prepacked, p.bias, p.residual, got)
+    )
+    sizes = [ctypes.c_int64(v) for v in (m, p.n, k, *p.packed.blocksize)]
+    number = ACTIVATIONS.index(activation)
+    amx.amx_linear(*sizes, crow, col, x, ctypes.c_int64(p.x.stride(0)), w, bias, number, res, y)
+    return got
+
+
+@pytest.mark.parametrize("problem", AMX_PROBLEMS, ids=str)
+def test_emulated_amx_matches_float64(amx, problem):
+    p = Problem(*problem, torch.bfloat16)
+    for activation in ACTIVATIONS:
+        assert_close(
+            amx_linear(amx, p, activation), p.dense_linear(activation, torch.float64), p.dense_linear(activation)
+        )
+
+
+@pytest.mark.parametrize("n", [64, 1024])
+def test_emulated_amx_takes_rows_a_page_apart(amx, n):
+    """Such rows are copied where many blocks use them (n = 1024), and read in place where few do."""
+    p = Problem(70, n, 2016, 32, 32, 0.5, torch.bfloat16)
+    apart = torch.full((70, 2048), torch.nan, dtype=torch.bfloat16)[:, :2016]
+    p.x = apart.copy_(p.x)
+    assert_close(amx_linear(amx, p), p.dense_linear("none", torch.float64), p.dense_linear())
+
+
 @pytest.mark.parametrize(
-    "problem",
+    ("block", "m", "loads", "products", "stores"),
     [
-        *PROBLEMS,
-        (70, 50, 80, 16, 16, 0.6),
-        (65, 96, 100, 96, 20, 0.5),
-        (8, 64, 64, 32, 32, 0.5),
-        (31, 64, 64, 32, 32, 0.5),
-        (81, 64, 64, 32, 32, 0.5),
-        (113, 96, 64, 48, 16, 0.5),
+        ((32, 32), 128, 4 * 4, 4 * 4, 4 * 4),  # four times 32 rows, each 2 x 2 tiles: one load per product
+        ((64, 64), 128, 4 * 2 * 2 * 4, 4 * 2 * 2 * 4, 4 * 2 * 4),
+        ((16, 16), 128, 4 * 3, 4 * 2, 4 * 4),  # sums in two sets
+        ((32, 32), 16, 3, 2, 4),
+        ((32, 32), 24, 4, 4, 4),
     ],
     ids=str,
 )
-def test_emulated_amx_matches_float64(amx, problem):
-    p = Problem(*problem, torch.bfloat16)
-    m, n, k, r, c, _ = problem
-    prepacked = sparse.cpu_prepack(p.packed.values)
-    for number, activation in enumerate(ACTIVATIONS):
-        got = torch.full((m, n), torch.nan, dtype=torch.bfloat16)
-        crow, col, x, w, bias, res, y = (
-            ctypes.c_void_p(t.data_ptr()) for t in (*p.bsr[:2], p.x, prepacked, p.bias, p.residual, got)
-        )
-        sizes = [ctypes.c_int64(v) for v in (m, n, k, r, c)]
-        amx.amx_linear(*sizes, crow, col, x, ctypes.c_int64(p.x.stride(0)), w, bias, number, res, y)
-        assert_close(got, p.dense_linear(activation, torch.float64), p.dense_linear(activation))
+def test_emulated_amx_counts(amx, block, m, loads, products, stores):
+    """What docs/performance.md derives its bound from: tile instructions per block, and stores per block-row."""
+    p = Problem(m, 4 * block[0], 4 * block[1], *block, 1.0, torch.bfloat16)
+    counts = (ctypes.c_int64 * 3).in_dll(amx, "tile_counts")
+    before = list(counts)
+    amx_linear(amx, p)
+    assert [now - then for now, then in zip(counts, before, strict=True)] == [16 * loads, 16 * products, 4 * stores]

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +12,6 @@ import sparse_prune as sp
 from sparse_prune import backends, ops, reference
 from sparse_prune.bsr import INT8_MAX_INPUTS, dense_from_bsr
 
-ROOT = Path(__file__).resolve().parent.parent
 ISAS = backends.cpu_isas()
 sparse = torch.ops.sparse_prune
 needs_kernels = pytest.mark.skipif(not ISAS, reason=backends._reason or "built")
@@ -335,24 +330,20 @@ def test_public_call_names_the_argument(change, message):
         sp.bsr_linear(p.x, p.packed.dequantize(), x_scale=0.1)
 
 
-@pytest.fixture(scope="module")
-def amx(tmp_path_factory):
-    """The AMX kernel with its tiles emulated in plain C++, behind the same door as tests/amx_harness.cpp for bf16."""
-    if "avx512_vnni" not in ISAS:
-        pytest.skip("the AMX kernel leaves rows below a tile to avx512_vnni, which this processor or build lacks")
-    compiler = os.environ.get("CXX") or shutil.which("c++")
-    if not compiler:
-        pytest.skip("no C++ compiler")
-    out = tmp_path_factory.mktemp("amx") / "amx_int8.so"
-    sources = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("amx_int8", "avx512_vnni", "scratch")]
-    flags = ["-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-DSPARSE_PRUNE_EMULATE_AMX"]
-    harness = ROOT / "tests" / "amx_int8_harness.cpp"
-    subprocess.run([*compiler.split(), *flags, "-o", str(out), str(harness), *map(str, sources)], check=True)
-    return ctypes.CDLL(str(out))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("problem", [*PROBLEMS, (70, 50, 80, 16, 16, 0.6), (65, 96, 100, 96, 20, 0.5)], ids=str)
+@pytest.mark.parametrize(
+    "problem",
+    [
+        *PROBLEMS,
+        (4, 64, 64, 32, 32, 0.5),
+        (16, 64, 128, 32, 64, 0.7),
+        (31, 96, 128, 48, 32, 0.7),
+        (65, 96, 100, 96, 20, 0.5),
+        (70, 50, 80, 16, 16, 0.6),
+        (140, 96, 128, 16, 32, 0.5),
+    ],
+    ids=str,
+)
 def test_emulated_amx_matches_float64(amx, problem, dtype):
     p = Problem(*problem, dtype)
     m, n, k, r, c, _ = problem

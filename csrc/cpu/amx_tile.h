@@ -1,5 +1,5 @@
 // The tile instructions that the AMX kernel uses, behind one set of names. With SPARSE_PRUNE_EMULATE_AMX they are plain C++, so that the
-// kernel's logic runs, and is tested, on processors without AMX.
+// kernel's logic runs, and is tested, on processors without AMX; tile_counts then tells what a processor would have done.
 //
 // Tile registers are fixed: 0..3 accumulate (row * 2 + column), 4 and 5 hold x, 6 and 7 hold weights.
 
@@ -24,16 +24,19 @@ template <int T>
 inline void tile_zero() { memset(emulated.data[T], 0, sizeof emulated.data[T]); }
 template <int T>
 inline void tile_load(const void* p, int64_t stride) {
+  ++tile_counts[0];
   memset(emulated.data[T], 0, sizeof emulated.data[T]);
   for (int r = 0; r < emulated.config.rows[T]; ++r)
     memcpy(emulated.data[T][r], static_cast<const char*>(p) + r * stride, emulated.config.row_bytes[T]);
 }
 template <int T>
 inline void tile_store(void* p, int64_t stride) {
+  ++tile_counts[2];
   for (int r = 0; r < emulated.config.rows[T]; ++r)
     memcpy(static_cast<char*>(p) + r * stride, emulated.data[T][r], emulated.config.row_bytes[T]);
 }
 inline void emulated_dot_shapes(int C, int A, int B) {
+  ++tile_counts[1];
   const TileConfig& c = emulated.config;
   if (c.row_bytes[A] / 4 != c.rows[B] || c.rows[A] != c.rows[C] || c.row_bytes[B] != c.row_bytes[C]) __builtin_trap();
 }

@@ -15,7 +15,7 @@ struct DotBf16 : Plain<Avx512> {
   static inline F broadcast_last(const X* x) { return _mm512_castsi512_ps(_mm512_set1_epi32(*x)); }
   static inline F multiply_add(F x, F w, F acc) { return _mm512_dpbf16_ps(acc, (__m512bh)x, (__m512bh)w); }
   static inline F load_y(const Y* y) { return Avx512::load_bf16(y); }
-  static inline void store_y(Y* y, F v) { Avx512::store_bf16(y, v); }
+  static inline void store_y(Y* y, F v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), (__m256i)_mm512_cvtneps_pbh(v)); }
   template <int NV>
   static inline void store_row(Y* y, const F (&v)[NV], bool past_cache) {
     for (int j = 0; j + 1 < NV; j += 2) {

@@ -15,10 +15,7 @@ namespace {
 #include "tile_kernel.h"
 #include "int8_tile.h"
 #include "vnni.h"
-
-struct NativeBf16 : Avx512Int8 {
-  static inline void store_bf16(uint16_t* p, F v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v)); }
-};
+#include "native_bf16.h"
 }  // namespace
 
 const Int8Kernels* avx512_bf16_int8_kernels() {

@@ -81,6 +81,22 @@ inline void int8_finish_sums(const Int8Args& a, typename Dot::I (&sum)[MR][NV], 
   }
 }
 
+// The same for any tile: rows from m0 and outputs from n on, of which cols exist.
+template <class Dot, int MR, int NV>
+inline void int8_finish_tile(const Int8Args& a, typename Dot::I (&sum)[MR][NV], int64_t m0, int64_t n, int64_t cols) {
+  using V = typename Dot::Vec;
+  constexpr int W = V::W;
+  if (cols == NV * W && a.activation == Activation::none) {
+    if (a.dtype == DType::f32) return int8_finish_sums<Dot, Plain<V>, MR, NV>(a, sum, m0, n);
+    if (a.dtype == DType::bf16) return int8_finish_sums<Dot, Bf16Weights<V>, MR, NV>(a, sum, m0, n);
+    return int8_finish_sums<Dot, HalfWeights<V>, MR, NV>(a, sum, m0, n);
+  }
+  alignas(64) int32_t z[MR * NV * W];  // [MR][NV * W]
+  for (int m = 0; m < MR; ++m)
+    for (int v = 0; v < NV; ++v) Dot::store(z + (m * NV + v) * W, sum[m][v]);
+  int8_finish<V>(a, z, NV * W, m0, n, MR, cols);
+}
+
 // One tile, rows from m and outputs from n of block-row i, of which cols exist.
 template <class Dot, int MR, int NV>
 void int8_tile(const Int8Args& a, int64_t m0, int64_t i, int64_t n, int64_t cols) {
@@ -112,16 +128,7 @@ void int8_tile(const Int8Args& a, int64_t m0, int64_t i, int64_t n, int64_t cols
   for (int u = 1; u < KU; ++u)
     for (int m = 0; m < MR; ++m)
       for (int v = 0; v < NV; ++v) acc[0][m][v] = Dot::add(acc[0][m][v], acc[u][m][v]);
-  if (cols == NV * W && a.activation == Activation::none) {
-    using V = typename Dot::Vec;
-    if (a.dtype == DType::f32) return int8_finish_sums<Dot, Plain<V>, MR, NV>(a, acc[0], m0, n);
-    if (a.dtype == DType::bf16) return int8_finish_sums<Dot, Bf16Weights<V>, MR, NV>(a, acc[0], m0, n);
-    return int8_finish_sums<Dot, HalfWeights<V>, MR, NV>(a, acc[0], m0, n);
-  }
-  alignas(64) int32_t z[MR * NV * W];  // [MR][NV * W]
-  for (int m = 0; m < MR; ++m)
-    for (int v = 0; v < NV; ++v) Dot::store(z + (m * NV + v) * W, acc[0][m][v]);
-  int8_finish<typename Dot::Vec>(a, z, NV * W, m0, n, MR, cols);
+  int8_finish_tile<Dot>(a, acc[0], m0, n, cols);
 }
 
 using Int8TileFn = void (*)(const Int8Args&, int64_t, int64_t, int64_t, int64_t);
