@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from . import peers as peers_
 from .benchmark import DTYPES, check_block_fits, check_seconds, machine, thread_count
-from .convert import BlockSparseConfig, set_module, sparsify_
+from .convert import BlockSparseConfig, sparsify_, swap_modules
 from .criteria import block_mask
 from .errors import SparsePruneError
 from .fuse import KINDS, fuse_encoder_, unfuse_encoder_
@@ -278,9 +278,8 @@ def _variants(
         variants["sparse"] = copy.deepcopy(packed).to(torch.float32).eval(), "sparse"
         sources["sparse"] = copy.deepcopy(variants["sparse"][0])
         unfuse_encoder_(sources["sparse"])
-        for name, layer in list(sources["sparse"].named_modules()):
-            if isinstance(layer, SparseLinear):
-                set_module(sources["sparse"], name, layer.to_dense())
+        layers = [layer for layer in sources["sparse"].modules() if isinstance(layer, SparseLinear)]
+        swap_modules(sources["sparse"], {layer: layer.to_dense() for layer in layers})
     for density in densities:
         pruned = copy.deepcopy(model)
         masks = prune_by_magnitude_(pruned, density, blocksize, inside)

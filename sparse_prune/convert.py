@@ -202,7 +202,7 @@ def sparsify_(
             "masks", "names of nn.Linear modules of the model", unknown[0], "use Pruner.masks of the same model"
         )
     shared = _shared_weights(model)
-    rows = []
+    rows, new = [], {}
     for name, linear in linears.items():
         shape = matrix_shape(linear)
         reason, mask = _why_dense(model, name, linear, shared, filter_fn), None
@@ -223,9 +223,10 @@ def sparsify_(
         packed_bytes = dense_bytes
         if not reason:
             layer = SparseLinear.from_dense(linear, mask, config.blocksize)
-            set_module(model, name, layer)
+            new[linear] = layer
             packed_bytes = layer.packed.nbytes
         rows.append(LayerReport(name, shape, config.blocksize, density, dense_bytes, packed_bytes, reason))
+    swap_modules(model, new)
     result = SparsifyResult(rows, fuse_encoder_(model))
     if result.converted:
         announce(model)
@@ -238,10 +239,12 @@ def announce(model: nn.Module) -> None:
         hook(model)
 
 
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """model.<name> = module for a dotted name."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def swap_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put new[old] in the place of each module old, under every name that the model has for it."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in new:
+                setattr(parent, name, new[child])
 
 
 def nonzero_masks(model: nn.Module, blocksize: tuple[int, int]) -> dict[str, Tensor]:

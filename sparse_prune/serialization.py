@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .bsr import BsrWeight, check_finite, validate_bsr
-from .convert import announce, set_module
+from .convert import announce, swap_modules
 from .errors import SparsePruneError
 from .fuse import fuse_encoder_
 from .layers import SparseLinear
@@ -264,10 +264,13 @@ def load_packed(model: nn.Module, path: str | os.PathLike, mmap: bool = False) -
         if not isinstance(source, str) or source not in tensors:
             raise SparsePruneError(f"{file}: {name}", f"the tensor {source} that it shares", "none", _DAMAGED)
         tensors[name] = tensors[source]
-    _check_fit(model, file, layers, tensors)
+    new = {}
     for name, layer in layers.items():
-        layer.train(model.get_submodule(name).training)
-        set_module(model, name, layer)
+        old = model.get_submodule(name)
+        new[old] = layer.train(old.training)
+    named = model.named_modules(remove_duplicate=False)
+    _check_fit(model, file, {name: new[module] for name, module in named if module in new}, tensors)
+    swap_modules(model, new)
     model.load_state_dict(tensors, assign=assign)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if left:

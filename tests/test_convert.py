@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import sparse_prune as sp
 from sparse_prune.convert import nonzero_masks
@@ -33,6 +34,18 @@ def test_converts_and_says_what_stayed_dense_and_why():
     table = str(result)
     assert "body.0" in table and "left out by filter_fn" in table and "1 of 3 linear layers are sparse" in table
     assert model(torch.arange(4)).shape == (4, 64)
+
+
+def test_a_layer_under_two_names_becomes_one_sparse_layer_under_both():
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Sequential(nn.Linear(64, 64)))
+    model[2][0] = model.again = model[0]
+    x = torch.randn(3, 64)
+    result = sp.sparsify_(model, sp.BlockSparseConfig(density=0.5))
+    assert [row.name for row in result.layers] == ["0"]
+    assert isinstance(model[0], sp.SparseLinear) and model[2][0] is model[0] and model.again is model[0]
+    weight, bias = model[0].weight, model[0].bias
+    hidden = F.linear(F.linear(x, weight, bias).relu(), weight, bias)
+    torch.testing.assert_close(model(x), F.linear(hidden, weight, bias))
 
 
 def test_masks_decide_where_given():

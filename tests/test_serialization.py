@@ -60,6 +60,27 @@ def test_tied_tensors_are_stored_once(tmp_path):
     assert loaded["a"].weight is loaded["b"].weight and torch.equal(loaded["a"].weight, model["a"].weight)
 
 
+@pytest.mark.parametrize("options", [{}, {"mmap": True}])
+def test_a_layer_under_two_names_is_stored_once_and_loaded_under_both(tmp_path, options):
+    def twice():
+        layer = nn.Linear(64, 64)
+        return nn.Sequential(layer, nn.ReLU(), layer)
+
+    model = twice()
+    sp.sparsify_(model, sp.BlockSparseConfig(density=0.5))
+    file = sp.save_packed(model, tmp_path / "m.safetensors")
+    assert sum(tuple(t.shape[1:]) == (32, 32) for t in safetensors.torch.load_file(file).values()) == 1
+    x = torch.randn(3, 64)
+    for target in (twice(), model):
+        expected = model(x)
+        loaded = sp.load_packed(target, file, **options)
+        assert isinstance(loaded[0], sp.SparseLinear) and loaded[2] is loaded[0]
+        assert torch.equal(loaded(x), expected)
+    separate = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    with pytest.raises(sp.SparsePruneError, match=r"2\.bias|2\.col_indices|2\.weight"):
+        sp.load_packed(separate, file, **options)
+
+
 def rewrite(file, change_tensors=lambda t: t, change_metadata=lambda m: m):
     tensors, metadata = serialization.read_tensors(file)
     safetensors.torch.save_file(change_tensors(tensors), file, change_metadata(metadata))

@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..bsr import check_finite, validate_bsr
-from ..convert import after_conversion, set_module
+from ..convert import after_conversion, swap_modules
 from ..errors import SparsePruneError
 from ..fuse import fuse_encoder_
 from ..layers import SparseLinear
@@ -70,10 +70,11 @@ class SparsePruneQuantizer(HfQuantizer):
         described = parse_layers(self.quantization_config.layers, "config.json")
         _check_stored(described, checkpoint_files or ())
         prefix = f"{model.base_model_prefix}."
+        new = {}
         with_head = any(name.startswith(prefix) for name in described)
         for name, entry in described.items():
             shape, blocksize = entry.shape, entry.blocksize
-            own, linear = _find(model, name, prefix)
+            linear = _find(model, name, prefix)
             if linear is None and with_head and not name.startswith(prefix):
                 continue  # a layer of the head that was saved, which this model has not
             if not fits_layer(linear, shape):
@@ -92,7 +93,8 @@ class SparsePruneQuantizer(HfQuantizer):
                 None if linear.bias is None else torch.empty(shape[0], **like),
                 torch.empty(shape[0], **(like | {"dtype": torch.float32})) if entry.int8 else None,
             )
-            set_module(model, own, layer.train(linear.training))
+            new[linear] = layer.train(linear.training)
+        swap_modules(model, new)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
         for name, layer in model.named_modules():
@@ -132,8 +134,8 @@ class SparsePruneQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        for name in describe_layers(model):
-            set_module(model, name, model.get_submodule(name).to_dense().to(dtype))
+        layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
+        swap_modules(model, {layer: layer.to_dense().to(dtype) for layer in layers})
         return model
 
     def _describe(self, model: PreTrainedModel) -> None:
@@ -162,18 +164,18 @@ def mark_packed(model: nn.Module) -> None:
 after_conversion.append(mark_packed)
 
 
-def _find(model: PreTrainedModel, name: str, prefix: str) -> tuple[str, nn.Module | None]:
-    """A saved layer's name in this model, and what stands there now.
+def _find(model: PreTrainedModel, name: str, prefix: str) -> nn.Module | None:
+    """What stands in this model at the place of a saved layer.
 
     A checkpoint of a model with a head loads into the base model, and the other way round, as dense ones do: names then differ by
     the base model's prefix.
     """
     for candidate in (name, name.removeprefix(prefix), prefix + name):
         try:
-            return candidate, model.get_submodule(candidate)
+            return model.get_submodule(candidate)
         except AttributeError:
             continue
-    return name, None
+    return None
 
 
 def _check_stored(described: Mapping[str, Any], files: Sequence[str]) -> None:
