@@ -96,7 +96,7 @@ def triton_unavailable(device: torch.device, dtype: torch.dtype, blocksize: tupl
 def register_triton(library: torch.library.Library, fallbacks: dict[str, Callable]) -> None:
     """Make the Triton kernels the CUDA implementation of the operators, where they are installed; imports no Triton."""
     if _kernels is not None:
-        _kernels.register(library, fallbacks)
+        _kernels.register(library, fallbacks, SparsePruneError)
 
 
 def cpu_isas() -> tuple[str, ...]:

@@ -260,6 +260,18 @@ def test_float(op, form):
         assert decode(result, form) == float(rounded(exact, form)), (text, values)
 
 
+@pytest.mark.parametrize("narrow", ["f16", "bf16"])
+@pytest.mark.parametrize("name", ["add", "sub", "fma"])
+def test_float_mixed(name, narrow):
+    """What is multiplied, or the first summand, has 16 bits: the ISA's mixed-precision instructions of sm_100 and younger."""
+    forms = [narrow] * (2 if name == "fma" else 1) + ["f32"]
+    sources = [(32 if form == "f32" else 16, floats(form, seed=k)) for k, form in enumerate(forms)]
+    got = per_thread(f"{name}.rn.f32.{narrow} $d, {', '.join('$' + c for c in 'abc'[: len(forms)])}", sources, 32)
+    for values, result in zip(zip(*(v for _, v in sources), strict=True), got, strict=True):
+        exact = EXACT[name](*(Fraction(decode(v, form)) for v, form in zip(values, forms, strict=True)))
+        assert decode(result, "f32") == float(rounded(exact, "f32")), values
+
+
 CONVERT = [
     (f"cvt.{mode}.{to}.f32", to, mode)
     for to, modes in {"f16": ("rn", "rz"), "bf16": ("rn", "rz"), "tf32": ("rna",)}.items()

@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from sparse_prune_kernels import support, unavailable
+from triton_problems import arrays, make_problem
+
+from sparse_prune.errors import SparsePruneError
+from sparse_prune.ops import backend_for
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 CUDA = torch.device("cuda")
@@ -167,6 +171,65 @@ def test_compiled_linear_for_every_blocksize(gate):
     check_linear_gates(*gate, even_k=False)
 
 
+def check_amd_gates(made, capability):
+    from sparse_prune_kernels.config import gpu_of
+
+    assert made.stack == 0, f"spills: {made.stack} bytes of scratch with {made.registers} registers"
+    assert 0 < made.registers <= 512 and made.shared <= gpu_of(capability).shared
+
+
+# (side_n, side_k, m, dtype, capability, transposed)
+AMD_GATES = [
+    (32, 32, 4096, "bfloat16", 942, False),
+    (64, 64, 16, "float16", 942, False),
+    (128, 128, 4096, "bfloat16", 950, True),
+    (16, 16, 512, "bfloat16", 950, False),
+]
+ALL_AMD_GATES = [
+    (r, c, m, dtype, capability, r > c)
+    for capability in (942, 950)
+    for r in SIDES
+    for c in SIDES
+    for m, dtype in ((4096, "bfloat16"), (16, "float16"), (512, "float32"))
+    if r == c or m == 4096
+]
+
+
+def check_amd(side_n, side_k, m, dtype, capability, transposed):
+    """They compile for AMD without spills and within local memory, and multiply by matrix instructions."""
+    from sparse_prune_kernels import offline
+
+    tiles = tiling(m, side_n, side_k, 4 if dtype == "float32" else 2, capability)
+    product, *then = offline.compile_linear(tiles, side_n, side_k, dtype, capability, transposed=transposed)
+    for made in (product, *then):
+        check_amd_gates(made, capability)
+    kind = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}[dtype]
+    assert re.search(rf"v_mfma_f32_\w+{kind}", product.ptx)
+
+
+@needs_triton
+@pytest.mark.parametrize("gate", AMD_GATES, ids=str)
+def test_compiled_for_amd(gate):
+    check_amd(*gate)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", ALL_AMD_GATES, ids=str)
+def test_compiled_for_amd_for_every_blocksize(gate):
+    check_amd(*gate)
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [942, 950])
+def test_compiled_sdd_for_amd(capability):
+    from sparse_prune_kernels import config, offline
+
+    check_amd_gates(
+        offline.compile_sdd(config.sdd_config(64, 32, 2, capability), 64, 32, "bfloat16", capability), capability
+    )
+
+
 @needs_triton
 @pytest.mark.parametrize("gate", SDD_GATES, ids=str)
 def test_compiled_sdd(gate):
@@ -295,6 +358,56 @@ def test_registered_operators_fall_back_where_a_reason_stands():
     library.implementations["bsr_linear_dx", "CUDA"](x, index, index, values, 8)
     library.implementations["bsr_sdd", "CUDA"](x, x, index, index, 4, 8)
     assert called == [("bsr_linear", 9), ("bsr_linear_dx", 5), ("bsr_sdd", 6)]
+
+
+def registered(monkeypatch, fallbacks=None):
+    """The operators as CUDA tensors reach them, on a machine that says it has a GPU."""
+    library = Library()
+    monkeypatch.setattr(support, "unavailable", lambda device, dtype, blocksize: None)
+    support.register(library, fallbacks or {}, SparsePruneError)
+    return {name: function for (name, _), function in library.implementations.items()}
+
+
+@needs_triton
+def test_tensors_on_the_cpu(monkeypatch):
+    operators = registered(monkeypatch)
+    packed, x, bias, residual = make_problem(7, 45, 70, 16, 32, 0.5, torch.bfloat16)
+    crow, col, values = arrays(packed)
+    calls = {
+        "bsr_linear": (x, crow, col, values, None, 45, bias, "gelu", residual),
+        "bsr_linear_dx": (residual, crow, col, values, 70),
+        "bsr_sdd": (residual, x, crow, col, 16, 32),
+    }
+    for name, arguments in calls.items():
+        with pytest.raises(
+            SparsePruneError, match="expected a tensor on a CUDA device, got one on cpu; move it to a GPU"
+        ):
+            operators[name](*arguments)
+
+
+@pytest.mark.parametrize(
+    "place, name", [(1, "crow_indices"), (2, "col_indices"), (3, "values"), (6, "bias"), (8, "residual")]
+)
+def test_mixed_devices(place, name, monkeypatch):
+    """Told before a fallback of another device would run."""
+    packed, x, bias, residual = make_problem(7, 45, 70, 16, 32, 0.5, torch.bfloat16)
+    arguments = [x, *arrays(packed), None, 45, bias, "gelu", residual]
+    arguments[place] = arguments[place].to("meta")
+    with pytest.raises(SparsePruneError, match=f"{name}: expected cpu like x, got meta; {name}.to\\(x.device\\)"):
+        registered(monkeypatch)["bsr_linear"](*arguments)
+
+
+@pytest.mark.parametrize(
+    "capability, triton, reason", [((7, 5), ..., "7.5 is older than 8.0"), ((9, 0), None, "cannot be imported")]
+)
+def test_backend_where_the_kernels_cannot_run(capability, triton, reason, gpu, monkeypatch):
+    """Plain PyTorch under auto, and the reason for who asks for the kernels."""
+    gpu(*capability)
+    if triton is None:
+        monkeypatch.setitem(sys.modules, "triton", None)
+    assert backend_for(CUDA, torch.bfloat16) == "reference"
+    with pytest.raises(SparsePruneError, match=reason):
+        backend_for(CUDA, torch.bfloat16, "triton")
 
 
 def test_registering_imports_no_triton():

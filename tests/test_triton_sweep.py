@@ -161,18 +161,128 @@ def test_plans_are_kept_until_the_index_changes(monkeypatch):
     "change, message",
     [
         (dict(bias=torch.zeros(45, dtype=torch.float64)), "bias: expected torch.float32 like x, got torch.float64"),
+        (dict(bias=torch.zeros(44)), "bias: expected shape (45,), got (44,)"),
+        (dict(residual=torch.zeros(7, 44)), "residual: expected shape (7, 45), got (7, 44)"),
+        (dict(x=torch.zeros(7, 70, dtype=torch.float16)), "values: expected torch.float16 like x, got torch.float32"),
+        (dict(x=torch.zeros(70)), "x: expected two dimensions, got (70,)"),
+        (dict(x=torch.zeros(7, 32)), "col_indices: expected block-columns below 1, for K = 32, got one beyond"),
         (dict(activation="tanh"), "activation: expected one of none, relu, gelu, gelu_tanh, silu, got 'tanh'"),
         (dict(out_features=99), "crow_indices: expected 8 entries, got (4,)"),
-        (dict(values=torch.zeros(1, 16, 32, device="meta")), "values: expected cpu like x, got meta"),
+        (dict(values=torch.zeros(1, 16, 32)), "blocks, one for each of col_indices, got (1, 16, 32)"),
+        (
+            dict(col_indices=torch.zeros(5, dtype=torch.int64)),
+            "col_indices: expected int32, one dimension, got torch.int64",
+        ),
     ],
 )
 def test_arguments_that_disagree(change, message):
     packed, x, bias, _ = make(7, 45, 70, 16, 32, 0.5, torch.float32)
-    crow, col, values = (t.cpu() for t in arrays(packed))
-    arguments = dict(x=x.cpu(), crow_indices=crow, col_indices=col, values=values, out_features=45, bias=bias.cpu())
-    with pytest.raises(ValueError) as error:
+    crow, col, values = arrays(packed)
+    arguments = dict(x=x, crow_indices=crow, col_indices=col, values=values, out_features=45, bias=bias)
+    change = {name: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for name, v in change.items()}
+    with pytest.raises(support.ArgumentError) as error:
         launch.bsr_linear(**(arguments | change))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["values", "crow_indices", "col_indices", "bias", "residual"])
+def test_another_device(name):
+    packed, x, bias, residual = make(7, 45, 70, 16, 32, 0.5, torch.float32)
+    crow, col, values = arrays(packed)
+    arguments = dict(
+        x=x, crow_indices=crow, col_indices=col, values=values, out_features=45, bias=bias, residual=residual
+    )
+    with pytest.raises(support.ArgumentError, match=rf"{name}: expected {x.device} like x, got meta"):
+        launch.bsr_linear(**(arguments | {name: arguments[name].to("meta")}))
+
+
+@pytest.mark.parametrize("shape", [(7, 2**31), (2**31, 70)])
+def test_sizes_beyond_int32(shape):
+    """A view of one element, so large that its rows or columns could not be numbered."""
+    packed, x, *_ = make(7, 45, 70, 16, 32, 0.5, torch.float32)
+    huge = x[:1, :1].expand(shape)
+    with pytest.raises(
+        support.ArgumentError, match=r"expected at most 2147483136 rows or columns, got 2147483648; split"
+    ):
+        launch.bsr_sdd(x.new_zeros(1, 45).expand(shape[0], 45), huge, *arrays(packed)[:2], 16, 32)
+
+
+def test_views_of_weights_are_copied():
+    packed, x, bias, residual = make(9, 64, 96, 32, 32, 0.6, torch.float16)
+    crow, col, values = arrays(packed)
+    y = launch.bsr_linear(x, crow, col, values, 64, bias, "silu", residual)
+    twisted = values.transpose(1, 2).contiguous().transpose(1, 2)
+    spread = torch.stack([bias, bias], 1)[:, 0], residual.T.contiguous().T
+    assert torch.equal(y, launch.bsr_linear(x, crow, col, twisted, 64, spread[0], "silu", spread[1]))
+    assert torch.equal(
+        launch.bsr_linear_dx(residual, crow, col, values, 96), launch.bsr_linear_dx(spread[1], crow, col, twisted, 96)
+    )
+
+
+def every_product(packed, x, bias, residual):
+    crow, col, values = arrays(packed)
+    launch.bsr_linear(x, crow, col, values, packed.shape[0], bias, "gelu", residual)
+    launch.bsr_linear_dx(residual, crow, col, values, packed.shape[1])
+    launch.bsr_sdd(residual, x, crow, col, *packed.blocksize)
+
+
+def test_nothing_waits_for_the_gpu_after_the_first_call(monkeypatch):
+    """No tensor is read on the host, so that calls run ahead of the GPU and can be captured into a CUDA graph."""
+    problems = [make(m, 45, 70, 16, 32, 0.5, torch.bfloat16) for m in (7, 100)]
+    monkeypatch.setattr(launch.Call, "run", lambda call: None)
+    read = []
+    for name in (
+        "cpu",
+        "cuda",
+        "to",
+        "item",
+        "tolist",
+        "numpy",
+        "nonzero",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+    ):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda *a, real=real, name=name, **b: (read.append(name), real(*a, **b))[1]
+        )
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *a: read.append("synchronize"))
+    for problem in problems:
+        every_product(*problem)
+    assert "cpu" in read  # the index, once
+    read.clear()
+    for problem in problems:
+        every_product(*problem)
+    assert read == []
+
+
+if DEVICE == "cuda":
+
+    @pytest.mark.parametrize("m", [7, 300])
+    def test_cuda_graph(m):
+        """Forward and backward, captured and replayed on other numbers in the same memory."""
+        packed, x, bias, residual = make(m, 96, 128, 32, 32, 0.5, torch.bfloat16)
+        crow, col, values = arrays(packed)
+        every_product(packed, x, bias, residual)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = launch.bsr_linear(x, crow, col, values, 96, bias, "gelu", residual)
+            dx = launch.bsr_linear_dx(residual, crow, col, values, 128)
+            dvalues = launch.bsr_sdd(residual, x, crow, col, 32, 32)
+        for tensor in (x, bias, residual):
+            tensor.normal_()
+        graph.replay()
+        assert torch.equal(y, launch.bsr_linear(x, crow, col, values, 96, bias, "gelu", residual))
+        assert torch.equal(dx, launch.bsr_linear_dx(residual, crow, col, values, 128))
+        assert torch.equal(dvalues, launch.bsr_sdd(residual, x, crow, col, 32, 32))
+
+    def test_a_new_index_inside_a_capture_is_an_error():
+        packed, x, *_ = make(7, 64, 64, 32, 32, 1.0, torch.bfloat16)
+        with pytest.raises(support.ArgumentError, match="ran once before"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            launch.bsr_linear(x, *arrays(packed), 64)
 
 
 @pytest.mark.slow

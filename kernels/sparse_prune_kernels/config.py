@@ -37,6 +37,7 @@ class Gpu:
     shared_bytes     to or from shared memory
     issue            warp instructions
     warpgroup        whether products of 64 rows go through wgmma
+    amd              whether it is AMD's: warps of 64, 512 vector registers a thread
     """
 
     sms: int
@@ -48,9 +49,11 @@ class Gpu:
     shared_bytes: int = 128
     issue: int = 4
     warpgroup: bool = False
+    amd: bool = False
 
 
 # By compute capability. 8.6, 8.9 and 12.0 multiply half as fast per SM as 8.0; their L2 figures are not published: A100's per SM.
+# AMD's by the number of their gfx name: those are compiled and gated in CI, but `unavailable` keeps them out: none has run them.
 GPUS = {
     80: Gpu(sms=108, shared=163 * 1024, multiply_adds=1024, dram_bytes=2.04e12 / 1.41e9),  # A100
     86: Gpu(sms=84, shared=99 * 1024, multiply_adds=512, l2_bytes=3982, dram_bytes=936e9 / 1.70e9),  # RTX 3090
@@ -60,6 +63,12 @@ GPUS = {
     ),
     100: Gpu(sms=148, shared=227 * 1024, multiply_adds=4096, dram_bytes=8e12 / 1.85e9),  # B200; L2 again A100's
     120: Gpu(sms=170, shared=99 * 1024, multiply_adds=512, l2_bytes=8059, dram_bytes=1.792e12 / 2.41e9),  # RTX 5090
+    942: Gpu(
+        sms=304, shared=64 * 1024, multiply_adds=1024, l2_bytes=16384, dram_bytes=5.3e12 / 2.1e9, amd=True
+    ),  # MI300X
+    950: Gpu(
+        sms=256, shared=160 * 1024, multiply_adds=2048, l2_bytes=16384, dram_bytes=8e12 / 2.4e9, amd=True
+    ),  # MI355X
 }
 
 
@@ -237,7 +246,8 @@ def _resources(m, n, merge, block_m, warps, side_n, density, union, gpu, sms) ->
 def _stages(bytes_per_stage: int, limit: int, gpu: Gpu, deepest: int = 4) -> int:
     """Four stages cover the latency of an indirect load (column, then tile); fewer where shared memory ends first.
 
-    Triton keeps as many tiles of each operand as stages for wgmma, and one fewer for mma.sync, whose operands go to registers.
+    Triton keeps as many tiles of each operand as stages for wgmma and for AMD's loads past the registers, and one fewer for
+    mma.sync, whose operands go to registers.
     """
     tiles = (limit - 1024) // bytes_per_stage  # 1024: scratch and alignment
-    return max(2, min(deepest, tiles + (0 if gpu.warpgroup else 1)))
+    return max(2, min(deepest, tiles + (0 if gpu.warpgroup or gpu.amd else 1)))

@@ -1,6 +1,7 @@
 """Checks, allocation and launches.
 
 Once a weight's plans are made, on its first call, no call here waits for the device: all of them can be captured into a CUDA graph.
+Call once with each number of rows before a capture, too: a tiling that is new is compiled and loaded, which a capture forbids.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .config import SUM_BLOCK, SUM_WARPS, LinearConfig, SddConfig, linear_config, merges, sdd_config
 from .kernels import bsr_linear_kernel, bsr_sdd_kernel, sum_parts_kernel
 from .plan import Plan, make_plans
+from .support import ArgumentError, check_device
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 MAX_PROGRAMS = 2**31 - 1  # CUDA's limit on the first dimension of a grid
+# Rows, inputs and outputs are numbered in int32, and a tile reaches past the last one by 511 at most; their products are int64.
+MAX_SIZE = 2**31 - 512
 INTERPRETED = not isinstance(
     bsr_linear_kernel, triton.JITFunction
 )  # TRITON_INTERPRET=1 was set when Triton was imported
@@ -57,20 +61,29 @@ def bsr_linear(
 ) -> Tensor:
     """y[M, N] = act(x[M, K] @ W[N, K]^T + bias[N]) + residual[M, N], accumulated in float32; N = out_features.
 
-    x              float16, bfloat16 or float32 [M, K]; rows may lie apart
+    x              float16, bfloat16 or float32 [M, K] on a GPU; rows may lie apart and anywhere (in place, by narrower loads where
+                   they are misaligned), columns that do not touch are copied
     crow_indices   int32 [ceil(N/R) + 1]
     col_indices    int32 [nnzb]
-    values         [nnzb, R, C], R and C in {16, 32, 64, 128}; dtype of x, as bias and residual
+    values         [nnzb, R, C], R and C in {16, 32, 64, 128}; dtype of x, as bias and residual; copied where not contiguous
     config         None: chosen by linear_config
 
     float32 is multiplied exactly unless torch.backends.cuda.matmul.fp32_precision is "tf32".
     The indices are trusted. The first call with an index reads it on the host and keeps the plan that comes of it: make that call
-    before a CUDA graph is captured. Raises ValueError for dtypes, devices or shapes that do not agree.
+    before a CUDA graph is captured. Raises ArgumentError, a ValueError, for dtypes, devices or shapes that do not agree or are too
+    large, and for tensors that are on no GPU.
     """
-    _check_same("x", x, values=values, bias=bias, residual=residual)
+    values = _checked("x", x, crow_indices, col_indices, values, bias=bias, residual=residual)
     _check("activation", activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}", repr(activation))
     _, r, c = values.shape
     plans = plans_of(crow_indices, col_indices, out_features, x.shape[1], r, c, x.element_size(), transposed=False)
+    if bias is not None:
+        _check("bias", bias.shape == (out_features,), f"shape ({out_features},)", tuple(bias.shape))
+        bias = bias.contiguous()
+    if residual is not None:
+        shape = (x.shape[0], out_features)
+        _check("residual", residual.shape == shape, f"shape {shape}", tuple(residual.shape))
+        residual = residual.contiguous()
     return _linear(x, plans, values, out_features, r, c, c, 1, bias, activation, residual, config)
 
 
@@ -86,7 +99,7 @@ def bsr_linear_dx(
 
     The same kernel, over the plan of W^T: blocks stay where they are in values and are read with their strides exchanged.
     """
-    _check_same("dy", dy, values=values)
+    values = _checked("dy", dy, crow_indices, col_indices, values)
     _, r, c = values.shape
     plans = plans_of(crow_indices, col_indices, dy.shape[1], in_features, r, c, dy.element_size(), transposed=True)
     return _linear(dy, plans, values, in_features, c, r, 1, c, None, "none", None, config)
@@ -96,9 +109,12 @@ def bsr_sdd(
     dy: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, block_rows: int, block_cols: int
 ) -> Tensor:
     """dvalues[nnzb, R, C]: the stored blocks of dy[M, N]^T @ x[M, K]; R = block_rows, C = block_cols."""
-    _check_same("dy", dy, x=x)
+    _checked("dy", dy, crow_indices, col_indices, None, x=x)
     _check("x", x.shape[0] == dy.shape[0], f"{dy.shape[0]} rows like dy", x.shape[0])
-    dy, x = _with_adjacent_columns(dy), _with_adjacent_columns(x)
+    rows = triton.cdiv(dy.shape[1], block_rows)
+    _check("crow_indices", crow_indices.shape == (rows + 1,), f"{rows + 1} entries", tuple(crow_indices.shape))
+    _check_sizes(M=dy.shape[0], N=dy.shape[1], K=x.shape[1])
+    dy, x, col_indices = _with_adjacent_columns(dy), _with_adjacent_columns(x), col_indices.contiguous()
     nnzb = col_indices.numel()
     dvalues = dy.new_empty(nnzb, block_rows, block_cols)  # [nnzb, R, C]
     if nnzb == 0:
@@ -132,7 +148,16 @@ def plans_of(
             "an index that ran once before a CUDA graph is captured",
             "a new index inside a capture",
         )
-        known[key] = (version, make_plans(crow, col, triton.cdiv(k, c), key[1], transposed))
+        try:
+            plans = make_plans(crow, col, triton.cdiv(k, c), key[1], transposed)
+        except IndexError:
+            raise ArgumentError(
+                "col_indices",
+                f"block-columns below {triton.cdiv(k, c)}, for K = {k}",
+                "one beyond",
+                "give x all K columns",
+            ) from None
+        known[key] = (version, plans)
     return known[key][1]
 
 
@@ -149,6 +174,7 @@ def _linear(x, plans, values, n, side_n, side_k, stride_n, stride_k, bias, activ
     """y[M, n] for blocks that span side_n outputs and side_k inputs, stride_n and stride_k elements apart."""
     x = _with_adjacent_columns(x)
     m, k = x.shape
+    _check_sizes(M=m, N=n, K=k)
     y = x.new_empty(m, n)  # [M, N]
     if y.numel() == 0:
         return y
@@ -158,8 +184,11 @@ def _linear(x, plans, values, n, side_n, side_k, stride_n, stride_k, bias, activ
         capability, sms = _device(x.device)
         config = linear_config(m, n, k, side_n, side_k, x.element_size(), capability, density, unions, sms)
     plan = plans[config.merge]
+    # Places in the plan and steps of the loop are int32.
+    places = max(plan.table.numel(), plan.steps * (side_k // config.block_k))
+    _check("col_indices", places < 2**31, f"a plan of fewer than {2**31} entries", places, "larger blocks")
     programs = triton.cdiv(m, config.block_m) * plan.tiles
-    _check("x", programs <= MAX_PROGRAMS, f"at most {MAX_PROGRAMS} tiles", programs)
+    _check("x", programs <= MAX_PROGRAMS, f"at most {MAX_PROGRAMS} tiles", programs, "fewer rows at a time")
     with torch.cuda.device_of(x):
         for call in linear_calls(
             x, plan, values, bias, residual, y, side_n, side_k, stride_n, stride_k, activation, config, _precision()
@@ -244,13 +273,32 @@ def _with_adjacent_columns(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def _check_same(name: str, tensor: Tensor, **others: Tensor | None) -> None:
-    for other_name, other in others.items():
-        if other is not None:
-            _check(other_name, other.dtype == tensor.dtype, f"{tensor.dtype} like {name}", other.dtype)
-            _check(other_name, other.device == tensor.device, f"{tensor.device} like {name}", other.device)
+def _checked(
+    name: str, tensor: Tensor, crow: Tensor, col: Tensor, values: Tensor | None, **others: Tensor | None
+) -> Tensor | None:
+    """values, contiguous, once all of them are what the kernels read: on one GPU, matrices of one dtype, and an int32 index."""
+    _check(
+        name, tensor.is_cuda or INTERPRETED, "a tensor on a CUDA device", f"one on {tensor.device}", "move it to a GPU"
+    )
+    check_device(name, tensor, crow_indices=crow, col_indices=col, values=values, **others)
+    _check(name, tensor.ndim == 2, "two dimensions", tuple(tensor.shape))
+    for other_name, other in {"values": values, **others}.items():
+        if other is not None and other.dtype != tensor.dtype:
+            _check(other_name, False, f"{tensor.dtype} like {name}", other.dtype, f"{other_name}.to({name}.dtype)")
+    for other_name, other in (("crow_indices", crow), ("col_indices", col)):
+        _check(other_name, other.dtype is torch.int32 and other.ndim == 1, "int32, one dimension", other.dtype)
+    if values is None:
+        return None
+    agree = values.ndim == 3 and values.shape[0] == col.shape[0]
+    _check("values", agree, f"{col.shape[0]} blocks, one for each of col_indices", tuple(values.shape))
+    return values.contiguous()
 
 
-def _check(argument: str, ok: bool, expected: str, got: object) -> None:
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        _check(name, size <= MAX_SIZE, f"at most {MAX_SIZE} rows or columns", size, "split the problem")
+
+
+def _check(argument: str, ok: bool, expected: str, got: object, remedy: str = "see bsr_linear's documentation") -> None:
     if not ok:
-        raise ValueError(f"{argument}: expected {expected}, got {got}")
+        raise ArgumentError(argument, expected, got, remedy)

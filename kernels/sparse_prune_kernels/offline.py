@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .config import LinearConfig, SddConfig
+from .config import LinearConfig, SddConfig, gpu_of
 from .launch import Call, linear_calls, sdd_call
 from .plan import Plan
 
@@ -25,6 +25,10 @@ TYPES = {  # PyTorch's types and Triton's names of them
     torch.int32: "i32",
     torch.int8: "i8",
 }
+AMD_USAGE = (
+    "vgpr_count",
+    "private_segment_fixed_size",
+)  # vector registers, accumulation registers included, and scratch
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"  # comes with Triton's wheel
 
 
@@ -32,9 +36,9 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 class Compiled:
     """What one kernel became.
 
-    ptx         its text
+    ptx         its text; for an AMD GPU its assembly
     registers   of a thread
-    stack       bytes of a thread; spills lie there
+    stack       bytes of a thread, or for an AMD GPU of a work-item; spills lie there
     shared      bytes of shared memory of a program
     parameters  names of the arguments that the device reads, in order
     """
@@ -59,7 +63,7 @@ def compile_linear(
 ) -> list[Compiled]:
     """What a launch with bias, residual and config would run on large, aligned tensors: one kernel, or two if config.split > 1.
 
-    dtype as in "bfloat16", capability as in 90, transposed as bsr_linear_dx has it.
+    dtype as in "bfloat16", capability as in 90 (942 for AMD's gfx942), transposed as bsr_linear_dx has it.
     """
     kind = getattr(torch, dtype)
     k = 4096 if even_k else 4096 + 16 * (1 if side_k > 16 else 0)
@@ -99,6 +103,11 @@ def compile_call(call: Call, capability: int) -> Compiled:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     options = {"num_warps": call.num_warps, "num_stages": call.num_stages}
+    if gpu_of(capability).amd:
+        made = triton.compile(source, target=GPUTarget("hip", f"gfx{capability}", 64), options=options)
+        text = made.asm["amdgcn"]
+        registers, stack = (int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for name in AMD_USAGE)
+        return Compiled(text, registers, stack, made.metadata.shared, tuple(read))
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(made.asm["cubin"])

@@ -24,6 +24,14 @@ MIN_CAPABILITY = (
 MIN_TRITON = (3, 6)  # what torch 2.10, the oldest torch we accept, is released with
 
 
+class ArgumentError(ValueError):
+    """A tensor or option that the kernels cannot take: which, what was expected, what came, what to do."""
+
+    def __init__(self, argument: str, expected: str, got: object, remedy: str) -> None:
+        self.problem = (argument, expected, got, remedy)
+        super().__init__(f"{argument}: expected {expected}, got {got}; {remedy}")
+
+
 @cache
 def unavailable(device: torch.device, dtype: torch.dtype, blocksize: tuple[int, int]) -> str | None:
     """None where the kernels run a weight of that dtype and blocksize (R, C) on that device, else the reason in words.
@@ -60,31 +68,64 @@ def triton_problem() -> str | None:
     return None
 
 
-def register(library: torch.library.Library, fallbacks: Mapping[str, Callable[..., Tensor]]) -> None:
+def register(
+    library: torch.library.Library,
+    fallbacks: Mapping[str, Callable[..., Tensor]],
+    error: Callable[[str, str, object, str], Exception] = ArgumentError,
+) -> None:
     """Make the kernels the CUDA implementation of `bsr_linear`, `bsr_linear_dx` and `bsr_sdd` in library's namespace.
 
     fallbacks maps each of the three names to the function that runs where `unavailable` gives a reason (blocks of 4x8, say); it
-    takes the operator's own arguments.
+    takes the operator's own arguments. error makes the exception that a caller sees of (argument, expected, got, remedy).
     """
 
     def linear(x, crow_indices, col_indices, values, prepacked, out_features, bias, activation, residual):
+        check_device(
+            "x",
+            x,
+            crow_indices=crow_indices,
+            col_indices=col_indices,
+            values=values,
+            bias=bias,
+            residual=residual,
+        )
         arguments = (x, crow_indices, col_indices, values, prepacked, out_features, bias, activation, residual)
         if unavailable(x.device, x.dtype, tuple(values.shape[1:])) is not None:
             return fallbacks["bsr_linear"](*arguments)
         return _launch().bsr_linear(x, crow_indices, col_indices, values, out_features, bias, activation, residual)
 
     def linear_dx(dy, crow_indices, col_indices, values, in_features):
+        check_device("dy", dy, crow_indices=crow_indices, col_indices=col_indices, values=values)
         runs = unavailable(dy.device, dy.dtype, tuple(values.shape[1:])) is None
         function = _launch().bsr_linear_dx if runs else fallbacks["bsr_linear_dx"]
         return function(dy, crow_indices, col_indices, values, in_features)
 
     def sdd(dy, x, crow_indices, col_indices, block_rows, block_cols):
+        check_device("dy", dy, x=x, crow_indices=crow_indices, col_indices=col_indices)
         runs = unavailable(dy.device, dy.dtype, (block_rows, block_cols)) is None
         function = _launch().bsr_sdd if runs else fallbacks["bsr_sdd"]
         return function(dy, x, crow_indices, col_indices, block_rows, block_cols)
 
+    def told(function):
+        def run(*arguments):
+            try:
+                return function(*arguments)
+            except ArgumentError as mistake:
+                raise error(*mistake.problem) from None
+
+        return run
+
     for name, function in (("bsr_linear", linear), ("bsr_linear_dx", linear_dx), ("bsr_sdd", sdd)):
-        library.impl(name, function, "CUDA")
+        library.impl(name, told(function), "CUDA")
+
+
+def check_device(name: str, tensor: Tensor, **others: Tensor | None) -> None:
+    """Raise ArgumentError where one of others is on another device than tensor."""
+    for other_name, other in others.items():
+        if other is not None and other.device != tensor.device:
+            raise ArgumentError(
+                other_name, f"{tensor.device} like {name}", other.device, f"{other_name}.to({name}.device)"
+            )
 
 
 def _launch() -> ModuleType:

@@ -237,10 +237,37 @@ constexpr auto f_max_nan = [](auto a, auto b) { return std::isnan(a) || std::isn
 
 // ---- families ----
 
+// sm_100 and younger: the sources that are multiplied, or the first one of a sum, are f16 or bf16 and the rest f32. Widening is exact.
+template <bool Bf, auto F>
+void mixed_sum(Warp& w, const Inst& i, Mask m) {
+  map2<float, u16, float, [](u16 a, float b) { return F(widen<Bf>(a), b); }>(w, i, m);
+}
+template <bool Bf>
+void mixed_fma(Warp& w, const Inst& i, Mask m) {
+  map3<float, u16, u16, float, [](u16 a, u16 b, float c) { return std::fma(widen<Bf>(a), widen<Bf>(b), c); }>(w, i, m);
+}
+bool take_mixed(Line& l, Inst& inst, Type t) {
+  bool bf = l.has("bf16");
+  if (t.bits != 32 || t.lanes != 1 || !(bf || l.has("f16"))) return false;
+  l.take(bf ? "bf16" : "f16");
+  l.take("rn");
+  inst.kind = FLOAT;
+  size_t narrow = l.name == "fma" ? 2 : 1;
+  l.want(narrow + 2);
+  for (size_t k = 0; k < narrow + 2; ++k) l.push(l.operands[k].items[0], k >= 1 && k <= narrow ? 2 : 4);
+  constexpr auto plus = [](float a, float b) { return a + b; };
+  constexpr auto minus = [](float a, float b) { return a - b; };
+  if (l.name == "fma") inst.run = bf ? mixed_fma<true> : mixed_fma<false>;
+  else if (l.name == "add") inst.run = bf ? mixed_sum<true, plus> : mixed_sum<false, plus>;
+  else inst.run = bf ? mixed_sum<true, minus> : mixed_sum<false, minus>;
+  return true;
+}
+
 void add_like(Line& l, Inst& inst) {
   Type t = l.take_type();
   const std::string& n = l.name;
   if (t.is_float()) {
+    if (take_mixed(l, inst, t)) return;
     if (n == "add" ? take_directed<2, [](auto a, auto b) { return a + b; }>(l, inst, t) : take_directed<2, [](auto a, auto b) { return a - b; }>(l, inst, t)) return;
     nearest_only(l);
     if (n == "add") return floating<2, [](auto a, auto b) { return a + b; }>(l, inst, t);
@@ -329,6 +356,7 @@ void mad(Line& l, Inst& inst) {
 
 void fma_(Line& l, Inst& inst) {
   Type t = l.take_type();
+  if (take_mixed(l, inst, t)) return;
   if (take_directed<3, [](auto a, auto b, auto c) { return std::fma(a, b, c); }>(l, inst, t)) return;
   nearest_only(l);
   floating<3, [](auto a, auto b, auto c) { return std::fma(a, b, c); }>(l, inst, t);
