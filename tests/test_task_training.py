@@ -1,6 +1,7 @@
 """train, prune and what is around them, on tiny models and little data."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,11 +43,13 @@ SENTENCES = [
 
 @pytest.fixture(autouse=True)
 def tiny_recipes(monkeypatch):
-    recipe = training.Recipe(2, 3e-3, 8, 1.0, 0.01, TINY)
+    recipe = training.Recipe(2, 3e-3, 8, 1.0, 0.01, TINY, least_steps=1)
     for table in (training.TRAIN_RECIPES, training.PRUNE_RECIPES):
         for key in list(table):
             monkeypatch.setitem(table, key, recipe)
     monkeypatch.setattr(training, "FINE_TUNE", recipe)
+    short = {full: replace(recipe, epochs=2, least_steps=1) for full, recipe in training.FINE_PRUNE.items()}
+    monkeypatch.setattr(training, "FINE_PRUNE", short)
     monkeypatch.setattr("sparse_prune.tasks.analysis.TIMED_SECONDS", 0)
 
 
@@ -96,6 +99,12 @@ def test_from_files_to_packed(files, task):
     again = tasks.pack(pruned, files / "repacked")
     assert again.packed_bytes == metrics["sparse"]["bytes"]
     assert not list(files.glob(".*.work"))
+
+
+def test_a_small_file_gets_more_epochs():
+    recipe = training.Recipe(2, 3e-3, 8, 1.0, 0.01, least_steps=300)
+    assert [recipe.steps(None, batches) for batches in (19, 150, 151, 1000)] == [300, 300, 302, 2000]
+    assert [recipe.steps(epochs, 19) for epochs in (0.01, 2, 3.5)] == [1, 38, 66]  # what the user says, holds
 
 
 def test_analysis_says_what_the_page_needs(files):
@@ -192,14 +201,19 @@ def test_a_directory_that_is_not_ours_is_left_alone(files):
     assert (files / "thesis" / "chapter.txt").read_text() == "years of work"
 
 
-def test_a_users_own_model_is_fine_tuned_and_pruned(files):
+@pytest.fixture
+def bert(files):
     tokenizer = train_tokenizer([e.text for e in REVIEWS], min_count=1)
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
     )
     BertForSequenceClassification(config).save_pretrained(files / "bert")
     tokenizer.save_pretrained(files / "bert")
-    tasks.train(tasks.TrainArgs(model=str(files / "bert"), out=files / "dense", **arguments(files)))
+    return files / "bert"
+
+
+def test_a_users_own_model_is_fine_tuned_and_pruned(files, bert):
+    tasks.train(tasks.TrainArgs(model=str(bert), out=files / "dense", **arguments(files)))
     tasks.prune(
         tasks.PruneArgs(model=files / "dense", out=files / "pruned", density=0.5, block=(16, 16), **arguments(files))
     )
@@ -207,6 +221,31 @@ def test_a_users_own_model_is_fine_tuned_and_pruned(files):
     assert len(masks) == 12 and all(name.startswith("bert.encoder.layer.") for name in masks)
     analysis = json.loads((files / "pruned" / "analysis.json").read_text(encoding="utf-8"))
     assert len(analysis["heads"]) == 4 and analysis["attention"]
+
+
+@pytest.mark.parametrize("criterion", [None, "magnitude"])
+@pytest.mark.parametrize("distill", [True, False])
+def test_a_model_that_came_trained_is_pruned_by_its_own_recipe(files, bert, monkeypatch, distill, criterion):
+    seen = {}
+
+    class Watched(bridge.DistillationTrainer):
+        def __init__(self, *args, model, distill, teacher, **more):
+            rates = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+            seen.update(rates=rates, hidden=distill.hidden_weight if teacher is not None else 0.0)
+            super().__init__(*args, model=model, distill=distill, teacher=teacher, **more)
+
+    class WatchedPruner(training.Pruner):
+        def __init__(self, model, config, *more):
+            seen["criterion"] = config.criterion
+            super().__init__(model, config, *more)
+
+    tasks.train(tasks.TrainArgs(model=str(bert), out=files / "dense", **arguments(files)))
+    monkeypatch.setattr(training, "DistillationTrainer", Watched)
+    monkeypatch.setattr(training, "Pruner", WatchedPruner)
+    args = {"model": files / "dense", "out": files / "p", "block": (16, 16), "distill": distill, "criterion": criterion}
+    tasks.prune(tasks.PruneArgs(**args, **arguments(files)))
+    assert seen["criterion"] == (criterion or "taylor")
+    assert (seen["rates"], seen["hidden"]) == (({0.0}, 1.0) if distill else ({0.1}, 0.0))
 
 
 def test_ablation_compares_and_goes_on_where_it_stopped(files, monkeypatch):

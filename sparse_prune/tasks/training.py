@@ -20,6 +20,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from ..benchmark import interleaved_medians
 from ..convert import BlockSparseConfig, SparsifyResult, sparsify_
+from ..distill import DistillConfig
 from ..errors import SparsePruneError
 from ..integrations.trainer import (
     PRUNER_STATE_NAME,
@@ -62,8 +63,9 @@ DEV_EXAMPLES = 600  # scored after each epoch, to show; nothing is chosen by it
 class Recipe:
     """What a run uses where the arguments leave it open; chosen on the dev part of the built-in data.
 
-    embedding_rate is a factor on the learning rate for embedding tables, whose rows rarely see a gradient; garlic holds settings of
-    a new GarlicConfig.
+    epochs grow until there are least_steps optimizer steps: a small file needs more passes than a large one. embedding_rate is a
+    factor on the learning rate for embedding tables, whose rows rarely see a gradient; garlic holds settings of a new GarlicConfig.
+    criterion and distill are what prune uses; with undisturbed, nn.Dropout is off while there is a teacher to learn from.
     """
 
     epochs: float
@@ -72,6 +74,14 @@ class Recipe:
     embedding_rate: float
     weight_decay: float
     garlic: dict = field(default_factory=dict)
+    least_steps: int = 150
+    criterion: str = "movement"
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    undisturbed: bool = False
+
+    def steps(self, epochs: float | None, batches: int) -> int:
+        """Optimizer steps of a run over that many batches; epochs None takes the recipe's, or more where they are too few."""
+        return max(1, int(epochs * batches)) if epochs else max(self.least_steps, int(self.epochs * batches), 1)
 
 
 SENTIMENT = {  # some ten thousand texts: what is not held back is learnt by heart
@@ -95,9 +105,23 @@ PRUNE_RECIPES = {
     ("ner", True): Recipe(4, 7e-4, 32, 1.0, 0.01),
 }
 # A model that comes trained: fine-tuned at the rate that BERT's authors suggest; pruned at a higher one, since most of it must be
-# learnt anew from its dense self, and for longer. By `full`.
+# learnt anew from its dense self, and for longer. By `full`. Not by movement: on a model that has settled, -w * g is noise around
+# 0, largest in size where the weights matter most, and movement drops the blocks where it is most negative.
 FINE_TUNE = Recipe(3, 5e-5, 32, 1.0, 0.01)
-FINE_PRUNE = {False: Recipe(6, 2e-4, 32, 1.0, 0.01), True: Recipe(12, 2e-4, 32, 1.0, 0.01)}
+FINE_PRUNE = {
+    full: Recipe(
+        epochs,
+        5e-4,
+        32,
+        1.0,
+        0.01,
+        least_steps=600,
+        criterion="taylor",
+        distill=DistillConfig(hidden_weight=1.0),
+        undisturbed=True,
+    )
+    for full, epochs in ((False, 6), (True, 12))
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +183,7 @@ class PruneArgs(RunArgs):
     model      directory of a trained model
     density    kept fraction of the encoder's blocks, in (0, 1]
     block      block size (rows, columns)
-    criterion  what makes a block worth keeping
+    criterion  what makes a block worth keeping; None: the recipe's
     schedule   how the density falls
     scope      "global": blocks of all layers compete; "local": within their layer
     distill    learn from the dense model too
@@ -169,7 +193,7 @@ class PruneArgs(RunArgs):
     model: Path
     density: float = 0.2
     block: tuple[int, int] = (32, 32)
-    criterion: str = "movement"
+    criterion: str | None = None
     schedule: str = "cubic"
     scope: str = "global"
     distill: bool = True
@@ -307,7 +331,7 @@ class Pruned:
 def check_prune_args(args: PruneArgs) -> None:
     """Raise SparsePruneError for arguments that cannot be, before anything is written."""
     PruneConfig(
-        criterion=args.criterion,
+        criterion=args.criterion or "movement",
         schedule=args.schedule,
         scope=args.scope,
         density=args.density,
@@ -399,13 +423,12 @@ def _fit(
     data = encode(tokenizer, parts["train"], labels, length)
     batch_size = args.batch_size or recipe.batch_size
     batches = LengthBatches(data.lengths, batch_size, args.seed)
-    epochs = args.epochs or recipe.epochs
-    steps = max(1, int(epochs * len(batches)))
+    steps = recipe.steps(args.epochs, len(batches))
     pruning = isinstance(args, PruneArgs)
     pruner, callbacks = None, []
     if pruning:
         config = PruneConfig(
-            criterion=args.criterion,
+            criterion=args.criterion or recipe.criterion,
             schedule=args.schedule,
             scope=args.scope,
             density=args.density,
@@ -414,6 +437,10 @@ def _fit(
             seed=args.seed,
         )
         pruner = Pruner(model, config, encoder_filter(model))
+        if args.distill and recipe.undisturbed:
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
     work = work_dir(Path(args.out), mark)
     resume = last_checkpoint(work, (PRUNER_STATE_NAME,) if pruning else ())
     if pruning:
@@ -480,6 +507,7 @@ def _fit(
         batches=batches,
         embedding_rate=recipe.embedding_rate,
         teacher=teacher if pruning and args.distill else None,
+        distill=recipe.distill,
     )
     trainer.remove_callback(PrinterCallback)
     if pruner is not None:
