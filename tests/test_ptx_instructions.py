@@ -603,6 +603,14 @@ mad.wide.u32 %rd12, %r0, 16, %rd2; @%p0 st.global.v4.b32 [%rd12], {{%r4, %r5, %r
     assert torch.equal(back[: 8 * count], x[: 8 * count])
 
 
+def test_movmatrix():
+    x, out = torch.randint(0, 1 << 15, (8, 8), dtype=torch.int16), torch.zeros(8, 8, dtype=torch.int16)
+    body = """mad.wide.u32 %rd10, %r0, 4, %rd0; ld.global.b32 %r1, [%rd10];
+movmatrix.sync.aligned.m8n8.trans.b16 %r2, %r1; mad.wide.u32 %rd11, %r0, 4, %rd1; st.global.b32 [%rd11], %r2;"""
+    emulate(kernel(body, 2), "k", 1, 32, [x, out])
+    assert torch.equal(out, x.T)
+
+
 # ---- wgmma ----
 
 
@@ -964,8 +972,10 @@ mad.wide.u32 %rd10, %r6, 16, %rd1; st.global.v4.b32 [%rd10], {{%r8, %r9, %r10, %
 @pytest.mark.parametrize("mode", ptx_emulator.MODES)
 def test_multicast(mode):
     x, out = torch.randn(32, 32).half(), torch.zeros(2, 32, 32).half()
-    emulate(multicast(), "k", 2, 128, [TensorMap(x, [32, 16]), out], cluster=(2,), mode=mode)
+    counts = emulate(multicast(), "k", 2, 128, [TensorMap(x, [32, 16]), out], cluster=(2,), mode=mode)
     assert torch.equal(out[0], x) and torch.equal(out[1], x)
+    assert counts.l2_load_sectors == 32 * 32 * 2 // 32  # each half is asked for once ...
+    assert counts.shared_write_bytes == 2 * 32 * 32 * 2  # ... and written in both blocks
 
 
 @pytest.mark.parametrize("mode", ptx_emulator.MODES)

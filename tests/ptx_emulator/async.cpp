@@ -266,7 +266,6 @@ void bulk(Warp& w, const Inst& i, Mask m) {
     });
     if (b.to_shared) {
       counts.global_load_sectors += sectors_before, counts.l2_load_sectors += sectors_before, counts.global_load_bytes += b.bytes;
-      counts.shared_write_bytes += b.bytes;
       u64 barrier = address(w, i.op[i.ops - 1 - !!(i.d & MULTICAST)], l, i32(i.c));
       b.mbarrier = u32(barrier);
       // Multicast: to the same place in every block of the mask, and to the mbarrier at the same place there.
@@ -278,17 +277,19 @@ void bulk(Warp& w, const Inst& i, Mask m) {
         b.cta = cta.cluster->ctas[rank].get();
         mbarrier_at(w, i, l, barrier, *b.cta);
         each_place(b, [&](u32 at, u32 bytes) { note_pending_write(w, i, l, at, bytes, b.cta); });
+        counts.shared_write_bytes += b.bytes;  // in every block that receives it; L2 is read once
+        counts.shared_wavefronts += (b.bytes + 127) / 128, counts.shared_ideal += (b.bytes + 127) / 128;
         cta.bulks.push_back(b);
         if (cta.launch->mode == Mode::early) complete_bulk(cta, cta.bulks.size() - 1);
       }
     } else {
       counts.global_store_sectors += sectors_before, counts.global_store_bytes += b.bytes;
+      counts.shared_wavefronts += (b.bytes + 127) / 128, counts.shared_ideal += (b.bytes + 127) / 128;
       counts.shared_read_bytes += b.bytes;
       b.group = w.bulk_committed[l];
       each_place(b, [&](u32 at, u32 bytes) { note_pending_read(w, i, l, at, bytes); });
       cta.bulks.push_back(b);
     }
-    counts.shared_wavefronts += (b.bytes + 127) / 128, counts.shared_ideal += (b.bytes + 127) / 128;
   }
 }
 

@@ -1,4 +1,4 @@
-// ldmatrix, stmatrix and mma.sync: fragments spread over the lanes of a warp.
+// ldmatrix, stmatrix, movmatrix and mma.sync: fragments spread over the lanes of a warp.
 #include <algorithm>
 
 #include "access.h"
@@ -202,10 +202,29 @@ void mma(Line& l, Inst& inst) {
   }
 }
 
+// An 8 x 8 matrix of 16-bit numbers in the registers of a warp, as ldmatrix leaves it, transposed.
+void movmatrix(Line& l, Inst& inst) {
+  inst.kind = SHUFFLE;
+  inst.sync = Sync::aligned;
+  if (!l.take("sync") || !l.take("aligned") || !l.take("m8n8") || !l.take("trans") || l.take_type().bits != 16) return;
+  l.want(2);
+  for (auto& operand : l.operands) l.push(operand.text, 4);
+  inst.run = [](Warp& w, const Inst& i, Mask m) {
+    const u32* in = w.reg<u32>(i.op[1]);
+    u32 out[LANES];
+    for (int lane = 0; lane < LANES; ++lane) {
+      int g = lane / 4, t = lane % 4 * 2;
+      auto element = [&](int row, int column) { return in[4 * row + column / 2] >> 16 * (column % 2) & 0xffff; };
+      out[lane] = element(t, g) | element(t + 1, g) << 16;
+    }
+    put(w.reg<u32>(i.op[0]), out, m);
+  };
+}
+
 }  // namespace
 
 const Family& matrix_family() {
-  static const Family family{{{"ldmatrix", ld_st_matrix}, {"stmatrix", ld_st_matrix}, {"mma", mma}}};
+  static const Family family{{{"ldmatrix", ld_st_matrix}, {"stmatrix", ld_st_matrix}, {"movmatrix", movmatrix}, {"mma", mma}}};
   return family;
 }
 

@@ -196,7 +196,7 @@ struct TensorMap {  // 128 bytes that Python makes from the arguments of cuTenso
   u32 unused[7];
 };
 static_assert(sizeof(TensorMap) == 128);
-constexpr u32 MAX_MBARRIERS = 128;
+constexpr u32 MAX_MBARRIERS = 256;
 constexpr u64 TENSOR_MAP_MAGIC = 0x70616d726f736e74ull;
 
 // cp.async.bulk and cp.async.bulk.tensor, on their way.

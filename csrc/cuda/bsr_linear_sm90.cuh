@@ -1,0 +1,303 @@
+// y[M, N] = act(x[M, K] W[N, K]^T + b[N]) + residual[M, N] on Hopper, W block-sparse: persistent, warp-specialised, wgmma fed by TMA.
+//
+// A tile is 128 outputs (block-rows put together by the plan) by TOKENS rows of x. Its transpose is computed: W is the left operand, 16
+// outputs a warp, from registers in fragment order; x^T the right one, from shared memory. Blocks of a cluster make tiles of the same
+// rows of x and walk in step over the union of their block-columns:
+//
+//   step    STEP inputs of one block-column. One block of the cluster, in turn, loads x[TOKENS, STEP] for all blocks that need it
+//           (multicast); each block loads what W has there for its own rows.
+//   stage   what a step brings: x, the blocks of W (absent ones are not loaded), and a word that says which are present.
+//   ready   mbarrier of a stage, in each block: the block's loading warp and the leader have arrived, and all bytes.
+//   spent   mbarrier of a stage, in each block: its consumer warps have read the stage. W may be overwritten.
+//   free    mbarrier of a stage, in the block that leads it: the consumer warps of all blocks have. x may be overwritten.
+//
+// A warpgroup whose rows have no block at a step passes it by; a row without a block beside one with a block is multiplied by zeros.
+#pragma once
+
+#include "bsr_linear_sm90.h"
+#include "hopper.cuh"
+
+namespace sparse_prune::sm90 {
+
+enum Activation : int { NONE, RELU, GELU, GELU_TANH, SILU };
+
+// Parameters of the kernels, and what they are gathered into. They are plain so that a test can pass tensors for pointers.
+#define SPARSE_PRUNE_SM90_PARAMETERS                                                                                         \
+  const __grid_constant__ CUtensorMap x_map, const void *values, const int *table, const void *bias, const void *residual,   \
+      void *y, long long residual_row, int m, int n, int block_rows, int groups, int steps, int group_tokens, int activation
+#define SPARSE_PRUNE_SM90_ARGUMENTS \
+  {values, table, bias, residual, y, residual_row, m, n, block_rows, groups, steps, group_tokens, activation}
+
+struct Arguments {
+  const void* values;    // [nnzb * C / STEP, STEP / 16, R / 16, 32 lanes, 8]: fragments of wgmma, cuda_sm90.fragment_order
+  const int* table;      // cuda_sm90.ClusterPlan
+  const void* bias;      // [n] or null
+  const void* residual;  // [m, n], rows residual_row elements apart, or null
+  void* y;               // [m, n]
+  long long residual_row;
+  int m, n;
+  int block_rows;        // R
+  int groups;            // of block-rows: one for each cluster at a time
+  int steps;             // of all groups
+  int group_tokens;      // tiles of tokens that pass over all groups together, so that their x stays in L2
+  int activation;
+};
+
+template <int N>
+__device__ inline void activate(float (&z)[N], int activation) {
+  if (activation == RELU) {
+    for (float& v : z) v = v < 0 ? 0 : v;  // NaN stays
+  } else if (activation == GELU) {
+    for (float& v : z) v = 0.5f * v * (1 + erff(v * 0.70710678f));
+  } else if (activation != NONE) {
+    // 0.5 (1 + tanh(u)) is the logistic function of 2 u.
+    for (float& v : z) {
+      float u = activation == SILU ? v : 1.5957691f * v * (1 + 0.044715f * v * v);
+      v = __fdividef(v, 1 + __expf(-u));
+    }
+  }
+}
+
+template <class T>
+__device__ inline uint32_t packed(float a, float b) {
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, __half>) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
+  else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
+  return pair;
+}
+template <class T>
+__device__ inline float2 unpacked(uint32_t pair) {
+  if constexpr (std::is_same_v<T, __half>) return __half22float2(reinterpret_cast<const __half2&>(pair));
+  else return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+}
+
+// Which tile of tokens and which group a cluster makes at its turn: groups in order (long ones first) within a band of tokens.
+struct Tile {
+  int token, group;
+};
+__device__ inline Tile tile_of(int turn, int token_tiles, const Arguments& a) {
+  int band = turn / (a.group_tokens * a.groups), within = turn - band * a.group_tokens * a.groups;
+  int width = min(a.group_tokens, token_tiles - band * a.group_tokens);
+  return {band * a.group_tokens + within % width, within / width};
+}
+
+constexpr uint32_t LAST = 1u << 31;  // of a stage's word: the last step of its tile. Bits 0 to 7: which of the tile's block-rows have a block
+
+// The ring of stages, seen by one warp.
+template <int TOKENS, int STEP>
+struct Ring {
+  static constexpr int COUNT = stages(TOKENS, STEP);
+  uint32_t base;
+  uint32_t position = 0;  // steps so far
+
+  __device__ uint32_t stage() const { return position % COUNT; }
+  __device__ uint32_t parity() const { return position / COUNT & 1; }
+  __device__ uint32_t x(uint32_t stage) const { return base + stage * x_bytes(TOKENS, STEP); }
+  __device__ uint32_t w(uint32_t stage) const { return base + COUNT * x_bytes(TOKENS, STEP) + stage * w_bytes(STEP); }
+  __device__ uint32_t ready(uint32_t stage) const { return base + COUNT * (x_bytes(TOKENS, STEP) + w_bytes(STEP)) + 8 * stage; }
+  __device__ uint32_t spent(uint32_t stage) const { return ready(stage) + 8 * COUNT; }
+  __device__ uint32_t free(uint32_t stage) const { return ready(stage) + 16 * COUNT; }
+  __device__ static uint32_t* word(char* shared, uint32_t stage) {
+    return reinterpret_cast<uint32_t*>(shared + COUNT * (x_bytes(TOKENS, STEP) + w_bytes(STEP) + 24)) + stage;
+  }
+};
+
+// The warp that loads. Lane (j, p) = j * places + p knows the block of block-row p at the j-th of the next 32 / places steps.
+template <int TOKENS, int STEP>
+__device__ void load(const CUtensorMap* x_map, const Arguments& a, char* shared, Ring<TOKENS, STEP> ring, int token_tiles) {
+  using namespace hopper;
+  const uint32_t lane = threadIdx.x % 32, rank = cluster_rank(), size = cluster_size();
+  const int places = ROWS / a.block_rows, batch = 32 / places, j = lane / places, p = lane % places;
+  const int chunk = a.block_rows * STEP * 2;  // bytes of W that a block brings to a step
+  const int* heads = a.table + a.groups + 1 + a.groups * size * places;  // [steps, 2]: first input; blocks that need x, and LAST
+  const int* slots = heads + 2 * a.steps;                                // [steps, size, places]: chunk of values, or -1
+  for (int turn = blockIdx.x / size; turn < token_tiles * a.groups; turn += gridDim.x / size) {
+    Tile tile = tile_of(turn, token_tiles, a);
+    int step = a.table[tile.group], end = a.table[tile.group + 1];
+    int column = 0, flags = 0, slot = -1;
+    auto look = [&](int first) {
+      int at = first + j;
+      if (at >= end) return;
+      column = __ldg(heads + 2 * at), flags = __ldg(heads + 2 * at + 1), slot = __ldg(slots + (at * size + rank) * places + p);
+    };
+    look(step);
+    for (; step < end; step += batch) {
+      const int now_column = column, now_flags = flags, now_slot = slot;
+      look(step + batch);  // under way while these steps are loaded
+      for (int i = 0; i < min(batch, end - step); ++i, ++ring.position) {
+        const uint32_t stage = ring.stage(), ready = ring.ready(stage);
+        const bool mine = j == i, leader = stage % size == rank;
+        wait(ring.spent(stage), ring.parity() ^ 1);
+        if (leader) wait(ring.free(stage), ring.parity() ^ 1);
+        const uint32_t present = __ballot_sync(~0u, mine && now_slot >= 0) >> i * places;
+        if (mine && p == 0) {
+          *ring.word(shared, stage) = present | (now_flags & LAST);
+          arrive_expect(ready, __popc(present) * chunk + (now_flags >> rank & 1) * x_bytes(TOKENS, STEP));
+          const uint16_t mask = now_flags & 0xff;
+          if (leader && mask) copy_box(ring.x(stage), x_map, now_column, tile.token * TOKENS, ready, mask);
+        }
+        if (leader && lane < size) arrive_at(ready, lane);
+        if (mine && now_slot >= 0)
+          copy_bulk(ring.w(stage) + p * chunk, static_cast<const char*>(a.values) + (long long)now_slot * chunk, chunk, ready);
+      }
+    }
+  }
+}
+
+// What a warp does with its 16 outputs and the tile's tokens: lane 4 g + t holds output rows g and g + 8 of the fragment, which are outputs
+// 4 (g / 2) + g % 2 and two more, at tokens 8 j + 2 t and one more. Transposed by eights, it holds outputs 4 t to 4 t + 3 of token 8 j + g.
+template <class T, int TOKENS>
+__device__ void finish(const float (&sums)[TOKENS / 2], const Arguments& a, int first_output, int first_token) {
+  using namespace hopper;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const T* bias = static_cast<const T*>(a.bias);
+  float b[2] = {0, 0};
+  for (int h = 0; h < 2; ++h) {
+    int n = first_output + g / 2 * 4 + h * 2 + g % 2;
+    if (bias && n < a.n) b[h] = float(bias[n]);
+  }
+  const int n = first_output + 4 * t, outputs = a.n - n;  // from this lane's first on, once transposed; none or less: beyond the edge
+  const bool y_whole = outputs >= 4 && a.n % 4 == 0 && reinterpret_cast<uintptr_t>(a.y) % 8 == 0;
+  const bool r_whole = outputs >= 4 && a.residual_row % 4 == 0 && reinterpret_cast<uintptr_t>(a.residual) % 8 == 0;
+  uint16_t* to = static_cast<uint16_t*>(a.y) + (long long)(first_token + g) * a.n + n;
+  const uint16_t* from = static_cast<const uint16_t*>(a.residual) + (first_token + g) * a.residual_row + n;
+#pragma unroll
+  for (int j = 0; j < TOKENS / 8; ++j, to += 8 * (long long)a.n, from += 8 * a.residual_row) {
+    if (first_token + 8 * j >= a.m) break;
+    const bool inside = first_token + 8 * j + g < a.m;
+    float v[4];
+    for (int e = 0; e < 4; ++e) v[e] = sums[4 * j + e] + b[e / 2];
+    activate(v, a.activation);
+    if (a.residual) {
+      uint32_t r[2] = {0, 0};
+      if (inside && r_whole) {
+        asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "l"(from));
+      } else if (inside) {
+        for (int e = 0; e < 4; ++e)
+          if (e < outputs) r[e / 2] |= uint32_t(from[e]) << 16 * (e % 2);
+      }
+      for (int h = 0; h < 2; ++h) {
+        float2 pair = unpacked<T>(transposed(r[h]));
+        v[2 * h] += pair.x, v[2 * h + 1] += pair.y;
+      }
+    }
+    const uint32_t out[2] = {transposed(packed<T>(v[0], v[1])), transposed(packed<T>(v[2], v[3]))};
+    if (inside && y_whole) {
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(out[0]), "r"(out[1]) : "memory");
+    } else if (inside) {
+      for (int e = 0; e < 4; ++e)
+        if (e < outputs) to[e] = uint16_t(out[e / 2] >> 16 * (e % 2));
+    }
+  }
+}
+
+// A warpgroup that multiplies: 64 outputs of the tile.
+template <class T, int TOKENS, int STEP>
+__device__ void multiply(const Arguments& a, char* shared, Ring<TOKENS, STEP> ring, int token_tiles) {
+  using namespace hopper;
+  constexpr int DEPTH = STEP / 16;
+  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4, rank = cluster_rank(), size = cluster_size();
+  const int places = ROWS / a.block_rows, place = warp * 16 / a.block_rows, fragments = a.block_rows / 16;
+  // The places whose rows this warpgroup multiplies.
+  const uint32_t ours = places == 1 ? 1 : ((1u << places / 2) - 1) << (warp / 4 * places / 2);
+  const uint32_t fragment = place * a.block_rows * STEP * 2 + warp % fragments * 512 + lane * 16;  // within the stage's W
+  const int* rows = a.table + a.groups + 1;  // [groups, size, places]: block-row, or -1
+
+  auto release = [&](uint32_t stage) {
+    __syncwarp();
+    if (lane == 0) {
+      arrive(ring.spent(stage));
+      arrive_at(ring.free(stage), stage % size);
+    }
+  };
+  for (int turn = blockIdx.x / size; turn < token_tiles * a.groups; turn += gridDim.x / size) {
+    Tile tile = tile_of(turn, token_tiles, a);
+    const int row = rows[(tile.group * size + rank) * places + place];
+    float sums[TOKENS / 2];
+#pragma unroll
+    for (float& sum : sums) sum = 0;
+    bool last = false, present = false;
+    uint32_t stage = 0;            // of the step to multiply
+    uint32_t busy = 0, begun = 0;  // the stage that the product under way reads, and at which position; busy only if pending
+    bool pending = false;
+    auto next = [&] {  // to the next step at which this warpgroup has something to multiply, if the tile has one more
+      while (!last) {
+        stage = ring.stage();
+        wait(ring.ready(stage), ring.parity());
+        const uint32_t word = *ring.word(shared, stage);
+        ++ring.position;
+        last = word & LAST;
+        present = word >> place & 1;
+        if (word & ours) return true;
+        release(stage);
+        // Nothing to multiply for half a ring: the whole cluster would wait for the stage of the product under way.
+        if (pending && ring.position - begun > ring.COUNT / 2) {
+          wgmma_wait<0>();
+          release(busy);
+          pending = false;
+        }
+      }
+      return false;
+    };
+    auto product = [&](uint4 (&w)[DEPTH]) {
+#pragma unroll
+      for (int k = 0; k < DEPTH; ++k) {
+        w[k] = {0, 0, 0, 0};
+        if (present)
+          asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                       : "=r"(w[k].x), "=r"(w[k].y), "=r"(w[k].z), "=r"(w[k].w)
+                       : "r"(ring.w(stage) + fragment + k * fragments * 512)
+                       : "memory");
+      }
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < DEPTH; ++k) wgmma<T>(sums, w[k], matrix_descriptor(ring.x(stage) + 32 * k, 2 * STEP));
+      wgmma_commit();
+    };
+    auto retire = [&] {  // the product before the one just begun
+      wgmma_wait<1>();
+      if (pending) release(busy);
+      busy = stage, begun = ring.position, pending = true;
+    };
+    uint4 even[DEPTH], odd[DEPTH];  // fragments of the product under way stay where they are while the next ones come
+    while (next()) {
+      product(even);
+      retire();
+      if (!next()) break;
+      product(odd);
+      retire();
+    }
+    wgmma_wait<0>();
+    if (pending) release(busy);
+    if (row >= 0) finish<T, TOKENS>(sums, a, row * a.block_rows + warp % fragments * 16, tile.token * TOKENS);
+  }
+}
+
+template <class T, int TOKENS, int STEP>
+__device__ void bsr_linear(const CUtensorMap* x_map, const Arguments& a) {
+  using namespace hopper;
+  extern __shared__ __align__(1024) char shared[];
+  Ring<TOKENS, STEP> ring{shared_address(shared)};
+  static_assert(ring.COUNT % MAX_CLUSTER == 0, "one block leads the same stages for ever");
+  const int token_tiles = (a.m + TOKENS - 1) / TOKENS;
+  if (threadIdx.x == 0) {
+    prefetch_map(x_map);
+    for (int stage = 0; stage < ring.COUNT; ++stage) {
+      mbarrier_init(ring.ready(stage), 2);
+      mbarrier_init(ring.spent(stage), CONSUMER_WARPS);
+      if (stage % cluster_size() == cluster_rank()) mbarrier_init(ring.free(stage), CONSUMER_WARPS * cluster_size());
+    }
+    mbarrier_init_fence();
+  }
+  cluster_sync();
+  if (threadIdx.x < 128) {
+    registers_down<56>();
+    if (threadIdx.x < 32) load<TOKENS, STEP>(x_map, a, shared, ring, token_tiles);
+  } else {
+    registers_up<224>();
+    multiply<T, TOKENS, STEP>(a, shared, ring, token_tiles);
+  }
+  cluster_sync();  // no block leaves while another one may still report to it
+}
+
+}  // namespace sparse_prune::sm90

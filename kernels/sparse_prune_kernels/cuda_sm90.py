@@ -1,0 +1,139 @@
+"""How the sm_90a kernel of csrc/cuda wants a weight: block-rows in the order that a cluster meets them, values as wgmma reads them.
+
+Derived from the index and the values, on the host or the device that they are on; never saved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import Gpu
+from .plan import row_order
+
+ROWS = 128  # outputs that a block of the grid makes: two warpgroups of 64
+STEP = 64  # inputs of a step at most
+CLUSTER = 4  # blocks that share x: more share more, but fewer clusters fit on the SMs of a GPU processing cluster
+LAST = -(1 << 31)
+
+
+@dataclass(frozen=True)
+class ClusterPlan:
+    """The index of a weight, merged for clusters of blocks.
+
+    A block of the grid makes ROWS outputs: P = ROWS / R places for block-rows. A group is what a cluster of G blocks makes together;
+    it walks over the union of its block-rows' columns, a column of more than STEP inputs in several steps.
+
+    cluster   G
+    groups    T, number of groups
+    steps     U, of all groups; every group has at least one
+    table     int32, flat:  [T + 1] first step of each group, U at the end
+                            [T, G, P] block-row, -1 for none
+                            [U, 2] first input; bit g: block g has something to multiply there, bit 31: the group's last step
+                            [U, G, P] place in the values, counted in chunks of R x STEP numbers, -1 for none
+    filled    part of the steps of all columns that the groups, the blocks and the warpgroups have something to multiply at:
+              what is loaded from L2, what is written to shared memory, and what is multiplied, per input
+    """
+
+    cluster: int
+    groups: int
+    steps: int
+    table: Tensor
+    filled: tuple[float, float, float]
+
+
+def step_of(c: int) -> int:
+    return min(c, STEP)
+
+
+def cluster_of(n: int) -> int:
+    """As many blocks as a weight of n outputs fills, up to CLUSTER."""
+    blocks = -(-n // ROWS)
+    return next(size for size in (CLUSTER, 2, 1) if size <= max(1, blocks))
+
+
+def fragment_order(values: Tensor) -> Tensor:
+    """values [nnzb, R, C], two bytes each -> [nnzb, C / 16, R / 16, 32, 8]: 16 x 16 as the warp's lanes hold it, 16 bytes each.
+
+    Registers of the A fragment of m16n8k16 (PTX ISA), rows permuted so that the sums of a lane, transposed in the epilogue, are four
+    adjacent outputs: output 4 q + 2 h + e is row 2 q + e of half h.
+    """
+    b, r, c = values.shape
+    split = values.view(b, r // 16, 4, 2, 2, c // 16, 2, 4, 2)  # nnzb, R/16, q, h, e, C/16, half of k, t, pair
+    return split.permute(0, 5, 1, 2, 4, 7, 6, 3, 8).reshape(b, c // 16, r // 16, 32, 8)
+
+
+def make_cluster_plan(
+    crow_indices: Tensor, col_indices: Tensor, k: int, blocksize: tuple[int, int], cluster: int
+) -> ClusterPlan:
+    """crow_indices int32 [rows + 1], col_indices int32 [nnzb], k inputs. Reads the indices on the host."""
+    r, c = blocksize
+    crow, col = crow_indices.cpu().long(), col_indices.cpu().long()
+    rows, columns, places = crow.numel() - 1, -(-k // c), ROWS // r
+    row = torch.repeat_interleave(crow.diff(), output_size=col.numel())  # [nnzb]
+    slots = torch.full((rows + 1, columns), -1, dtype=torch.int32)  # the last one is the row that is not there
+    slots[row, col] = torch.arange(col.numel(), dtype=torch.int32)
+    warpgroups = _merged(torch.arange(rows)[:, None], slots, max(1, places // 2))  # [., places / 2] what 64 outputs are
+    blocks = _merged(warpgroups, slots, min(2, places))  # [., places]
+    units = _merged(blocks, slots, cluster).view(-1, cluster, places)  # [T, G, P]
+
+    halves, step = -(-c // STEP), step_of(c)
+    filled = slots[units] >= 0  # [T, G, P, columns]
+    union = filled.flatten(1, 2).any(1)  # [T, columns]
+    union[:, 0] |= ~union.any(1)  # a step to begin and end with, where a group has no block at all
+    group, column = union.nonzero(as_tuple=True)  # [columns in all groups]
+    group, column = group.repeat_interleave(halves), column.repeat_interleave(halves)
+    half = torch.arange(halves).repeat(len(column) // halves)
+    inside = (column * c + half * step < k) | (half == 0)
+    group, column, half = group[inside], column[inside], half[inside]  # [U]
+    begin = torch.searchsorted(group, torch.arange(len(units) + 1))  # [T + 1]
+    place = slots[units].permute(0, 3, 1, 2)[group, column]  # [U, G, P]
+    chunk = torch.where(place < 0, -1, place * halves + half[:, None, None])
+    flags = ((place >= 0).any(2).long() << torch.arange(cluster)).sum(1)  # [U]
+    flags[begin[1:] - 1] += LAST
+    heads = torch.stack([column * c + half * step, flags], 1)  # [U, 2]
+    table = torch.cat([part.flatten() for part in (begin, torch.where(units == rows, -1, units), heads, chunk)])
+    of_warpgroups = filled.view(len(units), cluster, min(2, places), -1, columns).any(3).float().mean()
+    of_blocks = filled.any(2).float().mean()
+    return ClusterPlan(
+        cluster,
+        len(units),
+        len(group),
+        table.to(torch.int32).to(crow_indices.device),
+        (union.float().mean().item(), of_blocks.item(), of_warpgroups.item()),
+    )
+
+
+def predicted_clocks(
+    m: int, n: int, k: int, nnz: int, plan: ClusterPlan, tokens: int, gpu: Gpu, clusters: int
+) -> dict[str, float]:
+    """Clocks that each resource is busy, at its peak, for m rows of x, nnz stored weights and tiles of `tokens` rows.
+
+    clusters   that run at once. Of each: `tensor`, `shared` and `port` (what comes to one SM, at half of what its shared memory takes)
+    count whole tiles of the busiest one.
+    """
+    token_tiles = -(-m // tokens)
+    of_groups, of_blocks, of_warpgroups = plan.filled
+    line = 2 * k * tokens  # bytes of x that a tile has in all
+    w = 2 * nnz / (plan.groups * plan.cluster)  # bytes of W for a block and tile
+    turns = -(-token_tiles * plan.groups // clusters)
+    moved = token_tiles * (plan.groups * of_groups * line + 2 * nnz) + 2 * m * n
+    return {
+        "tensor": turns * 2 * of_warpgroups * k * 64 * tokens / gpu.multiply_adds,
+        # x is written once and read by each warpgroup; fragments are written and read once
+        "shared": turns * ((of_blocks + 2 * of_warpgroups) * line + 2 * w) / gpu.shared_bytes,
+        "port": turns * (of_blocks * line + w) / (gpu.shared_bytes / 2),
+        "L2": moved / gpu.l2_bytes,
+        "DRAM": 2 * (m * k + nnz + m * n) / gpu.dram_bytes,
+    }
+
+
+def _merged(units: Tensor, slots: Tensor, merge: int) -> Tensor:
+    """units [n, rows of a unit] put together `merge` at a time, so that unions are small: [ceil(n / merge), merge * rows of a unit]."""
+    none = len(slots) - 1
+    mask = (slots[units] >= 0).any(1)  # [n, columns]
+    order = row_order(mask, merge)  # [., merge], -1 where units end
+    padded = torch.cat([units, units.new_full((1, units.shape[1]), none)])
+    return padded[order].flatten(1)
