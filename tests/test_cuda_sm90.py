@@ -7,6 +7,7 @@ import functools
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import ptx_emulator
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ptx_emulator import EmulationError, Program, TensorMap
-from sparse_prune_kernels import cuda_sm90
+from sparse_prune_kernels import config, cuda_sm90
 from triton_problems import assert_as_good_as_torch, make_problem
 
 from sparse_prune import reference
@@ -46,9 +47,8 @@ class XMap(ctypes.Structure):
 
 
 @functools.cache
-def host(folder: str = "/tmp") -> ctypes.CDLL:
+def host() -> ctypes.CDLL:
     """The functions of bsr_linear_sm90.h that the launcher calls."""
-    compiler = ptx_emulator._compiler()
     source = """#include "bsr_linear_sm90.h"
 using namespace sparse_prune::sm90;
 extern "C" TensorMapArguments x_map(int64_t m, int64_t k, int64_t row, int tokens, int step) {
@@ -56,14 +56,14 @@ extern "C" TensorMapArguments x_map(int64_t m, int64_t k, int64_t row, int token
 }
 extern "C" int shared(int tokens, int step) { return shared_bytes(tokens, step); }
 extern "C" int threads() { return THREADS; }
+extern "C" const char* refusal(uint64_t address, int64_t k, int64_t row) { return x_map_refusal(address, k, row); }
 """
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as at:
-        command = [*compiler, "-std=c++17", "-shared", "-fPIC", f"-I{CUDA}", "-x", "c++", "-", "-o", f"{at}/host.so"]
-        subprocess.run(command, input=source, text=True, check=True)
-        library = ctypes.CDLL(f"{at}/host.so")
-    library.x_map.restype = XMap
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*ptx_emulator._compiler(), "-std=c++17", "-shared", "-fPIC", f"-I{CUDA}", "-x", "c++", "-"]
+        subprocess.run([*command, "-o", f"{folder}/host.so"], input=source, text=True, check=True)
+        library = ctypes.CDLL(f"{folder}/host.so")
+    library.x_map.restype, library.refusal.restype = XMap, ctypes.c_char_p
+    library.refusal.argtypes = [ctypes.c_uint64, ctypes.c_int64, ctypes.c_int64]
     library.x_map.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 2
     return library
 
@@ -75,7 +75,9 @@ def program(dtype, tokens, step, edit=None) -> Program:
     return Program(edit(text, name) if edit else text, name)
 
 
-def product(x, packed, bias=None, residual=None, activation="none", tokens=256, cluster=None, clusters=2, edit=None, **options):
+def product(
+    x, packed, bias=None, residual=None, activation="none", tokens=256, cluster=None, clusters=2, edit=None, **options
+):
     """act(x @ W^T + bias) + residual by `clusters` clusters that stay until all is done; y, counts and the plan."""
     (n, k), (r, c) = packed.shape, packed.blocksize
     cluster, step = cluster or cuda_sm90.cluster_of(n), cuda_sm90.step_of(c)
@@ -116,8 +118,8 @@ def check(problem, dtype, activation="gelu", extras=(True, True), **options):
     return packed, counts, plan
 
 
-# (M, N, K, R, C, density), tokens of a tile, blocks of a cluster, clusters: all places of a group empty, one group and several, several
-# tiles for each cluster, edges in every dimension.
+# (M, N, K, R, C, density), tokens of a tile, blocks of a cluster, clusters: all places of a group empty, one group and
+# several, several tiles for each cluster, edges in every dimension.
 PROBLEMS = [
     ((1, 96, 64, 32, 32, 0.5), 256, 1, 1),
     ((7, 45, 70, 16, 32, 0.5), 128, 1, 2),
@@ -154,6 +156,73 @@ def test_epilogues(n, activation):
 def test_asynchronous_work_may_end_whenever_it_likes(mode, block):
     """More steps than stages, two tiles for each block of a cluster of four."""
     check((140, 520, 1088, *block, 0.25), BF16, tokens=128, cluster=4, clusters=1, mode=mode)
+
+
+@pytest.mark.parametrize("block", [(16, 16), (32, 32), (128, 128)], ids=str)
+def test_work_is_what_was_predicted(block):
+    """Multiply-adds, bytes from L2 and bytes through shared memory, as predicted_clocks counts them, for a tile of a cluster."""
+    m, n, k, tokens = 256, 512, 1024, 256
+    packed, counts, plan = check(
+        (m, n, k, *block, 0.2), BF16, "none", (False, False), cluster=4, clusters=1, mode="early"
+    )
+    gpu = config.gpu_of(90)
+    nnz = packed.nnzb * block[0] * block[1]
+    clocks = cuda_sm90.predicted_clocks(m, n, k, nnz, plan, tokens, gpu, clusters=1)
+    blocks = plan.groups * plan.cluster
+    assert counts.tensor_fma == pytest.approx(blocks * clocks["tensor"] * gpu.multiply_adds)
+    l2 = 32 * (counts.l2_load_sectors + counts.global_store_sectors)
+    index = 4 * plan.table.numel() + 1024  # each block reads its part, in sectors of 32 bytes
+    assert clocks["L2"] * gpu.l2_bytes <= l2 <= clocks["L2"] * gpu.l2_bytes + blocks * index
+    shared = 128 * counts.shared_wavefronts + counts.wgmma_shared_bytes
+    words = 128 * 12 * blocks * plan.steps  # the word of a stage: written once, read by eight warps
+    assert blocks * clocks["shared"] * 128 <= shared <= 1.001 * blocks * clocks["shared"] * 128 + words
+    assert counts.shared_wavefronts == counts.shared_ideal  # no bank conflicts
+    assert counts.kinds["store_global"] == m * n // 128  # 128 outputs an instruction: a sector of 16 for each of 8 rows
+
+
+def test_x_that_no_tensor_map_describes_is_refused_with_the_reason():
+    assert host().refusal(0x1000, 64, 128) is None
+    assert b"multiple of 16 bytes" in host().refusal(0x1002, 64, 128)
+    assert b"multiple of 16 bytes apart" in host().refusal(0x1000, 33, 66)
+    assert b"column" in host().refusal(0x1000, 0, 16)
+
+
+# ---- what ptxas makes of it ----
+
+KERNELS = [
+    f"bsr_linear_sm90_{t}_{tokens}_{step}" for t in ("bf16", "f16") for tokens in (128, 256) for step in (16, 32, 64)
+]
+QUICK = ("bsr_linear_sm90_bf16_128_16", "bsr_linear_sm90_f16_128_64")
+
+
+@pytest.mark.parametrize("name", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KERNELS])
+def test_cubin(name, tmp_path):
+    """No spills, two warpgroups' registers, and in the machine code what the design asks for."""
+    tools = pytest.importorskip("triton.backends.nvidia.compiler").__file__
+    tokens, step = (int(part) for part in name.split("_")[-2:])
+    text, cubin = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
+    text.write_text(ptx())
+    ptxas = [NVCC, "-arch=sm_90a", "-cubin", f"-Xptxas=-v,-e,{name}", str(text), "-o", str(cubin)]
+    done = subprocess.run(ptxas, capture_output=True, text=True)
+    report = done.stdout + done.stderr
+    assert done.returncode == 0, report
+    assert re.search(rf"Compiling entry function '{name}'", report)
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
+    assert "C7510" not in report and "serialized" not in report, report
+    # Of 65536: 168 for each of 384 threads when they start; then 56 for those that load and 224 for those that multiply.
+    assert int(re.search(r"Used (\d+) registers", report)[1]) == 168 and 128 * 56 + 256 * 224 <= 65536
+    assert host().shared(tokens, step) <= 227 * 1024
+    disassemble = [str(Path(tools).with_name("bin") / "cuobjdump"), "-sass", "-fun", name, str(cubin)]
+    sass = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout
+    products = re.findall(rf"HGMMA\.64x{tokens}x16\.F32(?:\.BF16)? (R\d+), (R\d+), gdesc\[\w+\], R\d+(, gsb0)?", sass)
+    depth = step // 16
+    assert len(products) == 2 * depth  # two steps in turn, with fragments of their own ...
+    assert len({a for _, a, _ in products}) == 2 * depth and len({d for d, _, _ in products}) == 1
+    assert [bool(g) for *_, g in products] == (
+        [False] * (depth - 1) + [True]
+    ) * 2  # ... and nothing waits between products of a step
+    assert "UTMALDG.2D.MULTICAST" in sass and "UBLKCP" in sass and "USETMAXREG" in sass and "MOVM" in sass
+    assert not re.search(r"\b(STL|LDL|HMMA)\b", sass)
 
 
 # ---- bugs planted in the compiled kernel: an error, or a wrong result ----
@@ -207,10 +276,15 @@ PLANTED = {
         "no mbarrier|a use at",
     ),
     "stores beyond the last row of x": (
-        replaced(r"and\.pred\s+(%p\d+), (%p\d+), %p\d+;(?=(?:(?!and\.pred)[\s\S])*?st\.global\.v2)", r"mov.pred \1, \2;"),
+        replaced(
+            r"and\.pred\s+(%p\d+), (%p\d+), %p\d+;(?=(?:(?!and\.pred)[\s\S])*?st\.global\.v2)", r"mov.pred \1, \2;"
+        ),
         "in no tensor",
     ),
-    "stores beyond the last output": (replaced(r"@%p\d+ bra\s+\S+;(?=\s+(?:shr\.u32[^;]+;\s+)?st\.global\.u16)", ""), "in no tensor|between"),
+    "stores beyond the last output": (
+        replaced(r"@%p\d+ bra\s+\S+;(?=\s+(?:shr\.u32[^;]+;\s+)?st\.global\.u16)", ""),
+        "in no tensor|between",
+    ),
     "reported to the wrong block": (
         replaced(r"(mapa\.shared::cluster\.u32 there, %r\d+), %r\d+;", r"\1, 0;", MULTIPLIES),
         "deadlock|no mbarrier|more arrivals|race",
@@ -220,7 +294,10 @@ PLANTED = {
         "deadlock|more arrivals|race",
     ),
     "lanes released unseen": (replaced(r"bar\.warp\.sync\s+\S+;", "", MULTIPLIES), "race"),
-    "fragments exchanged": (replaced(r"(\{%r\d+), (%r\d+), (%r\d+), (%r\d+)\}, (%rd\d+, add)", r"\1, \3, \2, \4}, \5"), WRONG),
+    "fragments exchanged": (
+        replaced(r"(\{%r\d+), (%r\d+), (%r\d+), (%r\d+)\}, (%rd\d+, add)", r"\1, \3, \2, \4}, \5"),
+        WRONG,
+    ),
 }
 # Where a product ends when it begins, its stage is read before the stage before it is released, and that everybody awaits.
 HARMLESS = {("x refilled before it is free", "early")}

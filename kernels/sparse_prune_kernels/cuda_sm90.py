@@ -23,8 +23,8 @@ LAST = -(1 << 31)
 class ClusterPlan:
     """The index of a weight, merged for clusters of blocks.
 
-    A block of the grid makes ROWS outputs: P = ROWS / R places for block-rows. A group is what a cluster of G blocks makes together;
-    it walks over the union of its block-rows' columns, a column of more than STEP inputs in several steps.
+    A block of the grid makes ROWS outputs: P = ROWS / R places for block-rows. A group is what a cluster of G blocks makes
+    together; it walks over the union of its block-rows' columns, a column of more than STEP inputs in several steps.
 
     cluster   G
     groups    T, number of groups
@@ -57,8 +57,8 @@ def cluster_of(n: int) -> int:
 def fragment_order(values: Tensor) -> Tensor:
     """values [nnzb, R, C], two bytes each -> [nnzb, C / 16, R / 16, 32, 8]: 16 x 16 as the warp's lanes hold it, 16 bytes each.
 
-    Registers of the A fragment of m16n8k16 (PTX ISA), rows permuted so that the sums of a lane, transposed in the epilogue, are four
-    adjacent outputs: output 4 q + 2 h + e is row 2 q + e of half h.
+    Registers of the A fragment of m16n8k16 (PTX ISA), rows permuted so that the sums of a lane, transposed in the epilogue, are
+    four adjacent outputs: output 4 q + 2 h + e is row 2 q + e of half h.
     """
     b, r, c = values.shape
     split = values.view(b, r // 16, 4, 2, 2, c // 16, 2, 4, 2)  # nnzb, R/16, q, h, e, C/16, half of k, t, pair
@@ -111,8 +111,8 @@ def predicted_clocks(
 ) -> dict[str, float]:
     """Clocks that each resource is busy, at its peak, for m rows of x, nnz stored weights and tiles of `tokens` rows.
 
-    clusters   that run at once. Of each: `tensor`, `shared` and `port` (what comes to one SM, at half of what its shared memory takes)
-    count whole tiles of the busiest one.
+    clusters   that run at once; `tensor`, `shared` and `port` (what comes to one SM, at half of what its shared memory takes)
+               count whole tiles of the busiest one
     """
     token_tiles = -(-m // tokens)
     of_groups, of_blocks, of_warpgroups = plan.filled
@@ -131,7 +131,7 @@ def predicted_clocks(
 
 
 def _merged(units: Tensor, slots: Tensor, merge: int) -> Tensor:
-    """units [n, rows of a unit] put together `merge` at a time, so that unions are small: [ceil(n / merge), merge * rows of a unit]."""
+    """units [n, rows of a unit] put together `merge` at a time, so that unions are small: [ceil(n / merge), merge * rows]."""
     none = len(slots) - 1
     mask = (slots[units] >= 0).any(1)  # [n, columns]
     order = row_order(mask, merge)  # [., merge], -1 where units end
