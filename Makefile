@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 export MAX_JOBS ?= 2
 
-.PHONY: help install demo baseline ablation test bench peers wheel docs clean
+.PHONY: help install demo baseline ablation test bench gpu peers wheel docs clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -26,7 +26,9 @@ $(INSTALLED): $(SOURCES)
 	  $(PYTHON) -m venv $$($(PYTHON) -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)' \
 	    2>/dev/null && echo --system-site-packages) $(VENV); }
 	@$(BIN)/python -m pip install -q 'setuptools>=77' wheel
-	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "Installing $(TORCH)"; $(BIN)/python -m pip install -q '$(TORCH)+cpu' 2>/dev/null; } \
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "Installing $(TORCH)"; ! command -v nvidia-smi >/dev/null && \
+	  $(BIN)/python -m pip install -q '$(TORCH)+cpu' 2>/dev/null; } \
+	  || { command -v nvidia-smi >/dev/null && $(BIN)/python -m pip install -q '$(TORCH)'; } \
 	  || { echo "pip finds no CPU wheel of $(TORCH): installing the default one. To avoid CUDA, set PIP_EXTRA_INDEX_URL to an index of CPU wheels."; \
 	    $(BIN)/python -m pip install '$(TORCH)'; }
 	@echo "Installing what sparse-prune needs"
@@ -52,6 +54,12 @@ test: $(INSTALLED) ## lint and all tests
 
 bench: $(INSTALLED) ## sparse against dense and against peers on this machine
 	@$(BIN)/python -m pytest bench
+
+# Timings are taken even if a test is red: whoever has a GPU for an hour gets both.
+gpu: $(INSTALLED) ## every test and benchmark of the GPU kernels on this machine's GPU; one JSON and one picture in bench/results
+	@$(BIN)/sparse-prune bench gpu --check
+	@$(BIN)/python -m pytest tests/test_gpu.py tests/test_triton_sweep.py; tests=$$?; \
+	  $(BIN)/sparse-prune bench gpu $(if $(QUICK),--quick) && exit $$tests
 
 # Each engine wants versions of its own (DeepSparse: Python 3.8 to 3.11 and numpy below 2), so each gets an environment.
 PEERS := runs/peers

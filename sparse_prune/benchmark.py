@@ -354,7 +354,7 @@ def bench_linear(
     """
     check_seconds(seconds)
     about, rows = machine() | {"engines": {engine.name: engine.version for engine in peers}}, []
-    kept = _kept_rows(keep, about)
+    kept = kept_rows(keep, about)
     roofs: dict[tuple, dict] = {}
     for problem in problems:
         row = kept.get(json.dumps(problem))
@@ -372,7 +372,7 @@ def bench_linear(
     return rows
 
 
-def _kept_rows(path: str | Path | None, about: dict) -> dict[str, dict]:
+def kept_rows(path: str | Path | None, about: dict) -> dict[str, dict]:
     """Rows in a file of bench_linear that this machine, with these versions and this build, measured."""
     found: dict[str, dict] = {}
     if path is None:

@@ -552,6 +552,91 @@ def bench_gpu_bounds(
     _write_json(json_file, rows)
 
 
+@bench_app.command("gpu")
+def bench_gpu(
+    quick: Annotated[bool, typer.Option("--quick", help="one weight, two blocks, three M: a few minutes")] = False,
+    shapes: Annotated[Optional[str], typer.Option(help="K:N pairs, comma-separated; None: the grid's")] = None,  # noqa: UP045
+    tokens: Annotated[Optional[str], typer.Option(help="M values; None: the grid's")] = None,  # noqa: UP045
+    density: Annotated[Optional[str], typer.Option(help="kept fractions; None: the grid's")] = None,  # noqa: UP045
+    block: Annotated[Optional[str], typer.Option(help="block sizes; None: the grid's")] = None,  # noqa: UP045
+    dtype: Annotated[Optional[str], typer.Option(help="bfloat16, float16, float32; None: bfloat16")] = None,  # noqa: UP045
+    seconds: Annotated[float, typer.Option(help="time spent on the replays of each row")] = 0.3,
+    out: Annotated[Path, typer.Option(help="directory of GPU.json and GPU.png")] = Path("bench/results"),
+    check: Annotated[bool, typer.Option("--check", help="only say whether there is a GPU to measure")] = False,
+    json_file: Json = None,
+) -> None:
+    """Time one sparse layer on this GPU against cuBLAS, PyTorch's BSR kernel and 2:4: CUDA graphs, L2 swept, medians, break-even.
+
+    Results are compared with float64 first. Rows are kept as they are finished: the same command after Ctrl-C goes on. Exit code 1
+    where a kernel of ours was wrong. `make gpu` runs the GPU tests before it.
+    """
+    from . import gpu_bench
+
+    gpu_bench.require_gpu()
+    machine = gpu_bench.about()
+    console.print(f"machine     {', '.join(f'{name} {value}' for name, value in machine.items())}", soft_wrap=True)
+    if check:
+        return
+    given = {
+        "shapes": shapes and [parse_pair(text) for text in shapes.split(",")],
+        "tokens": tokens and _numbers(tokens, int),
+        "densities": density and _numbers(density, float),
+        "blocksizes": block and [parse_block(text) for text in block.split(",")],
+        "dtypes": dtype and dtype.split(","),
+    }
+    grid = (gpu_bench.QUICK if quick else gpu_bench.GRID) | {name: values for name, values in given.items() if values}
+    wanted, keep, done = gpu_bench.problems(**grid), out / ".rows.jsonl", []
+    with _progress("from the last finished row") as report:
+
+        def on_row(row: dict) -> None:
+            done.append(row)
+            name = f"{row['K']}->{row['N']} {'x'.join(map(str, row['blocksize']))} M={row['M']} density {row['density']:.2f}"
+            report("bench", len(done), len(wanted), f"{name}: {row['speedup']:.2f}x" if "speedup" in row else name)
+
+        rows = gpu_bench.bench_gpu(wanted, gpu_bench.GraphTimer(seconds), machine, keep=keep, on_row=on_row)
+    for (k, n, r, c, name), group in _grouped(
+        rows, lambda row: (row["K"], row["N"], *row["blocksize"], SHORT[row["dtype"]])
+    ):
+        console.print(_gpu_table(f"{k}->{n}, {r}x{c} blocks, {name}", group))
+    console.print(
+        "microseconds, medians; ratio: cuBLAS over the best of ours; ideal: share of 1/density; TF/s: useful TFLOP/s",
+        soft_wrap=True,
+    )
+    for path in filter(None, gpu_bench.write_results(rows, machine, out)):
+        console.print(f"written     {path}", markup=False, highlight=False, soft_wrap=True)
+    keep.unlink(missing_ok=True)
+    _write_json(json_file, rows)
+    wrong = [(row, name) for row in rows for name in row["wrong"] if name not in gpu_bench.PEERS]
+    for row, name in wrong:
+        text = f"{name} is wrong at M={row['M']} K={row['K']} N={row['N']} {row['blocksize']}: {row['wrong'][name]}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _grouped(rows: list[dict], key: Any) -> list[tuple[tuple, list[dict]]]:
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return list(groups.items())
+
+
+def _gpu_table(title: str, rows: list[dict]) -> Table:
+    table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1), box=box.SIMPLE_HEAD)
+    names = [name for name in dict.fromkeys(name for row in rows for name in row["us"]) if name != "floor"]
+    for column in ("M", "dens", *names, "best", "ratio", "ideal", "TF/s", "GB/s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        us = [f"{row['us'][name]:.1f}" if name in row["us"] else "" for name in names]
+        found = "speedup" in row
+        more = [f"{row[name]:.{digits}f}" if found else "" for name, digits in GPU_NUMBERS]
+        table.add_row(str(row["M"]), f"{row['density']:.2f}", *us, row["best"] if found else "", *more)
+    return table
+
+
+GPU_NUMBERS = (("speedup", 2), ("share", 2), ("useful_tflops", 1), ("gbytes_per_s", 0))
+
+
 @bench_app.command("model")
 def bench_model(
     model: Annotated[str, typer.Argument(help="directory of a dense encoder (Garlic or the BERT family), or garlic")],

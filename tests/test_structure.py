@@ -17,7 +17,7 @@ LAYERS = [
     ("cli", "__main__"),
     ("tasks", "models", "integrations"),
     ("recipes",),
-    ("gpu_bounds",),
+    ("gpu_bounds", "gpu_bench"),
     ("convert", "serialization", "report", "charts", "benchmark", "benchmark_model", "peers", "tuning"),
     ("fuse",),
     ("layers", "pruner", "distill"),

@@ -1,0 +1,144 @@
+"""The public surface on this machine's GPU, backend by backend (`make gpu`); without one the same run on the CPU's kernels."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from triton_problems import ACTIVATIONS, DTYPES, PROBLEMS, assert_as_good_as_torch, make_problem
+
+import sparse_prune as sp
+from sparse_prune import SparsePruneError, reference
+from sparse_prune.ops import backend_for
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ("triton", "cuda") if DEVICE == "cuda" else ("cpu",)
+
+
+def need(backend, dtype, blocksize):
+    """Skip with the reason where a backend does not take that; the reason is one of the package's own."""
+    try:
+        name = backend_for(DEVICE, dtype, backend, blocksize)
+    except SparsePruneError as error:
+        pytest.skip(str(error))
+    assert name.partition(":")[0] == backend
+
+
+def check(backend, problem, dtype, activation, extras=(True, True)):
+    need(backend, dtype, problem[3:5])
+    packed, x, bias, residual = make_problem(*problem, dtype, DEVICE)
+    bias, residual = (tensor if used else None for tensor, used in zip((bias, residual), extras, strict=True))
+    weight, act = packed.to_dense(), reference.ACTIVATIONS[activation]
+    exact = act(F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
+    dense = act(F.linear(x, weight, bias))
+    if residual is not None:
+        exact, dense = exact + residual.double(), dense + residual
+    got = sp.bsr_linear(x, packed, bias, activation, residual, backend)
+    assert_as_good_as_torch(got, exact, dense)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_forward(problem, dtype, backend):
+    check(backend, problem, dtype, "gelu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("m", [1, 16, 64, 300])
+@pytest.mark.parametrize("block", [(16, 16), (32, 32), (64, 64), (128, 128), (64, 16), (128, 16)], ids=str)
+def test_sizes_of_models(block, m, backend):
+    """Several steps of every pipeline, several tiles of every kind."""
+    check(backend, (m, 768, 768, *block, 0.3), torch.bfloat16, "none", (True, False))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("extras", [(True, False), (False, True), (False, False)], ids=str)
+def test_epilogues(extras, activation, backend):
+    for m in (7, 130):
+        check(backend, (m, 96, 128, 32, 32, 0.5), torch.bfloat16, activation, extras)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_gradients(problem, dtype):
+    """dx, dvalues and db of what "auto" runs, against float64."""
+    packed, x, bias, residual = make_problem(*problem, dtype, DEVICE)
+    dy = torch.randn_like(residual)
+
+    def gradients(kind):
+        values, inputs = (
+            packed.values.to(kind).requires_grad_(),
+            [t.to(kind).requires_grad_() for t in (x, bias, residual)],
+        )
+        weight = sp.BsrWeight(packed.shape, packed.blocksize, packed.crow_indices, packed.col_indices, values)
+        if kind is dtype:
+            y = sp.bsr_linear(inputs[0], weight, inputs[1], "silu", inputs[2])
+        else:
+            y = reference.bsr_linear(inputs[0], *packed_arrays(weight), packed.shape[0], inputs[1], "silu", inputs[2])
+        return torch.autograd.grad(y, (inputs[0], values, inputs[1], inputs[2]), dy.to(kind))
+
+    for got, exact in zip(gradients(dtype), gradients(torch.float64), strict=True):
+        assert not got.isnan().any() and got.dtype == dtype
+        if got.numel():
+            # z is rounded to dtype on the way to act'(z): four roundings of the largest number
+            assert (got.double() - exact).abs().max() <= 8 * torch.finfo(dtype).eps * exact.abs().max().clamp(min=1)
+
+
+def packed_arrays(packed):
+    return packed.crow_indices, packed.col_indices, packed.values
+
+
+def test_a_layer_trains_as_its_masked_twin():
+    mask = torch.rand(4, 6) < 0.5
+    linear = nn.Linear(192, 128).to(DEVICE)
+    with torch.no_grad():
+        linear.weight.mul_(mask.repeat_interleave(32, 0).repeat_interleave(32, 1).to(DEVICE))
+    layer = sp.SparseLinear.from_dense(linear, mask, (32, 32))
+    twin, x = copy.deepcopy(linear), torch.randn(50, 192, device=DEVICE)
+    for _ in range(3):
+        for module in (layer, twin):
+            module.zero_grad()
+            F.gelu(module(x)).square().mean().backward()
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter -= 0.1 * parameter.grad
+        with torch.no_grad():
+            twin.weight.mul_(mask.repeat_interleave(32, 0).repeat_interleave(32, 1).to(DEVICE))
+    torch.testing.assert_close(layer.weight, twin.weight, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(layer.bias, twin.bias, atol=1e-5, rtol=1e-4)
+
+
+def test_int8():
+    packed, x, bias, residual = make_problem(33, 96, 128, 32, 32, 0.5, torch.float32, DEVICE)
+    y = sp.bsr_linear(x, packed.quantize(), bias, "gelu", residual)
+    dense = F.gelu(F.linear(x, packed.to_dense(), bias)) + residual
+    assert (y - dense).norm() <= 0.03 * dense.norm()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU: graphs are CUDA's")
+@pytest.mark.parametrize("m", [1, 64, 512])
+def test_layers_in_a_cuda_graph(m):
+    layer = sp.SparseLinear.from_dense(nn.Linear(768, 768), torch.rand(24, 24) < 0.3).to("cuda", torch.bfloat16).eval()
+    x = torch.randn(m, 768, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x, "gelu")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x, "gelu")
+        x.normal_()
+        graph.replay()
+        assert torch.equal(y, layer(x, "gelu"))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU: compiled layers have tests of their own on the CPU")
+def test_compiled_layer():
+    layer = sp.SparseLinear.from_dense(nn.Linear(256, 256), torch.rand(8, 8) < 0.3).to("cuda", torch.bfloat16).eval()
+    x = torch.randn(40, 256, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
