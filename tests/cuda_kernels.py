@@ -1,0 +1,138 @@
+"""The CUDA C++ kernels as tests run them: compiled by nvcc to PTX, executed by the emulator on CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import ptx_emulator
+import torch
+from sparse_prune_kernels.cuda import TILE_INTS, Layout
+from torch import Tensor
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+FLAGS = ("-O3", "-std=c++17", "-DNDEBUG")
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def unavailable() -> str | None:
+    """Why these kernels cannot be tested here, or None."""
+    if shutil.which("nvcc") is None:
+        return "nvcc is not on the path"
+    return ptx_emulator.unavailable()
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparse-prune" / "cuda_tests"
+
+
+@functools.cache
+def ptx(source: str, arch: str, patch: tuple[tuple[str, str, str], ...] = ()) -> str:
+    """PTX of csrc/cuda/`source` for arch such as "sm_80"; kept in the user's cache, by content.
+
+    patch: (file, text, text in its place), to plant bugs.
+    """
+    files = {path.name: path.read_text() for path in sorted(CSRC.iterdir())}
+    for file, old, new in patch:
+        assert files[file].count(old) == 1, f"{file} has {files[file].count(old)} times {old!r}"
+        files[file] = files[file].replace(old, new)
+    command = ["nvcc", *FLAGS, f"-arch={arch}", "-ptx", source, "-o"]
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    key = hashlib.sha256(repr((command, version, sorted(files.items()))).encode()).hexdigest()[:24]
+    cache = cache_folder() / key
+    if not (cache / "out.ptx").exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (cache / name).write_text(text)
+        done = subprocess.run([*command, f"{os.getpid()}.ptx"], cwd=cache, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        os.replace(cache / f"{os.getpid()}.ptx", cache / "out.ptx")
+    return (cache / "out.ptx").read_text()
+
+
+@functools.cache
+def program(text: str, entry: str) -> ptx_emulator.Program:
+    return ptx_emulator.Program(text, entry)
+
+
+class LinearLaunch(ctypes.Structure):
+    """As in csrc/cuda/config.h."""
+
+    _fields_ = [
+        ("block_m", ctypes.c_int),
+        ("threads", ctypes.c_int),
+        ("shared_bytes", ctypes.c_int),
+        ("blocks", ctypes.c_int64),
+    ]
+
+
+@functools.cache
+def _config() -> ctypes.CDLL:
+    """csrc/cuda/config.cpp, compiled once by content."""
+    sources = [CSRC / "config.cpp", CSRC / "config.h"]
+    key = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:24]
+    path = cache_folder() / f"config-{key}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = path.with_suffix(f".{os.getpid()}")
+        compiler = os.environ.get("CXX", "c++").split()
+        subprocess.run([*compiler, "-std=c++17", "-O1", "-shared", "-fPIC", sources[0], "-o", made], check=True)
+        os.replace(made, path)
+    return ctypes.CDLL(str(path))
+
+
+def linear_launch(m: int, row: int, tiles: int, sms: int = 108) -> LinearLaunch:
+    """What csrc/cuda/config.cpp chooses."""
+    out = LinearLaunch()
+    call = _config().sparse_prune_linear_launch
+    call.argtypes = (ctypes.c_int64, ctypes.c_int, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
+    call(m, row, tiles, sms, ctypes.byref(out))
+    return out
+
+
+def linear(
+    x: Tensor,
+    layout: Layout,
+    values: Tensor,
+    n: int,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    block_m: int | None = None,
+    tiles: Tensor | None = None,
+    arch: str = "sm_80",
+    patch: tuple[tuple[str, str, str], ...] = (),
+    **options,
+) -> tuple[Tensor, ptx_emulator.Counts]:
+    """y[M, n] of the kernel that csrc/cuda/launch.cu would run, or of its twin with block_m tokens, and what it counted.
+
+    tiles are the numbers of the layout's tiles to run, all unless given; the rest of y stays NaN.
+    """
+    m, k = x.shape
+    assert x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0, "the launcher copies other x"
+    launch = linear_launch(m, layout.row, layout.tiles)
+    if block_m is not None:
+        launch.blocks = -(-m // block_m) * layout.tiles
+        launch.shared_bytes, launch.block_m = (98304, 256) if block_m == 256 else (49152, 128)
+    y = x.new_full((m, n), torch.nan)  # [M, N]
+    packed = layout.pack(values)
+    weights, tables = packed[: 2 * values.numel()], packed[2 * values.numel() :].view(torch.int32)
+    heads, steps = tables[: layout.tiles * TILE_INTS], tables[layout.tiles * TILE_INTS :]
+    count = layout.tiles
+    if tiles is not None:
+        heads, count = heads.view(-1, TILE_INTS)[tiles].contiguous(), len(tiles)
+        launch.blocks = launch.blocks // layout.tiles * count
+    vector = n % 8 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in (y, bias, residual))
+    code = program(
+        ptx("kernels_sm80.cu", arch, patch), f"bsr_linear_sm80_{NAMES[x.dtype]}_{layout.row}_{launch.block_m}"
+    )
+    arguments = [x, weights if len(weights) else 0, heads, steps, *(0 if t is None else t for t in (bias, residual)), y]
+    arguments += [m, n, k, x.stride(0), count, ACTIVATIONS.index(activation), int(vector)]
+    counts = code.launch(launch.blocks, launch.threads, arguments, shared_bytes=launch.shared_bytes, **options)
+    return y, counts

@@ -1,0 +1,148 @@
+"""The CUDA C++ kernels of the sm_80 family, as nvcc compiles them, executed by the PTX emulator against float64."""
+
+from __future__ import annotations
+
+import cuda_kernels
+import ptx_emulator
+import pytest
+import torch
+import torch.nn.functional as F
+from triton_problems import ACTIVATIONS, PROBLEMS, assert_as_good_as_torch, make_problem
+
+from sparse_prune import reference
+
+pytestmark = pytest.mark.skipif(cuda_kernels.unavailable() is not None, reason=str(cuda_kernels.unavailable()))
+BF16, F16 = torch.bfloat16, torch.float16
+
+
+def layout_of(packed):
+    from sparse_prune_kernels.cuda import make_layout
+
+    (_, k), (r, c) = packed.shape, packed.blocksize
+    return make_layout(packed.crow_indices, packed.col_indices, -(-k // c), r, c)
+
+
+def aligned(x):
+    """x as the launcher passes it: rows that begin at multiples of 16 bytes, here with NaN between them."""
+    m, k = x.shape
+    wide = x.new_full((m, (k + 7) // 8 * 8 + 16), torch.nan)
+    wide[:, :k] = x
+    return wide[:, :k]
+
+
+def check(problem, dtype=BF16, activation="none", extras=(True, True), **options):
+    packed, x, bias, residual = make_problem(*problem, dtype)
+    bias, residual = (tensor if used else None for tensor, used in zip((bias, residual), extras, strict=True))
+    y, counts = cuda_kernels.linear(
+        aligned(x), layout_of(packed), packed.values, packed.shape[0], bias, activation, residual, **options
+    )
+    weight, act = packed.to_dense(), reference.ACTIVATIONS[activation]
+    exact = act(F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
+    dense = act(F.linear(x, weight, bias))
+    if residual is not None:
+        exact, dense = exact + residual.double(), dense + residual
+    assert_as_good_as_torch(y, exact, dense)
+    return packed, counts
+
+
+@pytest.mark.parametrize("block_m", [128, 256])
+@pytest.mark.parametrize("problem", PROBLEMS[1:], ids=str)
+def test_forward(problem, block_m):
+    check(problem, activation="gelu", block_m=block_m)
+
+
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+@pytest.mark.parametrize("block", [(16, 16), (32, 32), (64, 64), (128, 128), (64, 16), (16, 128), (128, 16)], ids=str)
+def test_blocks_and_copies_that_end_whenever_they_like(block, mode):
+    """Twelve steps and more, so that every stage is filled again; several tiles; a residual that no vector holds."""
+    check((260, 300, 500, *block, 0.4), mode=mode)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("extras", [(True, False), (False, True), (False, False)], ids=str)
+def test_epilogues(activation, extras):
+    check((70, 96, 64, 32, 32, 0.5), F16, activation, extras)
+    check((5, 45, 70, 16, 32, 0.5), BF16, activation, extras)
+
+
+def test_nan_of_one_token_stays_with_it():
+    packed, x, *_ = make_problem(20, 64, 64, 32, 32, 1.0, BF16)
+    x[3, 5] = torch.nan
+    y, _ = cuda_kernels.linear(x, layout_of(packed), packed.values, 64, activation="relu")
+    assert y[3].isnan().all() and not y[[i for i in range(20) if i != 3]].isnan().any()
+
+
+# What the tests below need of kernels_sm80.cu: nvcc takes a second for each kernel.
+FEW = (
+    "kernels_sm80.cu",
+    "LINEARS(bf16, __nv_bfloat16)\nLINEARS(f16, __half)\n",
+    "LINEAR(bf16_16_128, __nv_bfloat16, 16, 2)\nLINEAR(bf16_32_128, __nv_bfloat16, 32, 2)\n",
+)
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_120"])
+def test_younger_architectures(arch):
+    check((130, 128, 320, 32, 32, 0.4), block_m=128, arch=arch, patch=(FEW,))
+
+
+BUGS = {
+    "one group too few is awaited": (
+        "bsr_linear_sm80.cuh",
+        "copies_wait<Shape::kStages - 2>()",
+        "copies_wait<Shape::kStages - 1>()",
+    ),
+    "no barrier": ("bsr_linear_sm80.cuh", "__syncthreads();  //", "//"),
+    "a stage is filled while it is read": (
+        "bsr_linear_sm80.cuh",
+        "const int fill = stage == 0 ? Shape::kStages - 1 : stage - 1;",
+        "const int fill = stage;",
+    ),
+    "a swizzle of the copies alone": (
+        "bsr_linear_sm80.cuh",
+        "(piece ^ (thread / 8 % 4))",
+        "(piece ^ (thread / 4 % 4))",
+    ),
+    "tokens past the end are read": (
+        "bsr_linear_sm80.cuh",
+        "min(m0 + thread / 4 + 64 * i, M - 1)",
+        "(m0 + thread / 4 + 64 * i)",
+    ),
+    "inputs past the end are read": ("bsr_linear_sm80.cuh", "inputs_left - k >= 8", "true"),
+    "tokens past the end are written": ("epilogue.cuh", "m >= M || n >= N", "n >= N"),
+    "outputs past the end are written": ("epilogue.cuh", "if (n + i < N) y", "y"),
+    "group 1 reads group 0's weights": (
+        "bsr_linear_sm80.cuh",
+        "(group ? __popc(all & first_rows) * (kUnits * 512) : 0)",
+        "0",
+    ),
+    "the next step's rows": ("bsr_linear_sm80.cuh", "all = step[s + 1].z;", "all = step[s + 2].z;"),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_caught(bug):
+    """Each of them turns one of these red; the same two problems are green without it."""
+    problems = [(260, 300, 500, 32, 16, 0.4), (7, 45, 70, 16, 32, 0.5)]
+    for patch in ((FEW,), (FEW, BUGS[bug])):
+        failed = False
+        for problem in problems:
+            for mode in ("late", "early"):
+                try:
+                    check(problem, block_m=128, mode=mode, patch=patch)
+                except (AssertionError, ptx_emulator.EmulationError):
+                    failed = True
+        assert failed == (len(patch) > 1)
+
+
+@pytest.mark.parametrize("block", [(16, 16), (32, 32), (64, 64), (128, 128)], ids=str)
+def test_work_is_what_the_documentation_counts(block):
+    """Only blocks that exist are multiplied and loaded; x comes once for each column of a tile's union; no bank conflicts."""
+    r, c = block
+    packed, counts = check((512, 512, 1024, r, c, 0.2), extras=(False, False), block_m=256)
+    layout = layout_of(packed)
+    assert counts.tensor_fma == 512 * packed.nnzb * r * c
+    steps = layout.tables[layout.tiles * 12 :].view(-1, 4)
+    columns = int((steps[:, :2] >= 0).sum())
+    loaded = 2 * 512 * 16 * columns + 2 * 2 * packed.values.numel()
+    assert loaded <= 32 * counts.l2_load_sectors <= 1.02 * loaded + 2 * 4 * layout.tables.numel() + 4096
+    assert counts.shared_wavefronts <= 1.01 * counts.shared_ideal
