@@ -177,6 +177,8 @@ def test_ahead_of_time_package_in_python_and_in_cpp(tmp_path):
     configure = ["cmake", "-S", str(EXAMPLE), "-B", str(build), f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"]
     for command in (configure, ["cmake", "--build", str(build)]):
         result = subprocess.run(command, capture_output=True, text=True)
+        if torch.version.cuda and "cannot find the CUDA" in " ".join(result.stderr.split()):
+            pytest.skip("the package ran in Python; a CUDA build of PyTorch wants a CUDA toolkit for its C++ programs")
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     result = subprocess.run([str(build / "run_model"), str(out)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import re
 import shutil
@@ -16,6 +17,9 @@ from ptx_emulator import EmulationError, Program, TensorMap, emulate
 
 pytestmark = pytest.mark.skipif(ptx_emulator.unavailable() is not None, reason=str(ptx_emulator.unavailable()))
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+TRITON = (
+    tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) if importlib.util.find_spec("triton") else ()
+)
 
 
 def kernel(body: str, params: int = 2, registers: str = "", target: int = 80, shared: int = 0) -> str:
@@ -164,7 +168,15 @@ def test_triton_warp_specialised_matmul(capability, mode):
     m, n, k = 240, 112, 400
     a, b, c = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16(), torch.full((m, n), torch.nan).bfloat16()
     program, scratch = Program(ptx), torch.zeros(2048, dtype=torch.uint8)
-    counts = program.launch(2, program.required_threads, [a, b, c, m, n, k, scratch], shared_bytes=shared, mode=mode)
+    arguments = (2, program.required_threads, [a, b, c, m, n, k, scratch])
+    if capability == 90 and TRITON < (
+        3,
+        8,
+    ):  # it initialises mbarriers that it has not used yet again: PTX leaves that undefined
+        with pytest.raises(EmulationError, match="is initialised again without mbarrier.inval"):
+            program.launch(*arguments, shared_bytes=shared, mode=mode)
+        return
+    counts = program.launch(*arguments, shared_bytes=shared, mode=mode)
     exact = a.double() @ b.double().T
     assert ((c.double() - exact).abs() <= exact.abs() * 2.0**-8 + 2.0**-12).all()
     assert program.required_threads[0] > 128 and counts.kinds["copy_bulk"] and counts.kinds["mbarrier"]
@@ -267,7 +279,10 @@ PLANTED_80 = {
         replaced(WAIT_GROUP, lambda m: number(m, lambda n: n + 1), None),
         "may still be under way",
     ),
-    "no barrier before reading": (replaced(r"bar\.sync\s+0;", ""), r"ldmatrix.*a read .* not ordered"),
+    "no barrier before reading": (
+        replaced(r"(wait_group\s+\d+;[^;]*)bar\.sync\s+0;", r"\1"),
+        r"ldmatrix.*a read .* (not ordered|may still be under way)",
+    ),
     "no barrier before refilling a stage": (replaced(r"bar\.sync\s+0;", "", 2), r"cp\.async.*race"),
     "commit dropped": (replaced(r"cp\.async\.commit_group;", "", 1), "may still be under way"),
     "reads one stage for ever": (replaced(RING, r"mov.b32 \1, \2;"), "race|outside"),
