@@ -5,6 +5,7 @@
 #if SPARSE_PRUNE_X86
 #include <immintrin.h>
 #include <cstring>
+#include <utility>
 #ifdef SPARSE_PRUNE_EMULATE_AMX
 extern "C" int64_t tile_counts[3];  // loads, products, stores
 SPARSE_PRUNE_TARGET("avx512bf16,avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prfchw")

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 SPARSE_PRUNE_TARGET("avx2,fma,f16c,prfchw")
 
 namespace sparse_prune {

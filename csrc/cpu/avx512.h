@@ -9,6 +9,14 @@ struct Avx512 {
   static inline F load(const float* p) { return _mm512_loadu_ps(p); }
   static inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   static inline void stream(float* p, F v) { _mm512_stream_ps(p, v); }
+  static inline void copy(float* to, const float* from, int64_t count) {  // count < 16
+    const __mmask16 some = static_cast<__mmask16>((1u << count) - 1);
+    _mm512_mask_storeu_ps(to, some, _mm512_maskz_loadu_ps(some, from));
+  }
+  static inline void copy(uint16_t* to, const uint16_t* from, int64_t count) {
+    const __mmask16 some = static_cast<__mmask16>((1u << count) - 1);
+    _mm256_mask_storeu_epi16(to, some, _mm256_maskz_loadu_epi16(some, from));
+  }
   static inline void fence() { _mm_sfence(); }
   static inline F add(F a, F b) { return _mm512_add_ps(a, b); }
   static inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }

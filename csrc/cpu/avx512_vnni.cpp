@@ -5,6 +5,7 @@
 #if SPARSE_PRUNE_X86
 #include <immintrin.h>
 #include <cstring>
+#include <utility>
 SPARSE_PRUNE_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,prfchw")
 
 namespace sparse_prune {

@@ -11,9 +11,12 @@ inline void int8_step(const uint8_t* x, int64_t ldx, const int8_t* w, typename D
   constexpr int64_t bytes = Dot::Vec::W * kInt8Step;
   for (int64_t j = 0; j < NV * bytes; j += 64) prefetch(w + 3072 + j);  // across the 4 KiB pages where hardware stops
   typename Dot::I b[NV];  // [NV][W][4]
+  SPARSE_PRUNE_UNROLL
   for (int v = 0; v < NV; ++v) b[v] = Dot::weights(w + v * bytes);
+  SPARSE_PRUNE_UNROLL
   for (int m = 0; m < MR; ++m) {
     const typename Dot::B xv = Dot::broadcast(x + m * ldx);  // [4]
+    SPARSE_PRUNE_UNROLL
     for (int v = 0; v < NV; ++v) acc[m][v] = Dot::dot(acc[m][v], xv, b[v]);
   }
 }
@@ -64,16 +67,20 @@ inline void int8_finish_sums(const Int8Args& a, typename Dot::I (&sum)[MR][NV], 
   using V = typename Out::Vec;
   using Y = typename Out::Y;
   typename V::F scale[NV], bias[NV];
+  SPARSE_PRUNE_UNROLL
   for (int v = 0; v < NV; ++v) {
     scale[v] = V::load(a.w_scales + n + v * V::W);
     bias[v] = a.bias ? Out::load_y(static_cast<const Y*>(a.bias) + n + v * V::W) : V::zero();
   }
+  SPARSE_PRUNE_UNROLL
   for (int m = 0; m < MR; ++m) {
     const int64_t at = (m0 + m) * a.N + n;
     const typename V::F x_scale = V::set1(a.x_scales[m0 + m]);
     typename V::F row[NV];  // [NV * W]
+    SPARSE_PRUNE_UNROLL
     for (int v = 0; v < NV; ++v) row[v] = V::add(V::mul(V::mul(Dot::to_float(sum[m][v]), scale[v]), x_scale), bias[v]);
     if (a.residual)
+      SPARSE_PRUNE_UNROLL
       for (int v = 0; v < NV; ++v) row[v] = V::add(row[v], Out::load_y(static_cast<const Y*>(a.residual) + at + v * V::W));
     Out::template store_row<NV>(static_cast<Y*>(a.y) + at, row, false);
     // The next block-row's part of y, as in linear_tile.
@@ -92,7 +99,9 @@ inline void int8_finish_tile(const Int8Args& a, typename Dot::I (&sum)[MR][NV], 
     return int8_finish_sums<Dot, HalfWeights<V>, MR, NV>(a, sum, m0, n);
   }
   alignas(64) int32_t z[MR * NV * W];  // [MR][NV * W]
+  SPARSE_PRUNE_UNROLL
   for (int m = 0; m < MR; ++m)
+    SPARSE_PRUNE_UNROLL
     for (int v = 0; v < NV; ++v) Dot::store(z + (m * NV + v) * W, sum[m][v]);
   int8_finish<V>(a, z, NV * W, m0, n, MR, cols);
 }
@@ -107,8 +116,11 @@ void int8_tile(const Int8Args& a, int64_t m0, int64_t i, int64_t n, int64_t cols
   const auto* w = static_cast<const int8_t*>(a.w) + (n - i * a.R) * kInt8Step;
   const int32_t* offsets = a.offsets + n;
   I acc[KU][MR][NV];  // [KU][MR][NV * W]
+  SPARSE_PRUNE_UNROLL
   for (int u = 0; u < KU; ++u)
+    SPARSE_PRUNE_UNROLL
     for (int m = 0; m < MR; ++m)
+      SPARSE_PRUNE_UNROLL
       for (int v = 0; v < NV; ++v) acc[u][m][v] = Dot::uses_offsets && u == 0 ? Dot::load(offsets + v * W) : Dot::zero();
   const int64_t steps = (a.C + kInt8Step - 1) / kInt8Step, ldw = a.R * kInt8Step, end = a.crow[i + 1];
   for (int64_t e = a.crow[i]; e < end; ++e) {
@@ -117,33 +129,24 @@ void int8_tile(const Int8Args& a, int64_t m0, int64_t i, int64_t n, int64_t cols
     if (e + 1 < end) {
       const uint8_t* next = x + a.col[e + 1] * a.C;
       for (int64_t j = 0; j < a.C; j += 64)
+        SPARSE_PRUNE_UNROLL
         for (int m = 0; m < MR; ++m) prefetch(next + m * a.ldx + j);
     }
     int64_t k = 0;
     for (; k + KU <= steps; k += KU)
+      SPARSE_PRUNE_UNROLL
       for (int u = 0; u < KU; ++u, wb += ldw) int8_step<Dot, MR, NV>(xb + (k + u) * kInt8Step, a.ldx, wb, acc[u]);
     if (KU > 1)
       for (; k < steps; ++k, wb += ldw) int8_step<Dot, MR, NV>(xb + k * kInt8Step, a.ldx, wb, acc[0]);
   }
+  SPARSE_PRUNE_UNROLL
   for (int u = 1; u < KU; ++u)
+    SPARSE_PRUNE_UNROLL
     for (int m = 0; m < MR; ++m)
+      SPARSE_PRUNE_UNROLL
       for (int v = 0; v < NV; ++v) acc[0][m][v] = Dot::add(acc[0][m][v], acc[u][m][v]);
   int8_finish_tile<Dot>(a, acc[0], m0, n, cols);
 }
-
-using Int8TileFn = void (*)(const Int8Args&, int64_t, int64_t, int64_t, int64_t);
-
-template <class Dot, int NV, int MR>
-struct Int8TileTable {
-  static void fill(Int8TileFn* table) {
-    table[MR - 1] = int8_tile<Dot, MR, NV>;
-    Int8TileTable<Dot, NV, MR - 1>::fill(table);
-  }
-};
-template <class Dot, int NV>
-struct Int8TileTable<Dot, NV, 0> {
-  static void fill(Int8TileFn*) {}
-};
 
 // Rows of a tile: what is left of the registers after NV vectors of weights and Dot::spare for a group of x and for dot itself.
 template <class Dot, int NV>
@@ -154,46 +157,19 @@ constexpr int int8_rows() {
 
 template <class Dot>
 struct Int8Tiles {
-  static constexpr int widest = Dot::Vec::registers >= 32 ? 4 : 2;
-  Int8TileFn one[int8_rows<Dot, 1>()], two[int8_rows<Dot, 2>()], four[int8_rows<Dot, widest>()];
-  Int8Tiles() {
-    Int8TileTable<Dot, 1, int8_rows<Dot, 1>()>::fill(one);
-    Int8TileTable<Dot, 2, int8_rows<Dot, 2>()>::fill(two);
-    Int8TileTable<Dot, widest, int8_rows<Dot, widest>()>::fill(four);
-  }
+  using Fn = void (*)(const Int8Args&, int64_t, int64_t, int64_t, int64_t);
+  static constexpr int W = Dot::Vec::W, registers = Dot::Vec::registers;
+  template <int NV>
+  static constexpr int rows = int8_rows<Dot, NV>();
+  template <int MR, int NV>
+  static constexpr Fn tile = int8_tile<Dot, MR, NV>;
 };
 
-// Rows [m0, m1) of block-rows [i0, i1), in the order of linear_range and for its reasons.
 template <class Dot>
 void int8_range(const Int8Args& a, int64_t m0, int64_t m1, int64_t i0, int64_t i1) {
-  using V = typename Dot::Vec;
-  static const Int8Tiles<Dot> tiles;
-  constexpr int widest = Int8Tiles<Dot>::widest, rows_widest = int8_rows<Dot, widest>(), rows_two = int8_rows<Dot, 2>();
-  const bool has_wide = widest == 4 && a.R >= 4 * V::W;
-  const int64_t panel = 4 * (has_wide || widest == 2 ? rows_widest : rows_two);
-  const int64_t rows = m1 - m0, panels = (rows + panel - 1) / panel;
-  for (int64_t g0 = i0, g1; g0 < i1; g0 = g1) {
-    g1 = group_end(a, g0, i1, 1);
-    for (int64_t p = 0; p < panels; ++p) {
-      const int64_t from = rows * p / panels, high = rows * (p + 1) / panels - from;
-      for (int64_t i = g0; i < g1; ++i) {
-        const int64_t row_end = (i + 1) * a.R < a.N ? (i + 1) * a.R : a.N;
-        for (int64_t n = i * a.R, cols; n < row_end; n += cols) {
-          const int64_t left = row_end - n;
-          const bool wide = has_wide && left >= 4 * V::W;
-          const int vectors = wide ? 4 : (left > V::W ? 2 : 1);
-          const Int8TileFn* table = wide ? tiles.four : (vectors == 2 ? tiles.two : tiles.one);
-          const int64_t most = wide ? rows_widest : (vectors == 2 ? rows_two : int8_rows<Dot, 1>());
-          cols = left < vectors * V::W ? left : vectors * V::W;
-          const int64_t count = (high + most - 1) / most;
-          for (int64_t t = 0; t < count; ++t) {
-            const int64_t m = high * t / count, tile = high * (t + 1) / count - m;
-            table[tile - 1](a, m0 + from + m, i, n, cols);
-          }
-        }
-      }
-    }
-  }
+  for_each_tile<Int8Tiles<Dot>>(a, 1, m0, m1, i0, i1, [&](auto tile, int64_t m, int64_t i, int64_t n, int64_t cols, bool) {
+    tile(a, m0 + m, i, n, cols);
+  });
 }
 
 template <class Load>

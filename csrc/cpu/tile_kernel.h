@@ -7,6 +7,10 @@
 // V provides: Elem, F (vector), W (lanes), zero, set1, load, store, stream (a store past the caches), fence, add, fma, activate,
 // load_bf16/f16, store_bf16/f16, bf16_pairs.
 
+// Before each loop over a tile's sums: left to itself the compiler unrolls them too late to see that sums need no memory, and a tile then
+// stores all of them twice.
+#define SPARSE_PRUNE_UNROLL _Pragma("GCC unroll 16")
+
 // Weights in the accumulator's own type, one input per step.
 template <class V>
 struct Plain {
@@ -78,35 +82,47 @@ struct Place {
   bool past_cache;                  // write whole lines of y past the caches
 };
 
+template <class V, class Y>
+inline void copy_edge(Y* to, const Y* from, int64_t count) {
+  if constexpr (V::W == 16)
+    V::copy(to, from, count);  // one masked instruction
+  else
+    for (int64_t j = 0; j < count; ++j) to[j] = from[j];
+}
+
 // The edge of a row: count values, and zeros up to a whole vector.
 template <class Fmt>
 inline typename Fmt::F load_edge(const typename Fmt::Y* from, int64_t count) {
   typename Fmt::Y edge[Fmt::Vec::W] = {};
-  for (int64_t j = 0; j < count; ++j) edge[j] = from[j];
+  copy_edge<typename Fmt::Vec>(edge, from, count);
   return Fmt::load_y(edge);
 }
 
-// y[rows, cols] = act(z + bias) + residual, along rows; z has whole vectors, bias[cols] and residual may be null.
+// y[rows, cols] = act(z + bias) + residual; z has whole vectors, bias[cols] and residual may be null.
 template <class Fmt>
 void finish(const typename Fmt::Vec::Elem* z, int64_t ldz, const typename Fmt::Y* bias, const typename Fmt::Y* residual,
             typename Fmt::Y* y, const Finish& f) {
   using V = typename Fmt::Vec;
   using Y = typename Fmt::Y;
-  for (int64_t m = 0; m < f.rows; ++m) {
-    for (int64_t n = 0; n < f.cols; n += V::W) {
-      const int64_t count = f.cols - n;
-      typename V::F v = V::load(z + m * ldz + n);  // [W]
-      if (bias) v = V::add(v, count >= V::W ? Fmt::load_y(bias + n) : load_edge<Fmt>(bias + n, count));
+  for (int64_t n = 0; n < f.cols; n += V::W) {
+    const int64_t count = f.cols - n;
+    const bool whole = count >= V::W;
+    typename V::F b = V::zero();  // [W]
+    if (bias) b = whole ? Fmt::load_y(bias + n) : load_edge<Fmt>(bias + n, count);
+    for (int64_t m = 0; m < f.rows; ++m) {
+      typename V::F v = V::add(V::load(z + m * ldz + n), b);  // [W]
       if (f.activation != Activation::none) v = V::activate(v, f.activation);
       Y* to = y + m * f.ldy + n;
-      const Y* from = residual ? residual + m * f.ldy + n : nullptr;
-      if (from) v = V::add(v, count >= V::W ? Fmt::load_y(from) : load_edge<Fmt>(from, count));
-      if (count >= V::W) {
+      if (residual) {
+        const Y* from = residual + m * f.ldy + n;
+        v = V::add(v, whole ? Fmt::load_y(from) : load_edge<Fmt>(from, count));
+      }
+      if (whole) {
         Fmt::store_y(to, v);
       } else {
         Y edge[V::W];
         Fmt::store_y(edge, v);
-        for (int64_t j = 0; j < count; ++j) to[j] = edge[j];
+        copy_edge<V>(to, edge, count);
       }
     }
   }
@@ -117,6 +133,7 @@ inline void prefetch_to_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 template <class Fmt, int NV>
 inline void load_bias(const Place<Fmt>& at, typename Fmt::F (&bias)[NV]) {
+  SPARSE_PRUNE_UNROLL
   for (int v = 0; v < NV; ++v) bias[v] = at.bias ? Fmt::load_y(at.bias + v * Fmt::Vec::W) : Fmt::Vec::zero();
 }
 
@@ -125,8 +142,10 @@ template <class Fmt, int NV>
 inline void finish_row(const LinearArgs& a, const Place<Fmt>& at, int64_t m, const typename Fmt::F (&bias)[NV],
                        typename Fmt::F (&sums)[NV]) {
   using V = typename Fmt::Vec;
+  SPARSE_PRUNE_UNROLL
   for (int v = 0; v < NV; ++v) sums[v] = V::add(sums[v], bias[v]);
   if (at.residual)
+    SPARSE_PRUNE_UNROLL
     for (int v = 0; v < NV; ++v) sums[v] = V::add(sums[v], Fmt::load_y(at.residual + m * at.ld + v * V::W));
   Fmt::template store_row<NV>(at.y + m * at.ld, sums, at.past_cache);
   // The next block-row's part of y: rows are too far apart for the hardware to fetch it in time. Into L2 only: rows that are a multiple
@@ -142,10 +161,14 @@ inline void tile_step(const typename Fmt::X* x, int64_t ldx, const typename Fmt:
   constexpr int64_t ahead = 3072 / sizeof(typename Fmt::Wt), line = 64 / sizeof(typename Fmt::Wt);
   for (int64_t j = 0; j < NV * Fmt::Vec::W * Fmt::step; j += line) prefetch(w + ahead + j);
   F b[NV][Fmt::parts];
+  SPARSE_PRUNE_UNROLL
   for (int v = 0; v < NV; ++v) Fmt::weights(w + v * Fmt::Vec::W * Fmt::step, b[v]);
+  SPARSE_PRUNE_UNROLL
   for (int p = 0; p < Fmt::parts; ++p)
+    SPARSE_PRUNE_UNROLL
     for (int m = 0; m < MR; ++m) {
       const F xv = Fmt::broadcast(x + m * ldx, p);
+      SPARSE_PRUNE_UNROLL
       for (int v = 0; v < NV; ++v) acc[m][v] = Fmt::multiply_add(xv, b[v][p], acc[m][v]);
     }
 }
@@ -161,8 +184,11 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
   constexpr int step = Fmt::step;
   constexpr int64_t x_line = 64 / sizeof(typename Fmt::X);
   F acc[KU][MR][NV];  // [KU][MR][NV * W]
+  SPARSE_PRUNE_UNROLL
   for (int u = 0; u < KU; ++u)
+    SPARSE_PRUNE_UNROLL
     for (int m = 0; m < MR; ++m)
+      SPARSE_PRUNE_UNROLL
       for (int v = 0; v < NV; ++v) acc[u][m][v] = V::zero();
   // Where y keeps the sum's full precision, sums are closed every 256 inputs, as a blocked matmul does, to keep their error; a 16-bit
   // y hides that error, so its sums run through.
@@ -181,12 +207,16 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
     if (e + 1 < end) {  // the next block's x is anywhere in the row, which no hardware prefetcher can know
       const typename Fmt::X* next = x + a.col[e + 1] * a.C;
       for (int64_t j = 0; j < a.C; j += x_line)
+        SPARSE_PRUNE_UNROLL
         for (int m = 0; m < MR; ++m) prefetch(next + m * ldx + j);
     }
     if (in_parts && (open += inputs) > part) {
+      SPARSE_PRUNE_UNROLL
       for (int m = 0; m < MR; ++m)
+        SPARSE_PRUNE_UNROLL
         for (int v = 0; v < NV; ++v) {
           F sum = closed ? V::load(z + (m * NV + v) * V::W) : V::zero();
+          SPARSE_PRUNE_UNROLL
           for (int u = 0; u < KU; ++u) {
             sum = V::add(sum, acc[u][m][v]);
             acc[u][m][v] = V::zero();
@@ -198,51 +228,46 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
     }
     int64_t k = 0;
     for (; k + KU * step <= inputs; k += KU * step)
+      SPARSE_PRUNE_UNROLL
       for (int u = 0; u < KU; ++u, wb += ldw) tile_step<Fmt, MR, NV>(xb + k + u * step, ldx, wb, acc[u]);
     if (KU > 1)
       for (; k + step <= inputs; k += step, wb += ldw) tile_step<Fmt, MR, NV>(xb + k, ldx, wb, acc[0]);
     if (step > 1 && k < inputs) {  // an odd input: its pair's other half is not x of this block
       F b[NV][Fmt::parts];
+      SPARSE_PRUNE_UNROLL
       for (int v = 0; v < NV; ++v) Fmt::weights(wb + v * V::W * step, b[v]);
+      SPARSE_PRUNE_UNROLL
       for (int m = 0; m < MR; ++m) {
         const F xv = Fmt::broadcast_last(xb + m * ldx + k);
+        SPARSE_PRUNE_UNROLL
         for (int v = 0; v < NV; ++v) acc[0][m][v] = Fmt::multiply_add(xv, b[v][0], acc[0][m][v]);
       }
     }
   }
+  SPARSE_PRUNE_UNROLL
   for (int u = 1; u < KU; ++u)
+    SPARSE_PRUNE_UNROLL
     for (int m = 0; m < MR; ++m)
+      SPARSE_PRUNE_UNROLL
       for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], acc[u][m][v]);
   if (in_parts && closed)
+    SPARSE_PRUNE_UNROLL
     for (int m = 0; m < MR; ++m)
+      SPARSE_PRUNE_UNROLL
       for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], V::load(z + (m * NV + v) * V::W));
   if (at.simple) {  // straight from the registers
     F bias[NV];
     load_bias<Fmt>(at, bias);
+    SPARSE_PRUNE_UNROLL
     for (int m = 0; m < MR; ++m) finish_row<Fmt>(a, at, m, bias, acc[0][m]);
     return;
   }
+  SPARSE_PRUNE_UNROLL
   for (int m = 0; m < MR; ++m)
+    SPARSE_PRUNE_UNROLL
     for (int v = 0; v < NV; ++v) V::store(z + (m * NV + v) * V::W, acc[0][m][v]);
   finish<Fmt>(z, NV * V::W, at.bias, at.residual, at.y, {MR, at.cols, at.ld, a.activation});
 }
-
-template <class Fmt>
-using TileFn = void (*)(const LinearArgs&, const typename Fmt::X*, int64_t, const typename Fmt::Wt*, int64_t, int64_t,
-                        const Place<Fmt>&);
-
-// tile_of<Fmt, NV>::row[MR - 1]; the largest MR leaves registers for NV weight vectors (times parts) and one broadcast.
-template <class Fmt, int NV, int MR>
-struct TileTable {
-  static void fill(TileFn<Fmt>* table) {
-    table[MR - 1] = linear_tile<Fmt, MR, NV>;
-    TileTable<Fmt, NV, MR - 1>::fill(table);
-  }
-};
-template <class Fmt, int NV>
-struct TileTable<Fmt, NV, 0> {
-  static void fill(TileFn<Fmt>*) {}
-};
 
 template <class Fmt, int NV>
 constexpr int max_rows() {
@@ -251,15 +276,25 @@ constexpr int max_rows() {
   return rows < 14 ? rows : 14;
 }
 
+// What for_each_tile wants to know of a kind of tile: W lanes, registers, the most rows of NV vectors, and the function for MR of them.
 template <class Fmt>
-struct Tiles {
-  static constexpr int widest = Fmt::Vec::registers >= 32 ? 4 : 2;
-  TileFn<Fmt> one[max_rows<Fmt, 1>()], two[max_rows<Fmt, 2>()], four[max_rows<Fmt, widest>()];
-  Tiles() {
-    TileTable<Fmt, 1, max_rows<Fmt, 1>()>::fill(one);
-    TileTable<Fmt, 2, max_rows<Fmt, 2>()>::fill(two);
-    TileTable<Fmt, widest, max_rows<Fmt, widest>()>::fill(four);
-  }
+struct LinearTiles {
+  using Fn = void (*)(const LinearArgs&, const typename Fmt::X*, int64_t, const typename Fmt::Wt*, int64_t, int64_t, const Place<Fmt>&);
+  static constexpr int W = Fmt::Vec::W, registers = Fmt::Vec::registers;
+  template <int NV>
+  static constexpr int rows = max_rows<Fmt, NV>();
+  template <int MR, int NV>
+  static constexpr Fn tile = linear_tile<Fmt, MR, NV>;
+};
+
+// The tiles of strips of NV vectors, by their rows - 1.
+template <class Kind, int NV>
+struct Strip {
+  static constexpr int most = Kind::template rows<NV>;
+  typename Kind::Fn tile[most];
+  template <int... MR>
+  constexpr Strip(std::integer_sequence<int, MR...>) : tile{Kind::template tile<MR + 1, NV>...} {}
+  constexpr Strip() : Strip(std::make_integer_sequence<int, most>()) {}
 };
 
 // One past the last block-row from i on whose weights stay in L2 (256 KiB of it) while all rows of x pass over them.
@@ -279,51 +314,63 @@ bool writes_past_cache(const LinearArgs& a) {
   return whole_lines && a.M * a.N * y_bytes >= 6 << 20;
 }
 
-// Rows [m0, m1) of block-rows [i0, i1). x is a.x, or its rows widened to float, as X with ldx elements per row, starting at row m0.
+// Nearly equal parts of `rows`, none larger than `most`: 16 rows are 8 + 8, not 14 + 2.
+struct Parts {
+  int64_t count, low, longer;  // the first `longer` parts have low + 1 rows
+  Parts(int64_t rows, int64_t most) : count((rows + most - 1) / most), low(count ? rows / count : 0), longer(rows - low * count) {}
+};
+
+// Calls run(tile, m, i, n, cols, whole) for the tiles of rows [m0, m1) of block-rows [i0, i1): from row m0 + m and output n of block-row i
+// on, of which cols exist; whole says that all do.
 // A group of block-rows is finished for one panel of rows before the next panel, so that rows of y are written along, not down: they
 // are often a multiple of 4 KiB apart.
-template <class Fmt>
-void linear_range(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, int64_t m0, int64_t m1, int64_t i0, int64_t i1) {
-  using V = typename Fmt::Vec;
-  using Y = typename Fmt::Y;
-  static const Tiles<Fmt> tiles;
-  constexpr int widest = Tiles<Fmt>::widest, rows_widest = max_rows<Fmt, widest>(), rows_two = max_rows<Fmt, 2>();
-  const bool has_wide = widest == 4 && a.R >= 4 * V::W;
-  // Panels are whole tiles high, of the strips that R is made of, and nearly equal: 16 rows are 8 + 8, not 14 + 2.
+template <class Kind, class Run>
+void for_each_tile(const LinearArgs& a, int64_t weight_bytes, int64_t m0, int64_t m1, int64_t i0, int64_t i1, const Run& run) {
+  constexpr int W = Kind::W, widest = Kind::registers >= 32 ? 4 : 2;
+  static constexpr Strip<Kind, 1> one;
+  static constexpr Strip<Kind, 2> two;
+  static constexpr Strip<Kind, widest> wide;
+  const bool has_wide = widest == 4 && a.R >= 4 * W;
+  // Panels are whole tiles high, of the strips that R is made of, and nearly equal.
   // Four tiles a panel: the blocks of a row are then found, and the branches that follow their number learnt, once for all four.
-  const int64_t panel = 4 * (has_wide || widest == 2 ? rows_widest : rows_two);
-  const int64_t rows = m1 - m0, panels = (rows + panel - 1) / panel;
-  const bool past_cache = writes_past_cache<Fmt>(a);
+  const Parts panels(m1 - m0, 4 * (has_wide || widest == 2 ? wide.most : two.most));
   for (int64_t g0 = i0, g1; g0 < i1; g0 = g1) {
-    g1 = group_end(a, g0, i1, sizeof(typename Fmt::Wt));
-    for (int64_t p = 0; p < panels; ++p) {
-      const int64_t from = rows * p / panels, high = rows * (p + 1) / panels - from;
-      const typename Fmt::X* xp = x + from * ldx;                                   // [high, K]
-      const int64_t y_row = (m0 + from) * a.N;
+    g1 = group_end(a, g0, i1, weight_bytes);
+    for (int64_t p = 0, from = 0, high; p < panels.count; ++p, from += high) {
+      high = panels.low + (p < panels.longer);
+      const Parts by_one(high, one.most), by_two(high, two.most), by_wide(high, wide.most);
       for (int64_t i = g0; i < g1; ++i) {
         const int64_t row_end = (i + 1) * a.R < a.N ? (i + 1) * a.R : a.N;
         for (int64_t n = i * a.R, cols; n < row_end; n += cols) {
           const int64_t left = row_end - n;
-          const bool wide = has_wide && left >= 4 * V::W;
-          const int vectors = wide ? 4 : (left > V::W ? 2 : 1);
-          const TileFn<Fmt>* table = wide ? tiles.four : (vectors == 2 ? tiles.two : tiles.one);
-          const int64_t most = wide ? rows_widest : (vectors == 2 ? rows_two : max_rows<Fmt, 1>());
-          cols = left < vectors * V::W ? left : vectors * V::W;
-          const typename Fmt::Wt* w = static_cast<const typename Fmt::Wt*>(a.w) + (n - i * a.R) * Fmt::step;
-          const bool simple = cols == vectors * V::W && a.activation == Activation::none;
-          const int64_t count = (high + most - 1) / most;
-          for (int64_t t = 0; t < count; ++t) {
-            const int64_t m = high * t / count, tile = high * (t + 1) / count - m, offset = y_row + m * a.N + n;
-            table[tile - 1](a, xp + m * ldx, ldx, w, a.crow[i], a.crow[i + 1],
-                            {static_cast<Y*>(a.y) + offset, a.bias ? static_cast<const Y*>(a.bias) + n : nullptr,
-                             a.residual ? static_cast<const Y*>(a.residual) + offset : nullptr, a.N, cols, simple,
-                             past_cache});
+          const int vectors = has_wide && left >= 4 * W ? 4 : (left > W ? 2 : 1);
+          const typename Kind::Fn* tile = vectors == 4 ? wide.tile : (vectors == 2 ? two.tile : one.tile);
+          const Parts& parts = vectors == 4 ? by_wide : (vectors == 2 ? by_two : by_one);
+          cols = left < vectors * W ? left : vectors * W;
+          for (int64_t t = 0, m = from, rows; t < parts.count; ++t, m += rows) {
+            rows = parts.low + (t < parts.longer);
+            run(tile[rows - 1], m, i, n, cols, cols == vectors * W);
           }
         }
       }
     }
   }
-  if (past_cache) V::fence();
+}
+
+// Rows [m0, m1) of block-rows [i0, i1). x is a.x, or its rows widened to float, as X with ldx elements per row, starting at row m0.
+template <class Fmt>
+void linear_range(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, int64_t m0, int64_t m1, int64_t i0, int64_t i1) {
+  using Y = typename Fmt::Y;
+  const bool past_cache = writes_past_cache<Fmt>(a);
+  for_each_tile<LinearTiles<Fmt>>(a, sizeof(typename Fmt::Wt), m0, m1, i0, i1,
+                                  [&](auto tile, int64_t m, int64_t i, int64_t n, int64_t cols, bool whole) {
+    const int64_t offset = (m0 + m) * a.N + n;
+    const bool simple = whole && a.activation == Activation::none;
+    tile(a, x + m * ldx, ldx, static_cast<const typename Fmt::Wt*>(a.w) + (n - i * a.R) * Fmt::step, a.crow[i], a.crow[i + 1],
+         {static_cast<Y*>(a.y) + offset, a.bias ? static_cast<const Y*>(a.bias) + n : nullptr,
+          a.residual ? static_cast<const Y*>(a.residual) + offset : nullptr, a.N, cols, simple, past_cache});
+  });
+  if (past_cache) Fmt::Vec::fence();
 }
 
 template <class V>
