@@ -50,7 +50,7 @@ class PruneConfig:
     Raises SparsePruneError when a field is out of range or two contradict each other.
     """
 
-    criterion: str = "movement"
+    criterion: str = "taylor"
     schedule: str = "cubic"
     scope: str = "global"
     density: float = 0.2

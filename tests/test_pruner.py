@@ -270,7 +270,7 @@ def test_regrown_blocks_return_with_their_weights():
 @pytest.mark.parametrize(
     "config",
     [
-        PruneConfig(density=0.3, blocksize=(8, 8), total_steps=24, update_every=3, regrow=False),
+        PruneConfig("movement", density=0.3, blocksize=(8, 8), total_steps=24, update_every=3, regrow=False),
         PruneConfig(density=0.3, blocksize=(8, 8), total_steps=24, update_every=3),
         PruneConfig("magnitude", "iterative", density=0.3, blocksize=(8, 8), total_steps=24, update_every=2),
         PruneConfig("wanda", "linear", density=0.3, granularity="row", total_steps=24, update_every=2),
@@ -596,7 +596,7 @@ def test_ranks_agree(tmp_path):
         ({"update_every": 0}, "^update_every"),
         ({"smoothing": 1.0}, "^smoothing"),
         ({"rounds": 0}, "^rounds"),
-        ({"alpha": 0.1}, "^alpha: .*got 0.1 with criterion 'movement'"),
+        ({"alpha": 0.1}, "^alpha: .*got 0.1 with criterion 'taylor'"),
         ({"alpha": -0.1, "criterion": "threshold"}, "^alpha"),
         ({"relative_to": "loss"}, "^relative_to"),
     ],
@@ -637,7 +637,7 @@ def test_nan(where):
 
 
 def test_gradients_and_activations_must_be_there():
-    with pytest.raises(SparsePruneError, match="^grad: .*criterion 'movement' needs.*before zero_grad"):
+    with pytest.raises(SparsePruneError, match="^grad: .*criterion 'taylor' needs.*before zero_grad"):
         Pruner(network(), PruneConfig(blocksize=(8, 8))).step()
     with pytest.raises(SparsePruneError, match="^0: activations: expected a forward pass in training mode"):
         Pruner(network(), PruneConfig("wanda", blocksize=(8, 8), **ONE_SHOT)).step()

@@ -331,7 +331,7 @@ class Pruned:
 def check_prune_args(args: PruneArgs) -> None:
     """Raise SparsePruneError for arguments that cannot be, before anything is written."""
     PruneConfig(
-        criterion=args.criterion or "movement",
+        criterion=args.criterion or PruneConfig.criterion,
         schedule=args.schedule,
         scope=args.scope,
         density=args.density,
