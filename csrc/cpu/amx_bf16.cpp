@@ -28,7 +28,7 @@ struct Bf16Tiles {
   using F = Avx512::F;
   static constexpr int64_t size = 2;
   const LinearArgs& a;
-  bool past_cache;
+  bool past_cache, ahead;
   static inline F load(const float* z) { return Avx512::load(z); }
   static inline F add(F v, F w) { return Avx512::add(v, w); }
   template <int C, int A, int B>
@@ -42,7 +42,7 @@ struct Bf16Tiles {
     Columns(const Bf16Tiles& op, int64_t n, int64_t cols) : a(op.a) {
       const auto *b = static_cast<const uint16_t*>(a.bias), *residual = static_cast<const uint16_t*>(a.residual);
       first = {static_cast<uint16_t*>(a.y) + n, b ? b + n : nullptr, residual ? residual + n : nullptr,
-               a.N, cols, cols == NT * kTile && a.activation == Activation::none, op.past_cache && NT == 2};
+               a.N, cols, cols == NT * kTile && a.activation == Activation::none, op.past_cache && NT == 2, op.ahead};
       if (first.simple) load_bias<DotBf16>(first, bias);
     }
     inline void write(int64_t m, F (&sums)[NT]) const {
@@ -73,7 +73,7 @@ void linear(const LinearArgs& a, int64_t m0, int64_t m1, int64_t i0, int64_t i1)
   if (!tiles_fit(a.R, 2 * a.C, 2 * a.K, m1 - m0)) return avx512_bf16_kernels()->linear(a, m0, m1, i0, i1);
   int64_t ldx = 2 * a.ldx;
   const char* x = spread_rows(a, m0, m1, i0, i1, ldx);
-  const Bf16Tiles op = {a, writes_past_cache<DotBf16>(a)};
+  const Bf16Tiles op = {a, writes_past_cache<DotBf16>(a), fetches_ahead<DotBf16>(a)};
   amx_range(op, x, ldx, 2 * a.K, m0, m1, i0, i1);
   if (op.past_cache) Avx512::fence();
 }
