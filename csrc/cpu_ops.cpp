@@ -16,9 +16,17 @@ struct Index {
   int64_t nnzb;
 };
 
+// What a weight's tensors are called in messages.
+struct Names {
+  const char *crow = "crow_indices", *col = "col_indices", *values = "values", *prepacked = "prepacked", *bias = "bias";
+};
+constexpr Names kOnly = {};
+constexpr Names kGate = {"gate_crow_indices", "gate_col_indices", "gate_values", "gate_prepacked", "gate_bias"};
+constexpr Names kUp = {"up_crow_indices", "up_col_indices", "up_values", "up_prepacked", "up_bias"};
+
 // crow_indices of `rows` block-rows that share nnzb blocks.
-const int32_t* checked_crow(const Tensor& crow_indices, int64_t rows, int64_t nnzb) {
-  check_shape(crow_indices, "crow_indices", {rows + 1});
+const int32_t* checked_crow(const Tensor& crow_indices, int64_t rows, int64_t nnzb, const char* name = kOnly.crow) {
+  check_shape(crow_indices, name, {rows + 1});
   const auto* crow = static_cast<const int32_t*>(crow_indices.const_data_ptr());
   // The sign bit of a difference or an entry says what is wrong: no branches, so that vectors do it (see checked_index).
   uint32_t wrong = 0;
@@ -26,7 +34,8 @@ const int32_t* checked_crow(const Tensor& crow_indices, int64_t rows, int64_t nn
     const auto here = static_cast<uint32_t>(crow[i]), next = static_cast<uint32_t>(crow[i + 1]);
     wrong |= (next - here) | next;
   }
-  STD_TORCH_CHECK(crow[0] == 0 && crow[rows] == nnzb && !(wrong >> 31), "crow_indices: expected entries that rise from 0 to ", nnzb, " (the number of blocks), got others");
+  STD_TORCH_CHECK(crow[0] == 0 && crow[rows] == nnzb && !(wrong >> 31), name, ": expected entries that rise from 0 to ", nnzb,
+                  " (the number of blocks), got others");
   return crow;
 }
 
@@ -39,25 +48,26 @@ void check_index_vector(const Tensor& t, const char* name) {
 
 // Index arrays of a pattern of rows x columns blocks. They may come from a file that nobody validated, or have been written since, so
 // every call looks at every entry: a quarter of a microsecond for 3,000 blocks, which no bookkeeping about earlier calls would undercut.
-Index checked_index(const Tensor& crow_indices, const Tensor& col_indices, int64_t rows, int64_t columns) {
-  check_index_vector(crow_indices, "crow_indices");
-  check_index_vector(col_indices, "col_indices");
+Index checked_index(const Tensor& crow_indices, const Tensor& col_indices, int64_t rows, int64_t columns,
+                    const Names& names = kOnly) {
+  check_index_vector(crow_indices, names.crow);
+  check_index_vector(col_indices, names.col);
   const int64_t nnzb = col_indices.size(0);
-  const int32_t* crow = checked_crow(crow_indices, rows, nnzb);
+  const int32_t* crow = checked_crow(crow_indices, rows, nnzb, names.crow);
   const auto* col = static_cast<const int32_t*>(col_indices.const_data_ptr());
   const auto last = static_cast<uint32_t>(std::min<int64_t>(columns, std::numeric_limits<int32_t>::max()) - 1);
   uint32_t outside = 0;
   for (int64_t e = 0; e < nnzb; ++e) outside |= static_cast<uint32_t>(col[e]) | (last - static_cast<uint32_t>(col[e]));
-  STD_TORCH_CHECK(!(outside >> 31), "col_indices: expected entries in [0, ", columns, "), got one outside");
+  STD_TORCH_CHECK(!(outside >> 31), names.col, ": expected entries in [0, ", columns, "), got one outside");
   return {crow, col, nnzb};
 }
 
 int64_t blocks_along(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
-void check_values(const Tensor& values) {
-  STD_TORCH_CHECK(values.dim() == 3 && values.size(1) > 0 && values.size(2) > 0,
-                  "values: expected shape [nnzb, R, C] with R, C >= 1, got ", shape_of(values));
-  STD_TORCH_CHECK(values.is_cpu(), "values: expected a CPU tensor, got one on another device");
+void check_values(const Tensor& values, const char* name = kOnly.values) {
+  STD_TORCH_CHECK(values.dim() == 3 && values.size(1) > 0 && values.size(2) > 0, name,
+                  ": expected shape [nnzb, R, C] with R, C >= 1, got ", shape_of(values));
+  STD_TORCH_CHECK(values.is_cpu(), name, ": expected a CPU tensor, got one on another device");
 }
 
 Tensor prepacked(const Tensor& values, sp::DType dtype, bool transposed) {
@@ -74,45 +84,86 @@ Tensor cpu_prepack(const Tensor& values) {
   return prepacked(values, dtype_of(values, "values"), false);
 }
 
+// The part of a product that is x's and the caller's.
+sp::LinearArgs product_of(const Tensor& x, int64_t out_features, const std::string& activation) {
+  sp::LinearArgs a = {};
+  a.dtype = dtype_of(x, "x");
+  a.M = x.size(0), a.N = out_features, a.K = x.size(1);
+  STD_TORCH_CHECK(a.N >= 0, "out_features: expected a number from 0, got ", a.N);
+  a.x = x.const_data_ptr(), a.ldx = row_stride(x);
+  a.activation = activation_of(activation);
+  return a;
+}
+
+// What a product had to make of its weight and bias, to be kept until it is done.
+struct Kept {
+  Tensor prepacked;
+  std::optional<Tensor> bias;
+};
+
+// The part of a product that is its weight's and bias's.
+Kept set_weight(sp::LinearArgs& a, const Names& names, const Tensor& crow_indices, const Tensor& col_indices, const Tensor& values,
+                const std::optional<Tensor>& packed, const std::optional<Tensor>& bias) {
+  a.R = values.size(1), a.C = values.size(2);
+  const Index index = checked_index(crow_indices, col_indices, blocks_along(a.N, a.R), blocks_along(a.K, a.C), names);
+  check_shape(values, names.values, {index.nnzb, a.R, a.C});
+  a.crow = index.crow, a.col = index.col;
+  if (packed) {
+    check_like(*packed, names.prepacked, values, names.values);
+    check_shape(*packed, names.prepacked, {sp::prepacked_elements(a.dtype, index.nnzb, a.R, a.C)});
+    STD_TORCH_CHECK(packed->is_contiguous(), names.prepacked, ": expected what cpu_prepack(values) gives, got a strided view");
+  }
+  Kept kept = {packed ? *packed : prepacked(values, a.dtype, false), std::nullopt};
+  a.w = kept.prepacked.const_data_ptr();
+  if (bias) {
+    check_like(*bias, names.bias, values, names.values);
+    check_shape(*bias, names.bias, {a.N});
+    kept.bias = torch::stable::contiguous(*bias);
+    a.bias = kept.bias->const_data_ptr();
+  }
+  return kept;
+}
+
 Tensor bsr_linear(const Tensor& x_any, const Tensor& crow_indices, const Tensor& col_indices, const Tensor& values,
                   std::optional<Tensor> packed, int64_t out_features, std::optional<Tensor> bias, std::string activation,
                   std::optional<Tensor> residual) {
   check_values(values);
   check_matrix(x_any, "x");
-  check_like(x_any, "x", values, "values");
+  check_like(x_any, "x", values, kOnly.values);
   const Tensor x = with_dense_rows(x_any);
-  sp::LinearArgs a = {};
-  a.dtype = dtype_of(x, "x");
-  a.M = x.size(0), a.N = out_features, a.K = x.size(1);
-  a.R = values.size(1), a.C = values.size(2);
-  STD_TORCH_CHECK(a.N >= 0, "out_features: expected a number from 0, got ", a.N);
-  const Index index = checked_index(crow_indices, col_indices, blocks_along(a.N, a.R), blocks_along(a.K, a.C));
-  check_shape(values, "values", {index.nnzb, a.R, a.C});
-  a.crow = index.crow, a.col = index.col;
-  a.x = x.const_data_ptr(), a.ldx = row_stride(x);
-  a.activation = activation_of(activation);
-  if (packed) {
-    check_like(*packed, "prepacked", values, "values");
-    check_shape(*packed, "prepacked", {sp::prepacked_elements(a.dtype, index.nnzb, a.R, a.C)});
-    STD_TORCH_CHECK(packed->is_contiguous(), "prepacked: expected what cpu_prepack(values) gives, got a strided view");
-  }
-  if (bias) {
-    check_like(*bias, "bias", values, "values");
-    check_shape(*bias, "bias", {a.N});
-    bias = torch::stable::contiguous(*bias);
-    a.bias = bias->const_data_ptr();
-  }
+  sp::LinearArgs a = product_of(x, out_features, activation);
+  const Kept kept = set_weight(a, kOnly, crow_indices, col_indices, values, packed, bias);
   if (residual) {
-    check_like(*residual, "residual", values, "values");
+    check_like(*residual, "residual", values, kOnly.values);
     check_shape(*residual, "residual", {a.M, a.N});
     residual = torch::stable::contiguous(*residual);
     a.residual = residual->const_data_ptr();
   }
-  const Tensor weights = packed ? *packed : prepacked(values, a.dtype, false);
-  a.w = weights.const_data_ptr();
   Tensor y = new_tensor(x, {a.M, a.N});
   a.y = y.mutable_data_ptr();
   sp::run_linear(a, threads(), parallel);
+  return y;
+}
+
+// y = act(x @ Wg^T + bg) * (x @ Wu^T + bu)
+Tensor bsr_linear_glu(const Tensor& x_any, const Tensor& gate_crow_indices, const Tensor& gate_col_indices, const Tensor& gate_values,
+                      std::optional<Tensor> gate_packed, const Tensor& up_crow_indices, const Tensor& up_col_indices,
+                      const Tensor& up_values, std::optional<Tensor> up_packed, int64_t out_features, std::optional<Tensor> gate_bias,
+                      std::optional<Tensor> up_bias, std::string activation) {
+  check_values(gate_values, kGate.values);
+  check_values(up_values, kUp.values);
+  check_matrix(x_any, "x");
+  check_like(x_any, "x", gate_values, kGate.values);
+  check_like(up_values, kUp.values, gate_values, kGate.values);
+  STD_TORCH_CHECK(up_values.size(1) == gate_values.size(1), "up_values: expected blocks of ", gate_values.size(1),
+                  " outputs like gate_values, got ", up_values.size(1));
+  const Tensor x = with_dense_rows(x_any);
+  sp::LinearArgs gate = product_of(x, out_features, activation), up = product_of(x, out_features, "none");
+  const Kept gate_kept = set_weight(gate, kGate, gate_crow_indices, gate_col_indices, gate_values, gate_packed, gate_bias);
+  const Kept up_kept = set_weight(up, kUp, up_crow_indices, up_col_indices, up_values, up_packed, up_bias);
+  Tensor y = new_tensor(x, {gate.M, gate.N});
+  gate.y = up.y = y.mutable_data_ptr();
+  sp::run_linear_glu(gate, up, threads(), parallel);
   return y;
 }
 
@@ -281,6 +332,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_prune, CPU, m) {
   m.impl("cpu_prepack", TORCH_BOX(&cpu_prepack));
   m.impl("cpu_prepack_int8", TORCH_BOX(&cpu_prepack_int8));
   m.impl("bsr_linear", TORCH_BOX(&bsr_linear));
+  m.impl("bsr_linear_glu", TORCH_BOX(&bsr_linear_glu));
   m.impl("bsr_linear_int8", TORCH_BOX(&bsr_linear_int8));
   m.impl("bsr_linear_dx", TORCH_BOX(&bsr_linear_dx));
   m.impl("bsr_sdd", TORCH_BOX(&bsr_sdd));

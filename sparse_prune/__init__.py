@@ -16,9 +16,9 @@ from .criteria import block_mask
 from .errors import SparsePruneError
 from .fuse import fuse_encoder_, unfuse_encoder_
 from .integrations import watch
-from .layers import SparseLinear, fused_linear
+from .layers import SparseLinear, fused_glu, fused_linear
 from .masks import suggest_blocksize
-from .ops import backend_for, bsr_linear, show_config
+from .ops import backend_for, bsr_linear, bsr_linear_glu, show_config
 from .pruner import PruneConfig, Pruner
 from .serialization import load_packed, save_packed
 
@@ -36,7 +36,9 @@ __all__ = [
     "backend_for",
     "block_mask",
     "bsr_linear",
+    "bsr_linear_glu",
     "fuse_encoder_",
+    "fused_glu",
     "fused_linear",
     "load_packed",
     "quantize_",

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import backends
-from .bsr import BsrWeight
-from .layers import SparseLinear, fused_linear
+from .layers import SparseLinear, fused_glu, fused_linear
 from .ops import attention, layer_norm, values_key
 
 ACTIVATIONS = {
@@ -65,6 +64,7 @@ def fuse_encoder_(model: nn.Module) -> FuseResult:
     """Run the encoder of model fused where it is in evaluation, without gradients and on a CPU, in place.
 
     Knows Garlic and the BERT family of Hugging Face (BERT and MiniLM, RoBERTa, XLM-RoBERTa, ELECTRA, DistilBERT), dense or sparse.
+    In decoders (Llama, Mistral, Qwen 2 and 3, Gemma, SmolLM3, OLMo 2) gate and up of the MLPs run in one call if both are sparse.
     Results equal the unfused ones to the dtype's rounding. Training, gradients, autocast, torch.compile, hooks inside the stack and
     requests for attentions take the model's own path, as if nothing had been fused. `sparsify_` and `load_packed` do this by
     themselves; `unfuse_encoder_` undoes it.
@@ -78,7 +78,16 @@ def fuse_encoder_(model: nn.Module) -> FuseResult:
         if not reason:
             stack.forward = FusedForward(stack)
         rows.append(FusedStack(name, type(stack).__name__, len(kind.layers(stack)), reason))
-    return FuseResult(rows)
+    counts: dict[tuple[str, str], int] = {}
+    for module in model.modules():
+        if type(module).__name__ not in GATED or not _is_own_class(module) or not _gated_sparse(module):
+            continue
+        reason = _unknown_activation(_gated_activation(module))
+        if not reason:
+            module.forward = FusedGlu(module)
+        key = type(module).__name__, reason
+        counts[key] = counts.get(key, 0) + 1
+    return FuseResult(rows + [FusedStack("", kind, count, reason) for (kind, reason), count in counts.items()])
 
 
 def unfuse_encoder_(model: nn.Module) -> None:
@@ -134,12 +143,31 @@ class FusedForward:
         """Attention of x[B, T, H] by one qkv projection or by three: the heads of `size` side by side, [B, T, heads * size]."""
         batch, length, _ = x.shape
         if len(projections) == 3 and _joinable(projections):
-            projections = (self.remember(name, tuple(map(_key, projections)), lambda: _side_by_side(projections)),)
+            projections = (self.remember(name, tuple(map(_key, projections)), lambda: SparseLinear.cat(projections)),)
         if len(projections) == 1:
             q, k, v = fused_linear(projections[0], x).view(batch, length, 3, -1, size).unbind(2)
         else:
             q, k, v = (fused_linear(p, x).view(batch, length, -1, size) for p in projections)
         return attention(q, k, v, **masks).view(batch, length, -1)
+
+
+class FusedGlu(FusedForward):
+    """The forward of a gated MLP, down(act(gate(x)) * up(x)), with gate and up in one call."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        module = self.stack
+        gate, up = module.gate_proj, module.up_proj
+        if not (self._may_run(x) and _gated_sparse(module) and _plain((gate, up))):
+            return type(module).forward(module, x)
+        return module.down_proj(fused_glu(gate, up, x, ACTIVATIONS[_gated_activation(module)]))
+
+
+def _gated_sparse(module: nn.Module) -> bool:
+    return type(module.gate_proj) is SparseLinear and type(module.up_proj) is SparseLinear
+
+
+def _gated_activation(module: nn.Module) -> object:
+    return getattr(module.config, "hidden_activation", None) or module.config.hidden_act
 
 
 def _key(linear: SparseLinear) -> object:
@@ -159,16 +187,6 @@ def _joinable(layers: tuple[nn.Module, ...]) -> bool:
     blocksize, dtype = layers[0].blocksize, layers[0].values.dtype
     alike = all(layer.blocksize == blocksize and layer.values.dtype == dtype for layer in layers)
     return alike and all(layer.out_features % blocksize[0] == 0 for layer in layers)
-
-
-def _side_by_side(layers: tuple[SparseLinear, ...]) -> SparseLinear:
-    """One layer whose outputs are those of layers, one after another: x is then read once."""
-    bias, biases = None, [layer.bias for layer in layers]
-    like = next((b for b in biases if b is not None), None)
-    if like is not None:
-        lacking = (like.new_zeros(layer.out_features) for layer in layers)
-        bias = torch.cat([zeros if b is None else b for b, zeros in zip(biases, lacking, strict=True)])
-    return SparseLinear.from_bsr(BsrWeight.cat([layer.packed for layer in layers]), bias).requires_grad_(False).eval()
 
 
 def _norm(module: nn.LayerNorm, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -393,6 +411,19 @@ def _as_masks(mask: Tensor | None, x: Tensor) -> dict[str, Tensor] | None:
         return {"keep": mask}
     return {"bias": mask.to(x.dtype)} if mask.is_floating_point() else None
 
+
+# MLPs that compute down_proj(act(gate_proj(x)) * up_proj(x)) and nothing else.
+GATED = (
+    "LlamaMLP",
+    "MistralMLP",
+    "Qwen2MLP",
+    "Qwen3MLP",
+    "GemmaMLP",
+    "Gemma2MLP",
+    "Gemma3MLP",
+    "SmolLM3MLP",
+    "Olmo2MLP",
+)
 
 KINDS = {
     "GarlicEncoder": _Garlic,

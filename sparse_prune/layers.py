@@ -86,6 +86,21 @@ class SparseLinear(nn.Module):
         self.register_buffer("scales", packed.scales)
         return self.refresh_()
 
+    @classmethod
+    def cat(cls, layers: Sequence[SparseLinear]) -> SparseLinear:
+        """One layer whose outputs are those of layers, one after another, copied: such as q, k and v from one reading of x.
+
+        For inference: in evaluation, and nothing in it requires gradients. Raises SparsePruneError as BsrWeight.cat, which says
+        what the weights must share.
+        """
+        packed = BsrWeight.cat([layer.packed for layer in layers])
+        bias, biases = None, [layer.bias for layer in layers]
+        like = next((b for b in biases if b is not None), None)
+        if like is not None:
+            lacking = (like.new_zeros(layer.out_features) for layer in layers)
+            bias = torch.cat([zeros if b is None else b for b, zeros in zip(biases, lacking, strict=True)])
+        return cls.from_bsr(packed, bias).requires_grad_(False).eval()
+
     @property
     def blocksize(self) -> tuple[int, int]:
         """(R, C): output features and input features of a block."""
@@ -327,3 +342,52 @@ def fused_linear(
         return module(x, activation, residual)
     y = ACTIVATIONS[activation](module(x))
     return y if residual is None else y + residual
+
+
+def fused_glu(gate: nn.Module, up: nn.Module, x: Tensor, activation: Activation = "silu") -> Tensor:
+    """act(gate(x)) * up(x), x [..., K] -> [..., N]: in one kernel where that pays, else step by step.
+
+    It does for two SparseLinear of one dtype with equally high blocks, in calls on a CPU that owe no gradient, unless the planner
+    runs either dense; not in the first call, which derives what later ones use. See bsr_linear_glu for one with gradients.
+    """
+    if type(gate) is SparseLinear and type(up) is SparseLinear and not is_compiling():
+        of_gate, of_up, own_gate, own_up = gate._derived, up._derived, gate._parameters, up._parameters
+        gate_values, up_values = own_gate["values"], own_up["values"]
+        gate_bias, up_bias = own_gate["bias"], own_up["bias"]
+        shape, features = x.shape, gate.out_features
+        if (
+            ops.serves(of_gate, gate_values)
+            and ops.serves(of_up, up_values)
+            and x.is_cpu
+            and x.dtype is gate_values.dtype
+            and x.dtype is up_values.dtype
+            and gate_values.shape[1] == up_values.shape[1]
+            and shape
+            and shape[-1] == gate.in_features == up.in_features
+            and features == up.out_features
+            and not torch.is_autocast_enabled("cpu")
+            and not ops.owes_gradient(x, gate_values, gate_bias, up_bias)
+            and not (up_values.requires_grad and torch.is_grad_enabled())
+        ):
+            flat = len(shape) == 2
+            rows = x if flat else x.reshape(-1, gate.in_features)
+            plans = [of for of, layer in ((of_gate, gate), (of_up, up)) if of.plan is not None and layer.planned]
+            if not any(ops.dense_form(of, rows.shape[0]) for of in plans):
+                y = ops.infer(
+                    ops.run_glu,
+                    rows,
+                    gate._buffers["crow_indices"],
+                    gate._buffers["col_indices"],
+                    gate_values,
+                    of_gate.prepacked,
+                    up._buffers["crow_indices"],
+                    up._buffers["col_indices"],
+                    up_values,
+                    of_up.prepacked,
+                    features,
+                    gate_bias,
+                    up_bias,
+                    activation,
+                )
+                return y if flat else y.view(*shape[:-1], features)
+    return fused_linear(gate, x, activation) * up(x)

@@ -32,6 +32,11 @@ _INT8 = (
     "(Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor scales, Tensor? prepacked, int out_features, "
     "Tensor? bias, str activation, Tensor? residual, float? x_scale) -> Tensor"
 )
+_GLU = (
+    "(Tensor x, Tensor gate_crow_indices, Tensor gate_col_indices, Tensor gate_values, Tensor? gate_prepacked, "
+    "Tensor up_crow_indices, Tensor up_col_indices, Tensor up_values, Tensor? up_prepacked, int out_features, "
+    "Tensor? gate_bias, Tensor? up_bias, str activation) -> Tensor"
+)
 _DX = "(Tensor dy, Tensor crow_indices, Tensor col_indices, Tensor values, int in_features) -> Tensor"
 _SDD = "(Tensor dy, Tensor x, Tensor crow_indices, Tensor col_indices, int block_rows, int block_cols) -> Tensor"
 
@@ -42,6 +47,7 @@ _library = torch.library.Library("sparse_prune", "FRAGMENT")
 _SCHEMAS = {
     "bsr_linear": _LINEAR,
     "bsr_linear_int8": _INT8,
+    "bsr_linear_glu": _GLU,
     "bsr_linear_dx": _DX,
     "bsr_sdd": _SDD,
     "attention": _ATTENTION,
@@ -78,6 +84,30 @@ backends.register_triton(_library, _REFERENCE)
 _library.impl("bsr_linear_int8", _reference_int8, "CompositeExplicitAutograd")
 
 
+def _two_linears(
+    x,
+    g_crow,
+    g_col,
+    g_values,
+    g_prepacked,
+    u_crow,
+    u_col,
+    u_values,
+    u_prepacked,
+    out_features,
+    g_bias,
+    u_bias,
+    activation,
+):
+    """bsr_linear_glu on a device that has no kernel of its own for it: with that of bsr_linear, twice."""
+    linear = torch.ops.sparse_prune.bsr_linear
+    up = linear(x, u_crow, u_col, u_values, u_prepacked, out_features, u_bias, "none", None)
+    return linear(x, g_crow, g_col, g_values, g_prepacked, out_features, g_bias, activation, None).mul_(up)
+
+
+_library.impl("bsr_linear_glu", _two_linears, "CompositeExplicitAutograd")
+
+
 @torch.library.register_fake("sparse_prune::bsr_linear", lib=_library)
 def _(x, crow_indices, col_indices, values, prepacked, out_features, bias, activation, residual):
     return x.new_empty(x.shape[0], out_features)
@@ -85,6 +115,11 @@ def _(x, crow_indices, col_indices, values, prepacked, out_features, bias, activ
 
 @torch.library.register_fake("sparse_prune::bsr_linear_int8", lib=_library)
 def _(x, crow_indices, col_indices, values, scales, prepacked, out_features, bias, activation, residual, x_scale):
+    return x.new_empty(x.shape[0], out_features)
+
+
+@torch.library.register_fake("sparse_prune::bsr_linear_glu", lib=_library)
+def _(x, gc, gi, gv, gp, uc, ui, uv, up, out_features, gate_bias, up_bias, activation):
     return x.new_empty(x.shape[0], out_features)
 
 
@@ -132,9 +167,38 @@ def _backward(ctx, dy):
 torch.library.register_autograd("sparse_prune::bsr_linear", _backward, setup_context=_save_for_backward, lib=_library)
 
 
+def _save_glu(ctx, inputs, output):
+    x, *weights, _, gate_bias, up_bias, activation = inputs
+    ctx.save_for_backward(x, *weights, gate_bias, up_bias)
+    ctx.activation = activation
+
+
+def _backward_glu(ctx, dy):
+    """du = dy * act(z) and dz = dy * u * act'(z), with z = x @ Wg^T + bg and u = x @ Wu^T + bu computed again."""
+    x, *weights, gate_bias, up_bias = ctx.saved_tensors
+    linear, n = torch.ops.sparse_prune.bsr_linear, dy.shape[1]
+    z = linear(x, *weights[:4], n, gate_bias, "none", None)  # [M, N]
+    u = linear(x, *weights[4:], n, up_bias, "none", None)  # [M, N]
+    du = dy * reference.ACTIVATIONS[ctx.activation](z)  # [M, N]
+    dz = reference.activation_grad(dy * u, z, ctx.activation)  # [M, N]
+    needs_x, _, _, needs_gate, _, _, _, needs_up, _, _, needs_gate_bias, needs_up_bias, _ = ctx.needs_input_grad
+    dx, dvalues = None, []
+    for d, (crow, col, values, _), needs in ((dz, weights[:4], needs_gate), (du, weights[4:], needs_up)):
+        if needs_x:
+            part = torch.ops.sparse_prune.bsr_linear_dx(d, crow, col, values, x.shape[1])
+            dx = part if dx is None else dx + part
+        dvalues.append(torch.ops.sparse_prune.bsr_sdd(d, x, crow, col, *values.shape[1:]) if needs else None)
+    dgate_bias, dup_bias = dz.sum(0) if needs_gate_bias else None, du.sum(0) if needs_up_bias else None
+    return dx, None, None, dvalues[0], None, None, None, dvalues[1], None, None, dgate_bias, dup_bias, None
+
+
+torch.library.register_autograd("sparse_prune::bsr_linear_glu", _backward_glu, setup_context=_save_glu, lib=_library)
+
+
 # OpOverload.__call__ without its frame of Python, and the guard under which torch.library calls kernels that owe no gradient. What
 # it does around that, in Python, costs as much as all the rest of a call.
 run_linear = torch.ops.sparse_prune.bsr_linear.default._op
+run_glu = torch.ops.sparse_prune.bsr_linear_glu.default._op
 run_int8 = torch.ops.sparse_prune.bsr_linear_int8.default._op
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
@@ -254,26 +318,9 @@ def bsr_linear(
 
     Raises SparsePruneError for shapes, dtypes or devices that do not agree, and for a backend that cannot run here.
     """
-    n, k = packed.shape
-    _require(x.ndim >= 1 and x.shape[-1] == k, "x", f"a last dimension of {k} (in_features)", tuple(x.shape))
-    _require(activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
-    out_shape = (*x.shape[:-1], n)
+    _check_linear(x, packed, bias, activation, residual, backend, x_scale)
+    n, out_shape = packed.shape[0], (*x.shape[:-1], packed.shape[0])
     quantized = packed.values.dtype == torch.int8
-    dtype, like = (x.dtype, "x") if quantized else (packed.values.dtype, "the weight")
-    _require(not quantized or dtype in INT8_INPUTS, "x", "float32, bfloat16 or float16 beside an int8 weight", dtype)
-    _require(
-        not quantized or backend != "dense", "backend", "auto, cpu or reference beside an int8 weight", repr(backend)
-    )
-    _require(x_scale is None or quantized, "x_scale", f"None beside a weight of {packed.values.dtype}", x_scale)
-    _require(x_scale is None or 0 < x_scale < math.inf, "x_scale", "a finite positive number", x_scale)
-    for name, tensor, shape in (("x", x, None), ("bias", bias, (n,)), ("residual", residual, out_shape)):
-        if tensor is None:
-            continue
-        _require(tensor.dtype == dtype, name, f"dtype {dtype} like {like}", tensor.dtype)
-        _require(
-            tensor.device == packed.values.device, name, f"device {packed.values.device} like the weight", tensor.device
-        )
-        _require(shape is None or tuple(tensor.shape) == shape, name, f"shape {shape}", tuple(tensor.shape))
     chosen = backend_for(x.device, packed.values.dtype, backend, packed.blocksize)
     rows = flatten_rows(x)  # [M, K]
     flat_residual = None if residual is None else residual.reshape(-1, n).contiguous()  # [M, N]
@@ -298,6 +345,48 @@ def bsr_linear(
     else:
         y = torch.ops.sparse_prune.bsr_linear(rows, *bsr, prepacked, n, bias, activation, flat_residual)
     return y.reshape(out_shape)
+
+
+def bsr_linear_glu(
+    x: Tensor,
+    gate: BsrWeight,
+    up: BsrWeight,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    activation: Activation = "silu",
+    backend: str = "auto",
+) -> Tensor:
+    """y[..., N] = act(x[..., K] @ Wg[N, K]^T + gate_bias[N]) * (x @ Wu[N, K]^T + up_bias[N]): a gated MLP's gate and up.
+
+    Tensors are as in bsr_linear, and so are gradients. The CPU kernel computes both products of a part of y before the next part,
+    and multiplies there; up's product is rounded to the dtype of y in between. It takes weights of one dtype whose blocks are
+    equally high. Others, int8 ones, those that the planner would run dense, and other backends take two calls of bsr_linear.
+
+    Raises SparsePruneError where the weights differ in shape, and as bsr_linear.
+    """
+    _require(gate.shape == up.shape, "up", f"a weight {gate.shape} like gate", up.shape)
+    for packed, bias in ((gate, gate_bias), (up, up_bias)):
+        _check_linear(x, packed, bias, activation, None, backend, None)
+    rows, weights = flatten_rows(x), (gate, up)  # [M, K]
+    one_kernel = backend in ("auto", "cpu") and gate.values.device.type == "cpu" and gate.values.is_floating_point()
+    prepacked: list[Tensor | None] = [None, None]
+    if one_kernel and (gate.values.dtype, gate.blocksize[0]) == (up.values.dtype, up.blocksize[0]):
+        for i, packed in enumerate(weights):
+            if not (torch.is_grad_enabled() and packed.values.requires_grad):
+                derived = packed.derived = current(packed.derived, packed)
+                one_kernel = one_kernel and not (backend == "auto" and dense_form(derived, rows.shape[0]))
+                prepacked[i] = derived.prepacked
+    else:
+        one_kernel = False
+    if not one_kernel:
+        y = bsr_linear(x, gate, gate_bias, activation, backend=backend)
+        return y * bsr_linear(x, up, up_bias, backend=backend)
+    backend_for(x.device, gate.values.dtype, backend, gate.blocksize)
+    arrays = [(w.crow_indices, w.col_indices, w.values, p) for w, p in zip(weights, prepacked, strict=True)]
+    y = torch.ops.sparse_prune.bsr_linear_glu(
+        rows, *arrays[0], *arrays[1], gate.shape[0], gate_bias, up_bias, activation
+    )
+    return y.reshape(*x.shape[:-1], gate.shape[0])
 
 
 def attention(
@@ -400,6 +489,38 @@ def dense_linear(
         return y
     _require(residual.shape == y.shape, "residual", f"shape {tuple(y.shape)}", tuple(residual.shape))
     return y + residual
+
+
+def _check_linear(
+    x: Tensor,
+    packed: BsrWeight,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    backend: str,
+    x_scale: float | None,
+) -> None:
+    """Raise SparsePruneError for arguments of bsr_linear that do not agree."""
+    n, k = packed.shape
+    _require(x.ndim >= 1 and x.shape[-1] == k, "x", f"a last dimension of {k} (in_features)", tuple(x.shape))
+    _require(activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+    out_shape = (*x.shape[:-1], n)
+    quantized = packed.values.dtype == torch.int8
+    dtype, like = (x.dtype, "x") if quantized else (packed.values.dtype, "the weight")
+    _require(not quantized or dtype in INT8_INPUTS, "x", "float32, bfloat16 or float16 beside an int8 weight", dtype)
+    _require(
+        not quantized or backend != "dense", "backend", "auto, cpu or reference beside an int8 weight", repr(backend)
+    )
+    _require(x_scale is None or quantized, "x_scale", f"None beside a weight of {packed.values.dtype}", x_scale)
+    _require(x_scale is None or 0 < x_scale < math.inf, "x_scale", "a finite positive number", x_scale)
+    for name, tensor, shape in (("x", x, None), ("bias", bias, (n,)), ("residual", residual, out_shape)):
+        if tensor is None:
+            continue
+        _require(tensor.dtype == dtype, name, f"dtype {dtype} like {like}", tensor.dtype)
+        _require(
+            tensor.device == packed.values.device, name, f"device {packed.values.device} like the weight", tensor.device
+        )
+        _require(shape is None or tuple(tensor.shape) == shape, name, f"shape {shape}", tuple(tensor.shape))
 
 
 def _require(ok: bool, argument: str, expected: str, got: object) -> None:

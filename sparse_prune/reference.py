@@ -46,6 +46,24 @@ def bsr_linear(
     return y if residual is None else y + residual
 
 
+def bsr_linear_glu(
+    x: Tensor,
+    gate_crow_indices: Tensor,
+    gate_col_indices: Tensor,
+    gate_values: Tensor,
+    up_crow_indices: Tensor,
+    up_col_indices: Tensor,
+    up_values: Tensor,
+    out_features: int,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    """y[M, N] = act(x[M, K] @ Wg[N, K]^T + bg[N]) * (x @ Wu[N, K]^T + bu[N]); differentiable by autograd."""
+    gate = bsr_linear(x, gate_crow_indices, gate_col_indices, gate_values, out_features, gate_bias, activation)
+    return gate * bsr_linear(x, up_crow_indices, up_col_indices, up_values, out_features, up_bias)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, keep: Tensor | None) -> Tensor:
     """softmax(scale * q k^T + bias, lowest where not keep) v for q, k, v[B, T, heads, d]; bias, keep broadcast to [B, heads, T, T].
 

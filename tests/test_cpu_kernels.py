@@ -231,6 +231,80 @@ def test_concurrent_calls_agree(dtype):
             assert torch.equal(got, want[i])
 
 
+GLU_PROBLEMS = [problem for problem in PROBLEMS if problem[0] in (0, 1, 5, 17, 33, 47)] + [(300, 640, 72, 128, 16, 0.5)]
+
+
+def _glu(problem, dtype):
+    """Arguments of bsr_linear_glu but for the activation, and the two problems; the up weight's blocks have another width."""
+    m, n, k, r, c, density = problem
+    gate, up = Problem(m, n, k, r, c, density, dtype), Problem(m, n, k, r, c + 3, 0.8, dtype)
+    prepacked = [sparse.cpu_prepack(p.packed.values) for p in (gate, up)]
+    up.x = gate.x
+    return (gate.x, *gate.bsr, prepacked[0], *up.bsr, prepacked[1], n, gate.bias, up.bias), gate, up
+
+
+@needs_kernels
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("problem", GLU_PROBLEMS, ids=str)
+def test_glu_matches_float64(isa, dtype, problem):
+    arguments, gate, up = _glu(problem, dtype)
+    with backends.force_isa(isa):
+        for activation in ("silu", "gelu_tanh", "none"):
+            exact, dense = (
+                gate.dense_linear(activation, to, residual=False) * up.dense_linear("none", to, residual=False)
+                for to in (torch.float64, None)
+            )
+            got = sparse.bsr_linear_glu(*arguments, activation)
+            assert_close(got, exact, dense)
+            packed_now = list(arguments)
+            packed_now[4] = packed_now[8] = None
+            assert torch.equal(got, sparse.bsr_linear_glu(*packed_now, activation)), (
+                "packing on the fly gives the same bits"
+            )
+        without = list(arguments)
+        without[-2:] = None, None
+        exact, dense = (
+            F.silu(gate.dense_linear("none", to, bias=False, residual=False))
+            * up.dense_linear("none", to, bias=False, residual=False)
+            for to in (torch.float64, None)
+        )
+        assert_close(sparse.bsr_linear_glu(*without, "silu"), exact, dense)
+
+
+@needs_kernels
+def test_glu_does_not_depend_on_threads():
+    arguments, _, _ = _glu((300, 640, 256, 32, 32, 0.5), torch.float32)
+    threads, got = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            got.append(sparse.bsr_linear_glu(*arguments, "silu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(got[0], got[1]) and torch.equal(got[0], got[2])
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("message", "place", "change"),
+    [
+        ("gate_col_indices: expected entries in", 2, lambda t: t + 9),
+        ("up_col_indices: expected entries in", 6, lambda t: t - 9),
+        ("up_crow_indices: expected entries that rise", 5, lambda t: t.flip(0)),
+        ("up_values: expected blocks of 32 outputs like gate_values, got 16", 7, lambda t: t[:, :16]),
+        ("up_values: expected dtype Float like gate_values, got Double", 7, lambda t: t.double()),
+        (r"up_prepacked: expected shape \[\d+\], got \[1\]", 8, lambda t: t[:1]),
+        (r"gate_bias: expected shape \[64\], got \[63\]", 10, lambda t: t[1:]),
+    ],
+)
+def test_glu_names_what_is_wrong(message, place, change):
+    arguments = list(_glu((4, 64, 96, 32, 32, 0.8), torch.float32)[0])
+    arguments[place] = change(arguments[place])
+    with pytest.raises(RuntimeError, match=message):
+        sparse.bsr_linear_glu(*arguments, "silu")
+
+
 def _bad_calls():
     torch.manual_seed(0)  # pytest collects before any fixture seeds: an unlucky mask would have no block to spoil
     p = Problem(4, 64, 96, 32, 32, 0.5, torch.float32)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sparse_prune as sp
-from sparse_prune import backends, fuse
+from sparse_prune import backends, fuse, ops, planner
 
 transformers = pytest.importorskip("transformers")
 garlic = pytest.importorskip("sparse_prune.models.garlic")
@@ -184,3 +184,50 @@ def test_joined_weights():
         sp.BsrWeight.cat([weights[0], sp.BsrWeight.from_dense(torch.randn(8, 16), torch.ones(1, 2).bool(), (8, 8))])
     with pytest.raises(sp.SparsePruneError, match="multiples of 8"):
         sp.BsrWeight.cat([sp.BsrWeight.from_dense(torch.randn(9, 24), torch.ones(2, 3).bool(), (8, 8)), weights[0]])
+
+
+GATED = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, mlp_bias=True)),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=32)
+    ),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=32)
+    ),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", GATED)
+def test_gated_mlps_run_gate_and_up_in_one_call(kind, dtype, monkeypatch):
+    torch.manual_seed(0)
+    model = GATED[kind]().eval().to(dtype)
+    only = lambda name, _: "mlp" in name  # noqa: E731
+    result = sp.sparsify_(model, sp.BlockSparseConfig(blocksize=(16, 16), density=0.5), only)
+    assert [(s.kind[-3:], s.layers, s.reason) for s in result.encoder.stacks] == [("MLP", 2, "")]
+    calls, infer = [], ops.infer
+    monkeypatch.setattr(ops, "infer", lambda *arguments: calls.append(arguments[0]) or infer(*arguments))
+    ids = torch.randint(5, 50, (2, 7))
+    with planner.using_table("off"), torch.no_grad():
+        model(ids)  # derives
+        fused = model(ids).logits
+        assert calls.count(ops.run_glu) == 2
+        plain = copy.deepcopy(model)
+        fuse.unfuse_encoder_(plain)
+        expected = plain(ids).logits
+        assert calls.count(ops.run_glu) == 2, "the model's own path again"
+    tolerance = {"rtol": 1.6e-2, "atol": 1e-2} if dtype is torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(fused, expected, **tolerance)
+    model(ids).logits.float().sum().backward()  # gradients take the model's own path
+    assert model.model.layers[0].mlp.gate_proj.values.grad.abs().sum() > 0 and calls.count(ops.run_glu) == 2
+    again = copy.deepcopy(model)
+    with planner.using_table("off"), torch.no_grad():
+        again.model.layers[0].mlp.gate_proj.values.zero_()
+        changed = again(ids).logits
+    assert not torch.equal(changed, fused) and torch.equal(model(ids).logits, model(ids).logits)
+    seen = []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        model(ids)
+    assert seen, "a hook inside is called"

@@ -232,3 +232,38 @@ def test_short_calls_see_every_change_of_the_weight(short_calls):
     with backends.force_isa("portable"):
         check()
     assert len(short_calls) == 7, "the second of each two, and both where only the index changed"
+
+
+def test_cat_gives_the_outputs_side_by_side():
+    layers = [make(n=n, bias=bias)[1] for n, bias in ((64, True), (96, False), (45, True))]
+    x = torch.randn(5, 64)
+    joined = sp.SparseLinear.cat(layers)
+    torch.testing.assert_close(joined(x), torch.cat([layer(x) for layer in layers], 1))
+    assert not joined.training and not any(p.requires_grad for p in joined.parameters())
+    assert sp.SparseLinear.cat([make(bias=False)[1]] * 2).bias is None
+    with pytest.raises(sp.SparsePruneError, match="weights: expected outputs in multiples of 32"):
+        sp.SparseLinear.cat(layers[::-1])
+
+
+@pytest.mark.parametrize("tuning", ["off", "shipped"])
+def test_fused_glu_is_the_product_of_both_layers(monkeypatch, tuning):
+    (dense, gate, _), (_, up, _), (_, other, _) = make(n=96), make(n=96, bias=False), make(n=96, blocksize=(16, 32))
+    x, calls, infer = torch.randn(2, 5, 64), [], ops.infer
+    monkeypatch.setattr(ops, "infer", lambda *arguments: calls.append(arguments[0]) or infer(*arguments))
+    with planner.using_table(tuning):
+        for first, second in ((gate, up), (gate, other), (dense, up), (gate, copy.deepcopy(gate).quantize_())):
+            expected = F.gelu(first(x)) * second(x)
+            torch.testing.assert_close(sp.fused_glu(first, second, x, "gelu"), expected)
+            with torch.no_grad():
+                for _ in range(2):
+                    torch.testing.assert_close(sp.fused_glu(first, second, x, "gelu"), expected, rtol=1e-4, atol=1e-5)
+        parameters = [gate.values, gate.bias, up.values]
+        got = torch.autograd.grad(sp.fused_glu(gate, up, x).square().sum(), parameters)
+        expected = torch.autograd.grad((F.silu(gate(x)) * up(x)).square().sum(), parameters)
+        torch.testing.assert_close(got, expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert sp.fused_glu(gate, up, x).dtype == torch.bfloat16
+        with pytest.raises(sp.SparsePruneError, match="x: expected a last dimension of 64"):
+            sp.fused_glu(gate, up, x[..., :32])
+    if tuning == "off" and backends.cpu_isas():
+        assert calls.count(ops.run_glu) == 1, "blocks of one height, no gradients, derived by the call before"

@@ -130,6 +130,82 @@ def test_opcheck(dtype, with_epilogue):
         torch.library.opcheck(torch.ops.sparse_prune.bsr_sdd.default, (dy, x.detach(), *arrays, 16, 16))
 
 
+def make_glu(m, n, k, r, c, density, dtype=torch.float32):
+    gate, x, gate_bias, _ = make(m, n, k, r, c, density, dtype)
+    up, _, up_bias, _ = make(m, n, k, r, c, max(density, 0.5), dtype)
+    return x, gate, up, gate_bias, up_bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "reference", "dense"])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_glu_matches_float64(problem, backend, dtype):
+    x, gate, up, gate_bias, up_bias = make_glu(*problem, dtype)
+
+    def dense(to):
+        z = F.linear(x.to(to), gate.to_dense().to(to), gate_bias.to(to))
+        return F.silu(z) * F.linear(x.to(to), up.to_dense().to(to), up_bias.to(to))
+
+    y = sp.bsr_linear_glu(x[None], gate, up, gate_bias, up_bias, backend=backend)[0]
+    exact, direct = dense(torch.float64), dense(dtype)
+    assert y.dtype == dtype and y.shape == exact.shape
+    assert (y.double() - exact).abs().max().item() <= tolerance(exact, direct, dtype) if y.numel() else True
+    arrays = (w for packed in (gate, up) for w in (packed.crow_indices, packed.col_indices, packed.values))
+    twin = reference.bsr_linear_glu(x, *arrays, gate.shape[0], gate_bias, up_bias)
+    assert (twin.double() - exact).abs().max().item() <= tolerance(exact, direct, dtype) if y.numel() else True
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_glu_gradcheck(activation):
+    x, gate, up, gate_bias, up_bias = make_glu(5, 31, 17, 4, 8, 0.6, torch.float64)
+    leaves = [t.clone().requires_grad_() for t in (x, gate.values, up.values, gate_bias, up_bias)]
+
+    def run(x, gate_values, up_values, gate_bias, up_bias):
+        arrays = (
+            gate.crow_indices,
+            gate.col_indices,
+            gate_values,
+            None,
+            up.crow_indices,
+            up.col_indices,
+            up_values,
+            None,
+        )
+        return torch.ops.sparse_prune.bsr_linear_glu(x, *arrays, 31, gate_bias, up_bias, activation)
+
+    assert torch.autograd.gradcheck(run, leaves)
+    for wanted in range(5):  # each gradient alone
+        leaves = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(leaves)]
+        assert torch.autograd.gradcheck(run, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_glu_opcheck(dtype):
+    x, gate, up, gate_bias, up_bias = make_glu(6, 40, 48, 16, 16, 0.5, dtype)
+    arrays = (gate.crow_indices, gate.col_indices, gate.values.requires_grad_(), None)
+    arrays += (up.crow_indices, up.col_indices, up.values, None)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    operator = torch.ops.sparse_prune.bsr_linear_glu.default
+    for biases in ((None, None), (gate_bias.requires_grad_(), up_bias)):
+        arguments = (x.detach().requires_grad_(), *arrays, 40, *biases, "silu")
+        torch.library.opcheck(operator, arguments, test_utils=tests)
+
+
+def test_glu_takes_weights_that_one_kernel_cannot():
+    x, gate, up, gate_bias, up_bias = make_glu(9, 64, 64, 32, 32, 0.5)
+    other = sp.BsrWeight.from_dense(up.to_dense(), torch.ones(4, 2, dtype=torch.bool), (16, 32))
+    expected = sp.bsr_linear_glu(x, gate, up, gate_bias, up_bias)
+    torch.testing.assert_close(sp.bsr_linear_glu(x, gate, other, gate_bias, up_bias), expected)
+    int8 = sp.bsr_linear_glu(x, gate.quantize(), up.quantize(), gate_bias, up_bias)
+    assert 0 < (int8 - expected).norm() < 0.03 * expected.norm()
+    with pytest.raises(sp.SparsePruneError, match=r"up: expected a weight \(64, 64\) like gate, got \(32, 64\)"):
+        sp.bsr_linear_glu(x, gate, sp.BsrWeight.from_zeros(torch.ones(32, 64), (32, 32)))
+    with pytest.raises(sp.SparsePruneError, match=r"bias: expected shape \(64,\)"):
+        sp.bsr_linear_glu(x, gate, up, gate_bias, up_bias[1:])
+    with pytest.raises(sp.SparsePruneError, match="backend: expected a backend that can run here, got 'triton'"):
+        sp.bsr_linear_glu(x, gate, up, backend="triton")
+
+
 def test_prepacked_values_follow_writes():
     packed, x, *_ = make(8, 64, 64, 32, 32, 0.5)
     before = sp.bsr_linear(x, packed)

@@ -51,7 +51,7 @@ struct Bf16Tiles {
       for (int v = 0; v < NT; ++v) Avx512::store(z + v * kTile, sums[v]);
       const int64_t row = m * a.N;
       finish<DotBf16>(z, NT * kTile, first.bias, first.residual ? first.residual + row : nullptr, first.y + row,
-                      {1, first.cols, a.N, a.activation});
+                      {1, first.cols, a.N, a.activation, a.pair});
     }
   };
 };

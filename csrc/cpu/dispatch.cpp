@@ -106,17 +106,21 @@ void for_each_task(int64_t tasks, ParallelFor parallel, const Body& body) {
 // Work before block-row i, in inputs per output: its blocks' columns, and about 16 for writing y.
 int64_t work_before(const int32_t* crow, int64_t block_cols, int64_t i) { return crow[i] * block_cols + i * 16; }
 
-int64_t first_row_at(const int32_t* crow, int64_t rows, int64_t block_cols, int64_t work) {
+// The first of `rows` block-rows before which there is at least `work`, by before(i).
+template <class Before>
+int64_t first_row_at(const Before& before, int64_t rows, int64_t work) {
   int64_t low = 0, high = rows;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (work_before(crow, block_cols, middle) >= work)
+    if (before(middle) >= work)
       high = middle;
     else
       low = middle + 1;
   }
   return low;
 }
+
+int64_t bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : (dtype == DType::f32 ? 4 : 2); }
 
 // Rows of x per pass over the weights: about 384 KiB of x, so that it stays in a 1 MiB L2 beside the weights of one block-row; at
 // least 64, so that weights are read once per 64 rows; whole tiles of 32.
@@ -126,18 +130,18 @@ int64_t rows_per_pass(const LinearArgs& a, int64_t bytes) {
   return ((a.M + passes - 1) / passes + 31) / 32 * 32;
 }
 
-// Calls run(m0, m1, i0, i1) so that together they cover y once: rows [m0, m1) of block-rows [i0, i1).
-template <class Run>
-void for_each_range(const LinearArgs& a, int64_t x_bytes, int64_t threads, ParallelFor parallel, const Run& run) {
+// Calls run(m0, m1, i0, i1) so that together they cover y once: rows [m0, m1) of block-rows [i0, i1). before(i) is the work_before i.
+template <class Before, class Run>
+void for_each_range(const LinearArgs& a, const Before& before, int64_t x_bytes, int64_t threads, ParallelFor parallel, const Run& run) {
   const int64_t rows = (a.N + a.R - 1) / a.R;
   const int64_t pass = rows_per_pass(a, x_bytes), passes = (a.M + pass - 1) / pass;
-  const int64_t row_work = work_before(a.crow, a.C, rows);
+  const int64_t row_work = before(rows);
   const int64_t tasks = useful_threads(threads, row_work * a.R * a.M);
   // The work of all passes laid end to end and cut into equal parts; a block-row belongs to the part in which it begins.
   for_each_task(tasks, parallel, [&](int64_t t) {
     const int64_t total = row_work * passes, low = total * t / tasks, high = total * (t + 1) / tasks;
     for (int64_t p = low / row_work; p * row_work < high; ++p) {
-      const int64_t i0 = first_row_at(a.crow, rows, a.C, low - p * row_work), i1 = first_row_at(a.crow, rows, a.C, high - p * row_work);
+      const int64_t i0 = first_row_at(before, rows, low - p * row_work), i1 = first_row_at(before, rows, high - p * row_work);
       if (i0 < i1) run(p * pass, std::min(a.M, (p + 1) * pass), i0, i1);
     }
   });
@@ -226,9 +230,27 @@ void transpose_index(const int32_t* crow, const int32_t* col, int64_t rows, int6
 void run_linear(const LinearArgs& a, int64_t threads, ParallelFor parallel) {
   if (a.M == 0 || a.N == 0) return;
   const Kernels& kernels = kernels_for(a.dtype);
-  const int64_t x_bytes = a.dtype == DType::f64 ? 8 : (a.dtype == DType::f32 ? 4 : 2);
-  for_each_range(a, x_bytes, threads, parallel,
+  for_each_range(a, [&](int64_t i) { return work_before(a.crow, a.C, i); }, bytes_of(a.dtype), threads, parallel,
                  [&](int64_t m0, int64_t m1, int64_t i0, int64_t i1) { kernels.linear(a, m0, m1, i0, i1); });
+}
+
+void run_linear_glu(const LinearArgs& gate_args, const LinearArgs& up_args, int64_t threads, ParallelFor parallel) {
+  LinearArgs gate = gate_args, up = up_args;
+  if (gate.M == 0 || gate.N == 0) return;
+  up.pair = Pair::first, gate.pair = Pair::second;
+  gate.residual = up.y;
+  const Kernels& kernels = kernels_for(gate.dtype);
+  const int64_t bytes = bytes_of(gate.dtype);
+  const auto before = [&](int64_t i) { return work_before(gate.crow, gate.C, i) + work_before(up.crow, up.C, i); };
+  for_each_range(gate, before, bytes, threads, parallel, [&](int64_t m0, int64_t m1, int64_t i0, int64_t i1) {
+    // What up writes stays in half of a 1 MiB L2 until gate multiplies it, beside the rows of x that both read.
+    const int64_t group = std::max<int64_t>(1, (256 << 10) / ((m1 - m0) * gate.R * bytes));
+    for (int64_t i = i0; i < i1; i += group) {
+      const int64_t end = std::min(i1, i + group);
+      kernels.linear(up, m0, m1, i, end);
+      kernels.linear(gate, m0, m1, i, end);
+    }
+  });
 }
 
 bool panels_are_float(DType dtype) { return dtype == DType::f16 || (dtype == DType::bf16 && !kernels_for(dtype).bf16_pairs); }
@@ -250,8 +272,9 @@ void run_sdd(const SddArgs& a, int64_t threads, ParallelFor parallel) {
   const int64_t rows = (a.N + a.R - 1) / a.R, blocks = a.crow[rows];
   const int64_t tasks = useful_threads(threads, blocks * a.R * a.C * a.M);
   for_each_task(tasks, parallel, [&](int64_t t) {
-    const int64_t total = work_before(a.crow, a.C, rows), low = total * t / tasks, high = total * (t + 1) / tasks;
-    kernels.sdd(a, first_row_at(a.crow, rows, a.C, low), first_row_at(a.crow, rows, a.C, high));
+    const auto before = [&](int64_t i) { return work_before(a.crow, a.C, i); };
+    const int64_t total = before(rows), low = total * t / tasks, high = total * (t + 1) / tasks;
+    kernels.sdd(a, first_row_at(before, rows, low), first_row_at(before, rows, high));
   });
 }
 
@@ -339,7 +362,7 @@ void run_quantize(const QuantizeArgs& a, int64_t M, int64_t threads, ParallelFor
 void run_linear_int8(const Int8Args& a, int64_t threads, ParallelFor parallel) {
   if (a.M == 0 || a.N == 0) return;
   const Int8Kernels& kernels = int8_kernels();
-  for_each_range(a, 1, threads, parallel,
+  for_each_range(a, [&](int64_t i) { return work_before(a.crow, a.C, i); }, 1, threads, parallel,
                  [&](int64_t m0, int64_t m1, int64_t i0, int64_t i1) { kernels.linear(a, m0, m1, i0, i1); });
 }
 

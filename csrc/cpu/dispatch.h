@@ -34,6 +34,9 @@ void transpose_index(const int32_t* crow, const int32_t* col, int64_t rows, int6
 // The result does not depend on threads: each output element is computed by one task, in one fixed order.
 void run_linear(const LinearArgs& args, int64_t threads, ParallelFor parallel);
 
+// y = act(x @ Wg^T + bg) * (x @ Wu^T + bu): gate has the activation, both write one y and have blocks of one R; no residuals.
+void run_linear_glu(const LinearArgs& gate, const LinearArgs& up, int64_t threads, ParallelFor parallel);
+
 // Elements (of float for 16-bit dtypes without native pairs, else of the dtype) of the panels of a [M, width] matrix, slack included.
 int64_t panel_elements(DType dtype, int64_t M, int64_t width, int64_t block);
 bool panels_are_float(DType dtype);

@@ -13,6 +13,9 @@ enum class Activation : int { none, relu, gelu, gelu_tanh, silu };
 // in strips of up to four, also where a block is narrower.
 constexpr int64_t kSlack = 128;
 
+// Two products that make one y: the first writes it, the second, whose residual it is, multiplies it: y = act(...) * residual.
+enum class Pair : int { none, first, second };
+
 // y[M, N] = act(x[M, K] @ W[N, K]^T + bias[N]) + residual[M, N], where block e of block-row i covers outputs [i*R, i*R + R) and inputs
 // [col[e]*C, col[e]*C + C), both cut by N and K. The same struct serves dx, as a product with W^T through a transposed index.
 struct LinearArgs {
@@ -29,6 +32,7 @@ struct LinearArgs {
   Activation activation;
   const void* residual;       // [M, N] contiguous, or null
   void* y;                    // [M, N] contiguous
+  Pair pair;
 };
 
 // dvalues[nnzb, R, C] = the stored blocks of dy[M, N]^T @ x[M, K], from panels of dy and x.

@@ -69,6 +69,7 @@ struct Bf16Weights : Plain<V> {
 struct Finish {
   int64_t rows, cols, ldy;
   Activation activation;
+  Pair pair = Pair::none;
 };
 
 // Where a tile goes: its first row and output in y, and what belongs there.
@@ -99,7 +100,7 @@ inline typename Fmt::F load_edge(const typename Fmt::Y* from, int64_t count) {
   return Fmt::load_y(edge);
 }
 
-// y[rows, cols] = act(z + bias) + residual; z has whole vectors, bias[cols] and residual may be null.
+// y[rows, cols] = act(z + bias) + residual (times it in the second of a pair); z has whole vectors, bias[cols] and residual may be null.
 template <class Fmt>
 void finish(const typename Fmt::Vec::Elem* z, int64_t ldz, const typename Fmt::Y* bias, const typename Fmt::Y* residual,
             typename Fmt::Y* y, const Finish& f) {
@@ -116,7 +117,8 @@ void finish(const typename Fmt::Vec::Elem* z, int64_t ldz, const typename Fmt::Y
       Y* to = y + m * f.ldy + n;
       if (residual) {
         const Y* from = residual + m * f.ldy + n;
-        v = V::add(v, whole ? Fmt::load_y(from) : load_edge<Fmt>(from, count));
+        const typename V::F r = whole ? Fmt::load_y(from) : load_edge<Fmt>(from, count);
+        v = f.pair == Pair::second ? V::mul(v, r) : V::add(v, r);
       }
       if (whole) {
         Fmt::store_y(to, v);
@@ -147,7 +149,10 @@ inline void finish_row(const LinearArgs& a, const Place<Fmt>& at, int64_t m, con
   for (int v = 0; v < NV; ++v) sums[v] = V::add(sums[v], bias[v]);
   if (at.residual)
     SPARSE_PRUNE_UNROLL
-    for (int v = 0; v < NV; ++v) sums[v] = V::add(sums[v], Fmt::load_y(at.residual + m * at.ld + v * V::W));
+    for (int v = 0; v < NV; ++v) {
+      const typename Fmt::F r = Fmt::load_y(at.residual + m * at.ld + v * V::W);
+      sums[v] = a.pair == Pair::second ? V::mul(sums[v], r) : V::add(sums[v], r);
+    }
   Fmt::template store_row<NV>(at.y + m * at.ld, sums, at.past_cache);
   // The next block-row's part of y: rows are too far apart for the hardware to fetch it in time. Into L2 only: rows that are a multiple
   // of 4 KiB apart would push each other out of L1.
@@ -267,7 +272,7 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
   for (int m = 0; m < MR; ++m)
     SPARSE_PRUNE_UNROLL
     for (int v = 0; v < NV; ++v) V::store(z + (m * NV + v) * V::W, acc[0][m][v]);
-  finish<Fmt>(z, NV * V::W, at.bias, at.residual, at.y, {MR, at.cols, at.ld, a.activation});
+  finish<Fmt>(z, NV * V::W, at.bias, at.residual, at.y, {MR, at.cols, at.ld, a.activation, a.pair});
 }
 
 template <class Fmt, int NV>
@@ -307,12 +312,12 @@ inline int64_t group_end(const LinearArgs& a, int64_t i, int64_t i1, int64_t wei
 }
 
 // A y that would not stay in a shared cache until it is read goes past them, which saves reading its lines first; a smaller one that
-// does stay is read again sooner. Measured on the pair of an FFN with 32 MiB of shared L3: at 3 MiB it loses, from 12 MiB on it gains.
+// does stay is read again sooner, and that of a pair at once. Measured on the pair of an FFN with 32 MiB of shared L3: at 3 MiB it loses, from 12 MiB on it gains.
 template <class Fmt>
 bool writes_past_cache(const LinearArgs& a) {
   constexpr int64_t line = 64, y_bytes = sizeof(typename Fmt::Y);
   const bool whole_lines = reinterpret_cast<uintptr_t>(a.y) % line == 0 && a.N * y_bytes % line == 0 && a.R * y_bytes % line == 0;
-  return whole_lines && a.M * a.N * y_bytes >= 6 << 20;
+  return a.pair == Pair::none && whole_lines && a.M * a.N * y_bytes >= 6 << 20;
 }
 
 // Nearly equal parts of `rows`, none larger than `most`: 16 rows are 8 + 8, not 14 + 2.
