@@ -1,6 +1,7 @@
 """Which kernels work on this machine, and why the others do not.
 
-The CPU kernels are a library beside this file (`_C_cpu*.so`, built by setup.py) that registers itself with PyTorch when loaded.
+The CPU kernels are a library beside this file (`_C_cpu*.so`, built by setup.py) that registers itself with PyTorch when loaded; the
+CUDA kernels are another (`_C_cuda*.so`), loaded only when they are asked for.
 They hold one path per instruction set and choose at run time; SPARSE_PRUNE_ISA, or `force_isa`, holds them to a lower one.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -91,6 +93,57 @@ def triton_unavailable(device: torch.device, dtype: torch.dtype, blocksize: tupl
     if _kernels is None:
         return "the package sparse_prune_kernels is not installed beside sparse_prune"
     return _kernels.unavailable(device, dtype, blocksize)
+
+
+CUDA_DTYPES = (torch.bfloat16, torch.float16)
+CUDA_SIDES = (16, 32, 64, 128)
+
+
+def cuda_unavailable(device: torch.device, dtype: torch.dtype, blocksize: tuple[int, int]) -> str | None:
+    """None where the CUDA C++ kernels run a weight of that dtype and blocksize on that device, else the reason in words."""
+    if device.type != "cuda":
+        return f"the CUDA kernels run on CUDA devices, not on {device.type}"
+    if dtype not in CUDA_DTYPES:
+        return f"the CUDA kernels take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if not set(blocksize) <= set(CUDA_SIDES):
+        return f"the CUDA kernels take blocks with sides 16, 32, 64 or 128, not {blocksize[0]}x{blocksize[1]}"
+    if _kernels is None:
+        return "the package sparse_prune_kernels is not installed beside sparse_prune"
+    library, reason = _load_cuda()
+    if library is None:
+        return reason
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    with torch.cuda.device(device):
+        problem = library.sparse_prune_cuda_problem()
+    return None if problem is None else problem.decode()
+
+
+@functools.cache
+def _load_cuda() -> tuple[ctypes.CDLL | None, str]:
+    """The loaded CUDA extension and "", or None and the reason."""
+    files = sorted(Path(__file__).parent.glob("_C_cuda*.so"))
+    if not files:
+        return None, "the CUDA extension was not built (nvcc at install time, SPARSE_PRUNE_CUDA=1 to see why it fails)"
+    try:
+        torch.ops.load_library(str(files[0]))
+        library = ctypes.CDLL(str(files[0]))
+        library.sparse_prune_cuda_problem.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:
+        return None, f"the CUDA extension {files[0].name} does not load: {error}"
+
+    @torch.library.register_fake("sparse_prune::cuda_linear")
+    def _(x, packed, nnzb, block_rows, block_cols, out_features, bias, activation, residual):
+        return x.new_empty(x.shape[0], out_features)
+
+    return library, ""
+
+
+def cuda_layout(crow: torch.Tensor, col: torch.Tensor, values: torch.Tensor, block_columns: int) -> torch.Tensor:
+    """values[nnzb, R, C] and their index in one uint8 tensor, as the operator cuda_linear reads them. Waits for the GPU."""
+    from sparse_prune_kernels import cuda
+
+    return cuda.make_layout(crow, col, block_columns, *values.shape[1:]).pack(values)
 
 
 def register_triton(library: torch.library.Library, fallbacks: dict[str, Callable]) -> None:
@@ -180,7 +233,9 @@ def status() -> list[BackendStatus]:
         else ""
     )
     triton = triton_unavailable(torch.device("cuda"), torch.float16, (32, 32))
+    cuda = cuda_unavailable(torch.device("cuda"), torch.float16, (32, 32))
     return [
+        BackendStatus("cuda", cuda is None, cuda or "", "" if cuda else 'by backend="cuda" only, not under "auto"'),
         BackendStatus("triton", triton is None, triton or "", "" if triton else torch.cuda.get_device_name()),
         BackendStatus("cpu", _library is not None, _reason and f"{_reason}; encoders run unfused", detail),
         BackendStatus("reference", True, "", f"plain PyTorch {torch.__version__}, any device"),

@@ -44,7 +44,7 @@ class Derived:
 
     key         says which values it was made from; None: nothing yet
     source      those values, where ops.serves may ask whether they are still the same: floating-point ones on a CPU; else None
-    prepacked   the values in the order that the CPU kernels read, or None
+    prepacked   the values in the order that the CPU kernels read, or in the layout of the CUDA kernels (uint8), or None
     plan        planner.Plan, or None where the sparse operator always runs
     dense       the dense weight by form (planner.DENSE_FORMS), made when the plan first asks for it: N * K elements of memory each
     """

@@ -22,7 +22,7 @@ from .masks import grid_shape
 Activation = Literal["none", "relu", "gelu", "gelu_tanh", "silu"]
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 INT8_INPUTS = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of x beside an int8 weight
-BACKENDS = ("auto", "cpu", "triton", "dense", "reference")
+BACKENDS = ("auto", "cpu", "triton", "cuda", "dense", "reference")
 
 _LINEAR = (
     "(Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor? prepacked, int out_features, Tensor? bias, "
@@ -243,7 +243,8 @@ def backend_for(
     tokens: int | None = None,
     shape: tuple[int, int] | None = None,
 ) -> str:
-    """The backend that bsr_linear runs: "cpu" (with its instruction set, "cpu:avx512"), "triton", "reference" or "dense".
+    """The backend that bsr_linear runs: "cpu" (with its instruction set, "cpu:avx512"), "triton", "cuda", "reference"
+    or "dense". "cuda" only where it is asked for.
 
     With a density of blocks and M (tokens) the planner is asked too, as under "auto" when no gradient of the weight is wanted: the
     answer is "dense: reason" where it expects dense to be faster for a weight of that shape (N, K; None: a large one).
@@ -264,9 +265,10 @@ def backend_for(
     reasons = {
         "cpu": lambda: backends.cpu_unavailable(device, dtype),
         "triton": lambda: backends.triton_unavailable(device, dtype, blocksize),
+        "cuda": lambda: backends.cuda_unavailable(device, dtype, blocksize),
     }
     for name, why_not in reasons.items():
-        if backend not in ("auto", name):
+        if backend != name and (backend != "auto" or name == "cuda"):  # no GPU has run the CUDA kernels yet
             continue
         reason = why_not()
         if reason is None:
@@ -310,7 +312,7 @@ def bsr_linear(
     Differentiable in x, packed.values, bias and residual. backend "auto" runs the sparse kernel, or on a CPU, where no gradient of
     the weight is wanted, dense PyTorch if the planner expects that to be faster; the dense weight is then made once and kept beside
     the packed one, N * K more elements of memory. `backend_for(x.device, packed.values.dtype, backend, packed.blocksize, density,
-    M, shape)` tells which runs.
+    M, shape)` tells which runs. "cuda" runs the CUDA C++ kernels, which are for inference: no gradients.
 
     Where packed.values are int8 (BsrWeight.quantize), x, bias and residual share float32, bfloat16 or float16, each row of x is
     rounded to int8 by its own scale max|x| / 127, or by x_scale for all rows (what lies beyond +-127 x_scale saturates), products
@@ -338,6 +340,10 @@ def bsr_linear(
                 y = _reference_int8(*arguments)
         else:
             y = torch.ops.sparse_prune.bsr_linear_int8(*arguments)
+    elif chosen == "cuda":
+        owed = owes_gradient(rows, packed.values, bias, flat_residual)
+        _require(not owed, "backend", "'auto' where gradients are owed", "'cuda', which is for inference")
+        y = _cuda_linear(rows, packed, derived, bias, activation, flat_residual)
     elif form and derived is not None:
         y = dense_linear(dense_weight(derived, form, packed.to_dense), form, rows, bias, activation, flat_residual)
     elif form or chosen == "reference":
@@ -345,6 +351,22 @@ def bsr_linear(
     else:
         y = torch.ops.sparse_prune.bsr_linear(rows, *bsr, prepacked, n, bias, activation, flat_residual)
     return y.reshape(out_shape)
+
+
+def _cuda_linear(
+    rows: Tensor,
+    packed: BsrWeight,
+    derived: Derived,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor:
+    """bsr_linear by the CUDA C++ kernels. Their layout is made in the first call, before any capture of a CUDA graph, and kept."""
+    n, (r, c) = packed.shape[0], packed.blocksize
+    if derived.prepacked is None or derived.prepacked.dtype != torch.uint8:  # not, or for the CPU's kernels
+        index = (packed.crow_indices, packed.col_indices)
+        derived.prepacked = backends.cuda_layout(*index, packed.values.detach(), -(-packed.shape[1] // c))
+    return torch.ops.sparse_prune.cuda_linear(rows, derived.prepacked, packed.nnzb, r, c, n, bias, activation, residual)
 
 
 def bsr_linear_glu(

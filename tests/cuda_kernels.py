@@ -12,7 +12,6 @@ from pathlib import Path
 
 import ptx_emulator
 import torch
-from sparse_prune_kernels.cuda import TILE_INTS, Layout
 from torch import Tensor
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
@@ -61,21 +60,27 @@ def program(text: str, entry: str) -> ptx_emulator.Program:
     return ptx_emulator.Program(text, entry)
 
 
+class Layout(ctypes.Structure):
+    """As in csrc/cuda/config.h."""
+
+    _fields_ = [("row", ctypes.c_int)] + [
+        (name, ctypes.c_int64)
+        for name in ("rows", "tiles", "pieces", "tables", "starts", "piece_table", "steps", "least_bytes")
+    ]
+
+
 class LinearLaunch(ctypes.Structure):
     """As in csrc/cuda/config.h."""
 
-    _fields_ = [
-        ("block_m", ctypes.c_int),
-        ("threads", ctypes.c_int),
-        ("shared_bytes", ctypes.c_int),
-        ("blocks", ctypes.c_int64),
+    _fields_ = [(name, ctypes.c_int) for name in ("skinny", "tokens", "units", "threads", "shared_bytes")] + [
+        ("blocks", ctypes.c_int64)
     ]
 
 
 @functools.cache
 def _config() -> ctypes.CDLL:
     """csrc/cuda/config.cpp, compiled once by content."""
-    sources = [CSRC / "config.cpp", CSRC / "config.h"]
+    sources = [CSRC / "config.cpp", CSRC / "config.h", CSRC / "problem.h"]
     key = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:24]
     path = cache_folder() / f"config-{key}.so"
     if not path.exists():
@@ -87,52 +92,55 @@ def _config() -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def linear_launch(m: int, row: int, tiles: int, sms: int = 108) -> LinearLaunch:
-    """What csrc/cuda/config.cpp chooses."""
-    out = LinearLaunch()
+def linear_launch(m: int, n: int, blocks: tuple[int, int, int], sms: int = 108) -> tuple[Layout, LinearLaunch]:
+    """What csrc/cuda/config.cpp chooses for a weight of n outputs, and its layout; blocks are (nnzb, R, C)."""
+    layout, launch = Layout(), LinearLaunch()
     call = _config().sparse_prune_linear_launch
-    call.argtypes = (ctypes.c_int64, ctypes.c_int, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
-    call(m, row, tiles, sms, ctypes.byref(out))
-    return out
+    call.argtypes = (ctypes.c_int64,) * 3 + (ctypes.c_int,) * 3 + (ctypes.c_void_p,) * 2
+    call(m, n, *blocks, sms, ctypes.byref(layout), ctypes.byref(launch))
+    return layout, launch
 
 
 def linear(
     x: Tensor,
-    layout: Layout,
-    values: Tensor,
+    packed: Tensor,
+    blocks: tuple[int, int, int],
     n: int,
     bias: Tensor | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
-    block_m: int | None = None,
+    tokens: int | None = None,
     tiles: Tensor | None = None,
     arch: str = "sm_80",
     patch: tuple[tuple[str, str, str], ...] = (),
     **options,
 ) -> tuple[Tensor, ptx_emulator.Counts]:
-    """y[M, n] of the kernel that csrc/cuda/launch.cu would run, or of its twin with block_m tokens, and what it counted.
+    """y[M, n] of the kernel that launch_linear would run (with tokens: the one for many tokens, in blocks of so many), and counts.
 
-    tiles are the numbers of the layout's tiles to run, all unless given; the rest of y stays NaN.
+    packed is cuda.Layout.pack's, blocks are (nnzb, R, C); tiles are the numbers of the layout's tiles to run, all unless given; the
+    rest of y stays NaN.
     """
     m, k = x.shape
     assert x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0, "the launcher copies other x"
-    launch = linear_launch(m, layout.row, layout.tiles)
-    if block_m is not None:
-        launch.blocks = -(-m // block_m) * layout.tiles
-        launch.shared_bytes, launch.block_m = (98304, 256) if block_m == 256 else (49152, 128)
+    at, launch = linear_launch(m, n, blocks)
+    if tokens is not None:
+        shared = {128: 49152, 256: 98304}[tokens]
+        launch = LinearLaunch(0, tokens, 0, 256, shared, -(-m // tokens) * at.tiles)
     y = x.new_full((m, n), torch.nan)  # [M, N]
-    packed = layout.pack(values)
-    weights, tables = packed[: 2 * values.numel()], packed[2 * values.numel() :].view(torch.int32)
-    heads, steps = tables[: layout.tiles * TILE_INTS], tables[layout.tiles * TILE_INTS :]
-    count = layout.tiles
+    assert len(packed) >= at.least_bytes
+    weights, heads, starts, pieces, steps = packed.tensor_split((at.tables, at.starts, at.piece_table, at.steps))
+    count = at.tiles
     if tiles is not None:
-        heads, count = heads.view(-1, TILE_INTS)[tiles].contiguous(), len(tiles)
-        launch.blocks = launch.blocks // layout.tiles * count
+        heads, count = heads.view(at.tiles, -1)[tiles].contiguous(), len(tiles)
+        launch.blocks = launch.blocks // at.tiles * count
     vector = n % 8 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in (y, bias, residual))
-    code = program(
-        ptx("kernels_sm80.cu", arch, patch), f"bsr_linear_sm80_{NAMES[x.dtype]}_{layout.row}_{launch.block_m}"
-    )
-    arguments = [x, weights if len(weights) else 0, heads, steps, *(0 if t is None else t for t in (bias, residual)), y]
-    arguments += [m, n, k, x.stride(0), count, ACTIVATIONS.index(activation), int(vector)]
+    name = NAMES[x.dtype]
+    if launch.skinny:
+        entry, tables, last = f"skinny_{name}_{launch.tokens}_{launch.units}", (starts, pieces), at.row // 16
+    else:
+        entry, tables, last = f"sm80_{name}_{at.row}_{launch.tokens}", (heads, steps), count
+    code = program(ptx("kernels_sm80.cu", arch, patch), f"bsr_linear_{entry}")
+    arguments = [x, weights if len(weights) else 0, *tables, *(0 if t is None else t for t in (bias, residual)), y]
+    arguments += [m, n, k, x.stride(0), last, ACTIVATIONS.index(activation), int(vector)]
     counts = code.launch(launch.blocks, launch.threads, arguments, shared_bytes=launch.shared_bytes, **options)
     return y, counts

@@ -131,7 +131,7 @@ def test_doctor(run, tmp_path):
     code, text = run("doctor", "--json", tmp_path / "doctor.json")
     assert code == 0 and "reference" in text
     names = [backend["name"] for backend in json.loads((tmp_path / "doctor.json").read_text())]
-    assert names == ["triton", "cpu", "reference"]
+    assert names == ["cuda", "triton", "cpu", "reference"]
 
 
 MISTAKES = {

@@ -33,8 +33,11 @@ def aligned(x):
 def check(problem, dtype=BF16, activation="none", extras=(True, True), **options):
     packed, x, bias, residual = make_problem(*problem, dtype)
     bias, residual = (tensor if used else None for tensor, used in zip((bias, residual), extras, strict=True))
+    layout, blocks = layout_of(packed), tuple(packed.values.shape)
+    at, _ = cuda_kernels.linear_launch(problem[0], packed.shape[0], blocks)
+    assert (at.row, at.rows, at.tiles) == (layout.row, layout.rows, layout.tiles)
     y, counts = cuda_kernels.linear(
-        aligned(x), layout_of(packed), packed.values, packed.shape[0], bias, activation, residual, **options
+        aligned(x), layout.pack(packed.values), blocks, packed.shape[0], bias, activation, residual, **options
     )
     weight, act = packed.to_dense(), reference.ACTIVATIONS[activation]
     exact = act(F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
@@ -45,10 +48,18 @@ def check(problem, dtype=BF16, activation="none", extras=(True, True), **options
     return packed, counts
 
 
-@pytest.mark.parametrize("block_m", [128, 256])
+# None: what the launcher chooses, which is another kernel up to 64 tokens.
+@pytest.mark.parametrize("tokens", [None, 128, 256])
 @pytest.mark.parametrize("problem", PROBLEMS[1:], ids=str)
-def test_forward(problem, block_m):
-    check(problem, activation="gelu", block_m=block_m)
+def test_forward(problem, tokens):
+    check(problem, activation="gelu", tokens=tokens)
+
+
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+@pytest.mark.parametrize("block", [(16, 16), (32, 32), (64, 128), (128, 16)], ids=str)
+@pytest.mark.parametrize("m", [1, 8, 9, 16, 17, 64])
+def test_few_tokens(m, block, mode):
+    check((m, 300, 500, *block, 0.4), activation="silu", mode=mode)
 
 
 @pytest.mark.parametrize("mode", ptx_emulator.MODES)
@@ -68,21 +79,25 @@ def test_epilogues(activation, extras):
 def test_nan_of_one_token_stays_with_it():
     packed, x, *_ = make_problem(20, 64, 64, 32, 32, 1.0, BF16)
     x[3, 5] = torch.nan
-    y, _ = cuda_kernels.linear(x, layout_of(packed), packed.values, 64, activation="relu")
+    weight = layout_of(packed).pack(packed.values)
+    y, _ = cuda_kernels.linear(x, weight, tuple(packed.values.shape), 64, activation="relu")
     assert y[3].isnan().all() and not y[[i for i in range(20) if i != 3]].isnan().any()
 
 
 # What the tests below need of kernels_sm80.cu: nvcc takes a second for each kernel.
 FEW = (
-    "kernels_sm80.cu",
-    "LINEARS(bf16, __nv_bfloat16)\nLINEARS(f16, __half)\n",
-    "LINEAR(bf16_16_128, __nv_bfloat16, 16, 2)\nLINEAR(bf16_32_128, __nv_bfloat16, 32, 2)\n",
+    (
+        "kernels_sm80.cu",
+        "LINEARS(bf16, __nv_bfloat16)\nLINEARS(f16, __half)\nSKINNIES(bf16, __nv_bfloat16)\nSKINNIES(f16, __half)\n",
+        "LINEAR(bf16, __nv_bfloat16, 16, 128) LINEAR(bf16, __nv_bfloat16, 32, 128) SKINNY(bf16, __nv_bfloat16, 16, 1)\n",
+    ),
+    ("kernels_sm80.cu", "{ENTRIES(bf16, true) ENTRIES(f16, false)}", "{SKINNY_ENTRY(bf16, true, 16, 1)}"),
 )
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_120"])
 def test_younger_architectures(arch):
-    check((130, 128, 320, 32, 32, 0.4), block_m=128, arch=arch, patch=(FEW,))
+    check((130, 128, 320, 32, 32, 0.4), tokens=128, arch=arch, patch=FEW)
 
 
 BUGS = {
@@ -115,6 +130,15 @@ BUGS = {
         "(group ? __popc(all & first_rows) * (kUnits * 512) : 0)",
         "0",
     ),
+    "sums are added before all are there": ("bsr_linear_skinny.cuh", "__syncthreads();\n", "\n"),
+    "few tokens, one past the end is read": (
+        "bsr_linear_skinny.cuh",
+        "min(lane / 4 + 8 * i, M - 1)",
+        "(lane / 4 + 8 * i)",
+    ),
+    "few tokens, inputs past the end are read": ("bsr_linear_skinny.cuh", "K - k >= 16", "true"),
+    "two warps take the same share": ("bsr_linear_skinny.cuh", "begin + warp * share", "begin + warp / 2 * share"),
+    "a piece is left out": ("bsr_linear_skinny.cuh", "some < to; some += 32", "some < to - 1; some += 32"),
     "the next step's rows": ("bsr_linear_sm80.cuh", "all = step[s + 1].z;", "all = step[s + 2].z;"),
 }
 
@@ -123,25 +147,27 @@ BUGS = {
 def test_planted_bugs_are_caught(bug):
     """Each of them turns one of these red; the same two problems are green without it."""
     problems = [(260, 300, 500, 32, 16, 0.4), (7, 45, 70, 16, 32, 0.5)]
-    for patch in ((FEW,), (FEW, BUGS[bug])):
+    if "skinny" in BUGS[bug][0]:
+        problems = [(13, 300, 500, 32, 16, 0.4), problems[1]]
+    for patch in (FEW, (*FEW, BUGS[bug])):
         failed = False
         for problem in problems:
             for mode in ("late", "early"):
                 try:
-                    check(problem, block_m=128, mode=mode, patch=patch)
+                    check(problem, tokens=None if "skinny" in BUGS[bug][0] else 128, mode=mode, patch=patch)
                 except (AssertionError, ptx_emulator.EmulationError):
                     failed = True
-        assert failed == (len(patch) > 1)
+        assert failed == (patch != FEW)
 
 
 @pytest.mark.parametrize("block", [(16, 16), (32, 32), (64, 64), (128, 128)], ids=str)
 def test_work_is_what_the_documentation_counts(block):
     """Only blocks that exist are multiplied and loaded; x comes once for each column of a tile's union; no bank conflicts."""
     r, c = block
-    packed, counts = check((512, 512, 1024, r, c, 0.2), extras=(False, False), block_m=256)
+    packed, counts = check((512, 512, 1024, r, c, 0.2), extras=(False, False), tokens=256)
     layout = layout_of(packed)
     assert counts.tensor_fma == 512 * packed.nnzb * r * c
-    steps = layout.tables[layout.tiles * 12 :].view(-1, 4)
+    steps = layout.tables[layout.sections()[2] :].view(-1, 4)
     columns = int((steps[:, :2] >= 0).sum())
     loaded = 2 * 512 * 16 * columns + 2 * 2 * packed.values.numel()
     assert loaded <= 32 * counts.l2_load_sectors <= 1.02 * loaded + 2 * 4 * layout.tables.numel() + 4096

@@ -223,7 +223,7 @@ BAD_CALLS = {
         dict(activation="swish"),
         r"activation: expected one of none, relu, gelu, gelu_tanh, silu, got 'swish'",
     ),
-    "backend": (dict(backend="tpu"), r"backend: expected one of auto, cpu, triton, dense, reference, got 'tpu'"),
+    "backend": (dict(backend="tpu"), r"backend: expected one of auto, cpu, triton, cuda, dense, reference, got 'tpu'"),
 }
 
 

@@ -2,21 +2,71 @@
 
 #include <algorithm>
 
+#include "problem.h"
+
 namespace sparse_prune {
 
-LinearLaunch linear_launch(int64_t M, int row, int64_t tiles, int sms) {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Up to 64 tokens the bytes of the weight are the wall.
+constexpr int64_t kSkinnyTokens = 64;
+
+LinearLaunch skinny_launch(int64_t M, const Layout& layout, int sms) {
+  LinearLaunch launch = {};
+  launch.skinny = 1;
+  launch.tokens = M <= 16 ? 16 : 64;
+  // x of 16 tokens is as large as a unit's weights, and L2 has the bandwidth; more tokens are read for 32 outputs together.
+  launch.units = M > 16 && layout.row > 16 ? 2 : 1;
+  launch.blocks = layout.rows * (layout.row / kUnit / launch.units);
+  // Enough warps that every multiprocessor has 16 with all their loads on the way; more share the pieces of a row in fewer rounds.
+  const int most = launch.tokens == 16 ? 16 : 8;
+  int warps = 4;
+  while (warps < most && launch.blocks * warps < 16 * static_cast<int64_t>(sms)) warps *= 2;
+  launch.threads = 32 * warps;
+  launch.shared_bytes = warps * launch.tokens * (16 * launch.units + 4) * static_cast<int>(sizeof(float));
+  return launch;
+}
+
+}  // namespace
+
+Layout layout_of(int64_t out_features, int64_t nnzb, int block_rows, int block_cols) {
+  Layout l = {};
+  l.row = std::min(block_rows, 64);
+  const int64_t block_row_count = ceil_div(out_features, block_rows);
+  l.rows = block_row_count * (block_rows / l.row);
+  l.tiles = ceil_div(block_row_count, kTileOutputs / block_rows);
+  l.pieces = nnzb * (block_rows / l.row) * (block_cols / kUnit);
+  l.tables = 2 * nnzb * block_rows * block_cols;
+  l.starts = l.tables + l.tiles * 48;
+  l.piece_table = l.starts + ceil_div(l.rows + 1, 4) * 16;
+  l.steps = l.piece_table + ceil_div(2 * l.pieces, 4) * 16;
+  l.least_bytes = l.steps + 16;
+  return l;
+}
+
+LinearLaunch linear_launch(int64_t M, const Layout& layout, int sms) {
+  if (M <= kSkinnyTokens) return skinny_launch(M, layout, sms);
   // Clocks of the busiest multiprocessor. 128 tokens instead of 256 read weights from shared memory and L2 twice as often: by counted
   // work (docs/gpu-performance.md) a block then costs up to 1.4 times its share with rows of 16 and 32, 1.1 times with 64.
-  auto cost = [&](int64_t block_m, int percent) { return ((M + block_m - 1) / block_m * tiles + sms - 1) / sms * block_m * percent; };
-  const int block_m = cost(256, 100) <= cost(128, row == 64 ? 110 : 140) ? 256 : 128;
-  const int stage = block_m * 64 + 128 * 64;  // 32 inputs of x and of the outputs of a tile; Sm80Tile checks it
-  return {block_m, 256, stage * (block_m == 256 ? 4 : 3), (M + block_m - 1) / block_m * tiles};
+  auto cost = [&](int64_t tokens, int percent) { return ceil_div(ceil_div(M, tokens) * layout.tiles, sms) * tokens * percent; };
+  LinearLaunch launch = {};
+  launch.tokens = cost(256, 100) <= cost(128, layout.row == 64 ? 110 : 140) ? 256 : 128;
+  launch.threads = 256;
+  const int stage = (launch.tokens + kTileOutputs) * 64;  // 32 inputs of x and of the outputs of a tile, as Sm80Tile has it
+  launch.shared_bytes = stage * (launch.tokens == 256 ? 4 : 3);
+  launch.blocks = ceil_div(M, launch.tokens) * layout.tiles;
+  return launch;
 }
 
 }  // namespace sparse_prune
 
 // For tests and tools, through ctypes.
-extern "C" __attribute__((visibility("default"))) void sparse_prune_linear_launch(int64_t M, int row, int64_t tiles, int sms,
-                                                                                 sparse_prune::LinearLaunch* out) {
-  *out = sparse_prune::linear_launch(M, row, tiles, sms);
+extern "C" __attribute__((visibility("default"))) void sparse_prune_linear_launch(int64_t M, int64_t out_features, int64_t nnzb,
+                                                                                 int block_rows, int block_cols, int sms,
+                                                                                 sparse_prune::Layout* layout,
+                                                                                 sparse_prune::LinearLaunch* launch) {
+  *layout = sparse_prune::layout_of(out_features, nnzb, block_rows, block_cols);
+  *launch = sparse_prune::linear_launch(M, *layout, sms);
 }

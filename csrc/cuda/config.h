@@ -6,14 +6,29 @@
 
 namespace sparse_prune {
 
+// The layout of a weight, as kernels/sparse_prune_kernels/cuda.py makes it: weights, then tables. Offsets are in bytes.
+struct Layout {
+  int row;          // outputs of a row: 16, 32 or 64
+  int64_t rows;     // of the weight
+  int64_t tiles;    // of merged rows
+  int64_t pieces;   // of a row at 16 inputs
+  int64_t tables, starts, piece_table, steps;  // struct Tile, int, struct Piece, struct Step
+  int64_t least_bytes;                         // of the whole, with one spare step at least
+};
+
+// Sides in {16, 32, 64, 128}.
+Layout layout_of(int64_t out_features, int64_t nnzb, int block_rows, int block_cols);
+
 struct LinearLaunch {
-  int block_m;       // tokens of a block: which instantiation runs
+  int skinny;        // whether bsr_linear_skinny runs, else bsr_linear_sm80
+  int tokens;        // which instantiation: most tokens of a block
+  int units;         // skinny: which instantiation
   int threads;
   int shared_bytes;  // dynamic shared memory
   int64_t blocks;    // of the grid
 };
 
-// M > 0 tokens over `tiles` tiles of a layout whose rows are `row` outputs, on a GPU of `sms` multiprocessors.
-LinearLaunch linear_launch(int64_t M, int row, int64_t tiles, int sms);
+// M > 0 tokens, on a GPU of `sms` multiprocessors.
+LinearLaunch linear_launch(int64_t M, const Layout& layout, int sms);
 
 }  // namespace sparse_prune

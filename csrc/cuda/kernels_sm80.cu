@@ -1,23 +1,99 @@
-// The kernels of the sm_80 family, by name: bsr_linear_sm80_{bf16,f16}_{16,32,64}_{128,256} (row, tokens of a block).
+// The kernels of the sm_80 family, by name, and their launch:
+//   bsr_linear_sm80_{bf16,f16}_{16,32,64}_{128,256}         row, tokens of a block
+//   bsr_linear_skinny_{bf16,f16}_{16_1,64_1,64_2}           most tokens, units of a block
+#include "bsr_linear_skinny.cuh"
 #include "bsr_linear_sm80.cuh"
+#include "config.h"
+#include "launch.h"
 
 using namespace sparse_prune;
 using namespace sparse_prune::device;
 
-#define LINEAR(NAME, T, ROW, TOKEN_TILES)                                                                                          \
-  extern "C" __global__ void __launch_bounds__(256, TOKEN_TILES == 4 ? 1 : 2)                                                      \
-      bsr_linear_sm80_##NAME(const T* x, const uint4* weights, const Tile* tiles, const Step* steps, const T* bias,                \
-                             const T* residual, T* y, int M, int N, int K, int64_t ldx, int tile_count, int activation, int vector) { \
+#define LINEAR(NAME, T, ROW, BLOCK_M)                                                                                              \
+  extern "C" __global__ void __launch_bounds__(256, BLOCK_M == 256 ? 1 : 2) bsr_linear_sm80_##NAME##_##ROW##_##BLOCK_M(           \
+      const T* x, const uint4* weights, const Tile* tiles, const Step* steps, const T* bias, const T* residual, T* y, int M, int N, \
+      int K, int64_t ldx, int tile_count, int activation, int vector) {                                                            \
     const Epilogue<T> epilogue{bias, residual, y, M, N, activation, vector != 0};                                                  \
-    bsr_linear_sm80<T, ROW, TOKEN_TILES>(x, weights, tiles, steps, epilogue, M, K, ldx, tile_count);                               \
+    bsr_linear_sm80<T, ROW, BLOCK_M / 64>(x, weights, tiles, steps, epilogue, M, K, ldx, tile_count);                              \
   }
-#define LINEARS(TYPE, T)                 \
-  LINEAR(TYPE##_16_128, T, 16, 2)        \
-  LINEAR(TYPE##_16_256, T, 16, 4)        \
-  LINEAR(TYPE##_32_128, T, 32, 2)        \
-  LINEAR(TYPE##_32_256, T, 32, 4)        \
-  LINEAR(TYPE##_64_128, T, 64, 2)        \
-  LINEAR(TYPE##_64_256, T, 64, 4)
+#define LINEARS(NAME, T) \
+  LINEAR(NAME, T, 16, 128) LINEAR(NAME, T, 16, 256) LINEAR(NAME, T, 32, 128) LINEAR(NAME, T, 32, 256) LINEAR(NAME, T, 64, 128) \
+  LINEAR(NAME, T, 64, 256)
+
+#define SKINNY(NAME, T, TOKENS, UNITS)                                                                                             \
+  extern "C" __global__ void __launch_bounds__(TOKENS == 16 ? 512 : 256, TOKENS == 16 ? 1 : 2)                                    \
+      bsr_linear_skinny_##NAME##_##TOKENS##_##UNITS(const T* x, const uint4* weights, const int* starts, const Piece* pieces,     \
+                                                    const T* bias, const T* residual, T* y, int M, int N, int K, int64_t ldx,     \
+                                                    int row_units, int activation, int vector) {                                  \
+    const Epilogue<T> epilogue{bias, residual, y, M, N, activation, vector != 0};                                                  \
+    bsr_linear_skinny<T, TOKENS / 8, UNITS>(x, weights, starts, pieces, epilogue, M, K, ldx, row_units);                           \
+  }
+#define SKINNIES(NAME, T) SKINNY(NAME, T, 16, 1) SKINNY(NAME, T, 64, 1) SKINNY(NAME, T, 64, 2)
 
 LINEARS(bf16, __nv_bfloat16)
 LINEARS(f16, __half)
+SKINNIES(bf16, __nv_bfloat16)
+SKINNIES(f16, __half)
+
+namespace {
+
+struct Kernel {
+  bool bfloat16;
+  int skinny, tokens, row_or_units;
+  const void* function;
+};
+
+#define LINEAR_ENTRY(NAME, BF16, ROW, TOKENS) \
+  {BF16, 0, TOKENS, ROW, reinterpret_cast<const void*>(bsr_linear_sm80_##NAME##_##ROW##_##TOKENS)},
+#define SKINNY_ENTRY(NAME, BF16, TOKENS, UNITS) \
+  {BF16, 1, TOKENS, UNITS, reinterpret_cast<const void*>(bsr_linear_skinny_##NAME##_##TOKENS##_##UNITS)},
+#define ENTRIES(NAME, BF16)                                                                                             \
+  LINEAR_ENTRY(NAME, BF16, 16, 128) LINEAR_ENTRY(NAME, BF16, 16, 256) LINEAR_ENTRY(NAME, BF16, 32, 128)                 \
+  LINEAR_ENTRY(NAME, BF16, 32, 256) LINEAR_ENTRY(NAME, BF16, 64, 128) LINEAR_ENTRY(NAME, BF16, 64, 256)                 \
+  SKINNY_ENTRY(NAME, BF16, 16, 1) SKINNY_ENTRY(NAME, BF16, 64, 1) SKINNY_ENTRY(NAME, BF16, 64, 2)
+const Kernel kKernels[] = {ENTRIES(bf16, true) ENTRIES(f16, false)};
+
+const char* told(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+}  // namespace
+
+const char* sparse_prune::device_problem() {
+  int device, major;
+  if (const cudaError_t error = cudaGetDevice(&device)) return cudaGetErrorString(error);
+  if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return told(error);
+  if (major < 8) return "its compute capability is older than 8.0";
+  cudaFuncAttributes attributes;
+  return told(cudaFuncGetAttributes(&attributes, kKernels[0].function));  // no code for this device: built for other architectures
+}
+
+const char* sparse_prune::launch_linear(const LinearProblem& p, void* stream) {
+  int device, sms;
+  if (const cudaError_t error = cudaGetDevice(&device)) return told(error);
+  if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device)) return told(error);
+  const LinearLaunch launch = linear_launch(p.M, p.layout, sms);
+  if (launch.blocks > INT32_MAX || p.M > INT32_MAX || p.N > INT32_MAX || p.K > INT32_MAX) return "a size that int32 cannot number";
+  const int row_or_units = launch.skinny ? launch.units : p.layout.row;
+  const void* function = nullptr;
+  for (const Kernel& kernel : kKernels) {
+    if (kernel.bfloat16 == p.bfloat16 && kernel.skinny == launch.skinny && kernel.tokens == launch.tokens &&
+        kernel.row_or_units == row_or_units)
+      function = kernel.function;
+  }
+  if (function == nullptr) return "no kernel of that shape";
+  const char* packed = static_cast<const char*>(p.packed);
+  const void *tiles = packed + p.layout.tables, *starts = packed + p.layout.starts, *pieces = packed + p.layout.piece_table;
+  const void *steps = packed + p.layout.steps, *x = p.x, *bias = p.bias, *residual = p.residual;
+  void* y = p.y;
+  int M = p.M, N = p.N, K = p.K, tile_count = p.layout.tiles, row_units = p.layout.row / kUnit, activation = p.activation;
+  int vector = N % 8 == 0 && aligned(bias) && aligned(residual) && aligned(y);
+  int64_t ldx = p.ldx;
+  void* wide[] = {&x, &packed, &tiles, &steps, &bias, &residual, &y, &M, &N, &K, &ldx, &tile_count, &activation, &vector};
+  void* skinny[] = {&x, &packed, &starts, &pieces, &bias, &residual, &y, &M, &N, &K, &ldx, &row_units, &activation, &vector};
+  cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
+  if (error == cudaSuccess)
+    error = cudaLaunchKernel(function, dim3(launch.blocks), dim3(launch.threads), launch.skinny ? skinny : wide, launch.shared_bytes,
+                             static_cast<cudaStream_t>(stream));
+  return told(error);
+}

@@ -5,8 +5,8 @@
 
 namespace sparse_prune {
 
-// Numbered as in kernels/sparse_prune_kernels/cuda.py.
-enum Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
+// Activations, numbered as sparse_prune::Activation of the CPU kernels (csrc/cpu/kernels.h).
+enum : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
 
 constexpr int kTileOutputs = 128;  // outputs of a tile of merged block-rows
 constexpr int kUnit = 16;          // a unit is 16 outputs x 16 inputs in the order of one mma's fragments: 512 bytes

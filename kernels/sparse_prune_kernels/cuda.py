@@ -29,13 +29,22 @@ class Layout:
     row      outputs of a row: 16, 32 or 64
     tiles    number of tiles
     units    int64 [nnzb * R * C / 256], place of each unit in the natural order of `fragments`
-    tables   int32, struct Tile [tiles], then struct Step [steps + SPARE_STEPS]
+    rows     number of rows
+    tables   int32, flat: struct Tile [tiles]; [rows + 1] where each row's pieces begin; struct Piece [nnzb * R * C / (16 * row)],
+             by row and column; struct Step [steps + SPARE_STEPS]. Each of these begins at a multiple of 16 bytes.
     """
 
     row: int
+    rows: int
     tiles: int
     units: Tensor
     tables: Tensor
+
+    def sections(self) -> tuple[int, int, int]:
+        """Where starts, pieces and steps begin in tables, in int32; csrc/cuda/config.cpp computes the same of sizes."""
+        starts = self.tiles * TILE_INTS
+        pieces = starts + (self.rows + 1 + 3) // 4 * 4
+        return starts, pieces, pieces + (len(self.units) // (self.row // UNIT) * 2 + 3) // 4 * 4
 
     def pack(self, values: Tensor) -> Tensor:
         """uint8 [2 * nnzb * R * C + 4 * len(tables)]: weights, then tables."""
@@ -78,9 +87,18 @@ def make_layout(crow_indices: Tensor, col_indices: Tensor, block_columns: int, r
     heads = torch.full((len(order), TILE_INTS), -1)
     heads[:, 0], heads[:, 1] = first, steps
     heads[:, 4 : 4 + numbers.shape[1]] = torch.where(numbers < 0, -1, numbers * parts + part)
-    tables = torch.cat([heads.flatten(), table.flatten()]).to(torch.int32)
-    device = crow_indices.device
-    return Layout(row, len(order), units.to(device), tables.to(device))
+    owner = (numbers * parts + part)[tile[entry], which]  # [P]
+    by_row = (owner * (block_columns * c // UNIT) + column[entry]).argsort()  # [P]
+    pieces = torch.stack([column[entry], torch.arange(len(entry)) * len(per_row)], 1)[by_row]  # [P, 2]
+    starts = torch.searchsorted(owner[by_row], torch.arange(rows * parts + 1))  # [rows + 1]
+    sections = [_whole_vectors(section.flatten()) for section in (heads, starts, pieces, table)]
+    tables, device = torch.cat(sections).to(torch.int32), crow_indices.device
+    return Layout(row, rows * parts, len(order), units.to(device), tables.to(device))
+
+
+def _whole_vectors(numbers: Tensor) -> Tensor:
+    """numbers with zeros to a multiple of 16 bytes of int32."""
+    return torch.nn.functional.pad(numbers, (0, -len(numbers) % 4))
 
 
 def fragments(values: Tensor, row: int) -> Tensor:

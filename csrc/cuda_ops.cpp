@@ -1,0 +1,115 @@
+// Registration of the CUDA operators, and the checks of their arguments; what `packed` holds is trusted, for sparse_prune made it.
+// torch's stable C++ interface only; the one function of it that only a CUDA build of torch has is looked up when it is first needed, so
+// that this library loads beside any torch.
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <optional>
+#include <string>
+
+#include "checks.h"
+#include "cuda/launch.h"
+#include "cuda/problem.h"
+
+namespace {
+
+using CurrentStream = AOTITorchError (*)(int32_t, void**);
+
+CurrentStream current_stream() {
+  static const CurrentStream found = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);  // torch loaded it, or nobody did
+    return library ? reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  return found;
+}
+
+void check_cuda(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == like.get_device_index(), name, ": expected a tensor on the CUDA device of ",
+                  like_name);
+}
+
+void check_same(const Tensor& t, const char* name, const Tensor& x) {
+  check_cuda(t, name, x, "x");
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, ": expected dtype ", torch::headeronly::toString(x.scalar_type()),
+                  " like x, got ", torch::headeronly::toString(t.scalar_type()));
+}
+
+// x with unit inner stride and rows that begin at multiples of 16 bytes, as the kernels copy it; what is not so is copied here.
+Tensor with_aligned_rows(const Tensor& x) {
+  const int64_t m = x.size(0), k = x.size(1);
+  const bool apart = m <= 1 || (x.stride(0) >= k && x.stride(0) % 8 == 0);
+  if ((k <= 1 || x.stride(1) == 1) && apart && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0) return x;
+  Tensor wide = torch::stable::new_empty(x, {m, (k + 7) / 8 * 8});
+  Tensor copy = torch::stable::narrow(wide, 1, 0, k);
+  torch::stable::copy_(copy, x);
+  return copy;
+}
+
+Tensor cuda_linear(const Tensor& x_any, const Tensor& packed, int64_t nnzb, int64_t block_rows, int64_t block_cols, int64_t out_features,
+                   std::optional<Tensor> bias, std::string activation, std::optional<Tensor> residual) {
+  check_matrix(x_any, "x");
+  check_cuda(x_any, "x", x_any, "x");
+  const bool bfloat16 = x_any.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(bfloat16 || x_any.scalar_type() == ScalarType::Half, "x: expected dtype bfloat16 or float16, got ",
+                  torch::headeronly::toString(x_any.scalar_type()));
+  auto side = [](int64_t s) { return s == 16 || s == 32 || s == 64 || s == 128; };
+  STD_TORCH_CHECK(side(block_rows) && side(block_cols), "block_rows, block_cols: expected 16, 32, 64 or 128, got ", block_rows, " and ",
+                  block_cols);
+  sp::LinearProblem p = {};
+  p.bfloat16 = bfloat16;
+  p.M = x_any.size(0), p.N = out_features, p.K = x_any.size(1);
+  STD_TORCH_CHECK(p.N > 0 && p.K > 0 && nnzb >= 0, "out_features, in_features: expected numbers from 1, got ", p.N, " and ", p.K);
+  p.layout = sp::layout_of(p.N, nnzb, static_cast<int>(block_rows), static_cast<int>(block_cols));
+  check_cuda(packed, "packed", x_any, "x");
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous() &&
+                      packed.size(0) >= p.layout.least_bytes,
+                  "packed: expected the layout of this weight, at least ", p.layout.least_bytes, " bytes, got shape ", shape_of(packed));
+  p.packed = packed.const_data_ptr();
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p.packed) % 16 == 0, "packed: expected an address that is a multiple of 16");
+  if (bias) {
+    check_same(*bias, "bias", x_any);
+    check_shape(*bias, "bias", {p.N});
+    bias = torch::stable::contiguous(*bias);
+    p.bias = bias->const_data_ptr();
+  }
+  if (residual) {
+    check_same(*residual, "residual", x_any);
+    check_shape(*residual, "residual", {p.M, p.N});
+    residual = torch::stable::contiguous(*residual);
+    p.residual = residual->const_data_ptr();
+  }
+  p.activation = static_cast<int>(activation_of(activation));
+
+  const int32_t device = x_any.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Tensor y = torch::stable::new_empty(x_any, {p.M, p.N});
+  if (p.M == 0) return y;
+  const Tensor x = with_aligned_rows(x_any);
+  p.x = x.const_data_ptr(), p.ldx = p.M > 1 ? x.stride(0) : 0;
+  p.y = y.mutable_data_ptr();
+  STD_TORCH_CHECK(current_stream() != nullptr, "cuda_linear: this torch was built without CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(current_stream()(device, &stream));
+  const char* reason = sp::launch_linear(p, stream);
+  STD_TORCH_CHECK(reason == nullptr, "cuda_linear: the launch failed: ", reason);
+  return y;
+}
+
+static_assert(static_cast<int>(sp::Activation::silu) == sp::kSilu && static_cast<int>(sp::Activation::none) == sp::kNone,
+              "Activations are numbered alike on CPU and GPU.");
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sparse_prune, m) {
+  m.def(
+      "cuda_linear(Tensor x, Tensor packed, int nnzb, int block_rows, int block_cols, int out_features, Tensor? bias, str activation, "
+      "Tensor? residual) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_prune, CUDA, m) { m.impl("cuda_linear", TORCH_BOX(&cuda_linear)); }
+
+// For sparse_prune/backends.py, through ctypes: null where the current device can run the kernels, else why it cannot.
+extern "C" __attribute__((visibility("default"))) const char* sparse_prune_cuda_problem() {
+  if (current_stream() == nullptr) return "this torch was built without CUDA, or is older than 2.10";
+  return sp::device_problem();
+}
