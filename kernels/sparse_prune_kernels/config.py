@@ -206,7 +206,8 @@ def _small_config(m, n, k, side_n, side_k, unions: Mapping[int, float], gpu: Gpu
 def _float32_config(m: int, side_n: int, side_k: int, gpu: Gpu) -> LinearConfig:
     """float32 is multiplied outside the tensor cores, with whole operand tiles in registers: 64 x 16 is what fits unspilled."""
     # The fewest wasted rows, from 16, the least that tensor cores take (tf32 runs through here too).
-    block_m = min(max(16, 1 << (m - 1).bit_length()), 64)
+    # 64 x 64 spilled under Triton 3.7.
+    block_m = min(max(16, 1 << (m - 1).bit_length()), 32 if side_n == 64 else 64)
     block_k = min(side_k, 16)
     # The operands take as many registers as the accumulators: with four warps ptxas spilled at 64 x 32 and stood at 254 registers
     # at 64 x 128.
