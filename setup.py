@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 from setuptools import setup
@@ -60,6 +61,7 @@ def no_extension() -> str | None:
     return None if result.returncode == 0 else f"{compiler[0]} cannot build a C++20 program"
 
 
+@cache
 def cuda_home() -> Path | None:
     """The folder of the CUDA toolkit: CUDA_HOME, that of nvcc on the path, that of the wheels of the extra cuda-build, or None."""
     candidates = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []

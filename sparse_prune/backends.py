@@ -70,6 +70,7 @@ try:
     import sparse_prune_kernels as _kernels
 except ModuleNotFoundError:
     _kernels = None
+NO_KERNELS = "the package sparse_prune_kernels is not installed beside sparse_prune"
 _library, _reason = _load()
 _forced: list[str] = [os.environ.get("SPARSE_PRUNE_ISA", "")]
 epoch = (
@@ -91,24 +92,17 @@ def cpu_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 def triton_unavailable(device: torch.device, dtype: torch.dtype, blocksize: tuple[int, int]) -> str | None:
     """None where the Triton kernels run a weight of that dtype and blocksize on that device, else the reason in words."""
     if _kernels is None:
-        return "the package sparse_prune_kernels is not installed beside sparse_prune"
+        return NO_KERNELS
     return _kernels.unavailable(device, dtype, blocksize)
-
-
-CUDA_DTYPES = (torch.bfloat16, torch.float16)
-CUDA_SIDES = (16, 32, 64, 128)
 
 
 def cuda_unavailable(device: torch.device, dtype: torch.dtype, blocksize: tuple[int, int]) -> str | None:
     """None where the CUDA C++ kernels run a weight of that dtype and blocksize on that device, else the reason in words."""
-    if device.type != "cuda":
-        return f"the CUDA kernels run on CUDA devices, not on {device.type}"
-    if dtype not in CUDA_DTYPES:
-        return f"the CUDA kernels take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    if not set(blocksize) <= set(CUDA_SIDES):
-        return f"the CUDA kernels take blocks with sides 16, 32, 64 or 128, not {blocksize[0]}x{blocksize[1]}"
     if _kernels is None:
-        return "the package sparse_prune_kernels is not installed beside sparse_prune"
+        return NO_KERNELS
+    refused = _kernels.refused("CUDA", _kernels.CUDA_DTYPES, device, dtype, blocksize)
+    if refused is not None:
+        return refused
     library, reason = _load_cuda()
     if library is None:
         return reason

@@ -44,18 +44,20 @@ class Derived:
 
     key         says which values it was made from; None: nothing yet
     source      those values, where ops.serves may ask whether they are still the same: floating-point ones on a CPU; else None
-    prepacked   the values in the order that the CPU kernels read, or in the layout of the CUDA kernels (uint8), or None
+    prepacked   the values in the order that the CPU kernels read, or None
+    cuda        values and index as the CUDA kernels read them, made when they are first asked for; else None
     plan        planner.Plan, or None where the sparse operator always runs
     dense       the dense weight by form (planner.DENSE_FORMS), made when the plan first asks for it: N * K elements of memory each
     """
 
-    __slots__ = ("key", "prepacked", "plan", "dense", "source", "state")
+    __slots__ = ("key", "prepacked", "plan", "dense", "source", "state", "cuda")
 
     def __init__(self, key: object = None, prepacked: Tensor | None = None, plan: object = None) -> None:
         self.key, self.prepacked, self.plan = key, prepacked, plan
         self.source: Tensor | None = None
         self.state: tuple[int, int, int] | None = None
         self.dense: dict[str, Tensor] = {}
+        self.cuda: Tensor | None = None
 
     def __reduce__(self):
         return Derived, ()

@@ -48,6 +48,11 @@ EvalFile = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", help="directory to write; it appears whole, when everything is done")]
 Json = Annotated[Optional[Path], typer.Option("--json", help="also write the result as JSON to this file")]  # noqa: UP045
+# Axes of a grid of layers to time.
+Shapes = Annotated[Optional[str], typer.Option(help="K:N pairs, comma-separated; None: the grid's")]  # noqa: UP045
+Tokens = Annotated[Optional[str], typer.Option(help="M values; None: the grid's")]  # noqa: UP045
+Density = Annotated[Optional[str], typer.Option(help="kept fractions; None: the grid's")]  # noqa: UP045
+Block = Annotated[Optional[str], typer.Option(help="block sizes; None: the grid's")]  # noqa: UP045
 Epochs = Annotated[Optional[float], typer.Option(help="passes over the training data. None: the task's recipe")]  # noqa: UP045
 Rate = Annotated[Optional[float], typer.Option(help="peak learning rate. None: the task's recipe")]  # noqa: UP045
 Batch = Annotated[Optional[int], typer.Option(help="examples per step. None: the task's recipe")]  # noqa: UP045
@@ -414,10 +419,10 @@ def tune(
 @bench_app.command("linear")
 def bench_linear(
     grid: Annotated[str, typer.Option(help="small: some two minutes; full: every combination, hours")] = "small",
-    shapes: Annotated[Optional[str], typer.Option(help="K:N pairs, comma-separated; None: the grid's")] = None,  # noqa: UP045
-    tokens: Annotated[Optional[str], typer.Option(help="M values; None: the grid's")] = None,  # noqa: UP045
-    density: Annotated[Optional[str], typer.Option(help="kept fractions; None: the grid's")] = None,  # noqa: UP045
-    block: Annotated[Optional[str], typer.Option(help="block sizes; None: the grid's")] = None,  # noqa: UP045
+    shapes: Shapes = None,
+    tokens: Tokens = None,
+    density: Density = None,
+    block: Block = None,
     dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16, float16, int8; None: the grid's")] = None,  # noqa: UP045
     threads: Annotated[Optional[str], typer.Option(help="thread counts; None: the grid's")] = None,  # noqa: UP045
     seconds: Annotated[float, typer.Option(help="time spent on each row")] = 1.0,
@@ -440,15 +445,9 @@ def bench_linear(
 
     if grid not in benchmark.GRIDS:
         raise SparsePruneError("--grid", f"one of {', '.join(benchmark.GRIDS)}", grid, "or give the axes one by one")
-    given = {
-        "shapes": shapes and [parse_pair(text) for text in shapes.split(",")],
-        "tokens": tokens and _numbers(tokens, int),
-        "densities": density and _numbers(density, float),
-        "blocksizes": block and [parse_block(text) for text in block.split(",")],
-        "dtypes": dtype and dtype.split(","),
-        "threads": threads and _numbers(threads, int),
-    }
-    chosen = benchmark.GRIDS[grid] | {name: values for name, values in given.items() if values}
+    chosen = benchmark.GRIDS[grid] | _axes(shapes, tokens, density, block, dtype)
+    if threads:
+        chosen |= {"threads": _numbers(threads, int)}
     problems = benchmark.linear_problems(**chosen)
     keep, measured = out / "linear.jsonl", []
     if fresh:
@@ -462,10 +461,9 @@ def bench_linear(
 
         with benchmark.engines(peers) as found:
             rows = benchmark.bench_linear(problems, seconds, keep, on_row, found)
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault((row["K"], row["N"], *row["blocksize"], SHORT[row["dtype"]], row["threads"]), []).append(row)
-    for (k, n, r, c, name, count), group in groups.items():
+    for (k, n, r, c, name, count), group in _grouped(
+        rows, lambda row: (row["K"], row["N"], *row["blocksize"], SHORT[row["dtype"]], row["threads"])
+    ):
         console.print(_linear_table(f"{k}->{n}, {r}x{c} blocks, {name}, {count} thread(s)", group))
     console.print(
         "sparse, dense: microseconds, medians of runs in turns; dense: the better of plain and prepacked;\n"
@@ -488,6 +486,27 @@ def bench_linear(
     elif picture:
         raise SparsePruneError("--picture", "matplotlib, to draw", "none", "install sparse-prune[report]")
     _write_json(json_file, rows)
+
+
+def _axes(
+    shapes: str | None, tokens: str | None, density: str | None, block: str | None, dtype: str | None
+) -> dict[str, list]:
+    """The axes of a grid that were given, under the names of benchmark.GRIDS."""
+    given = {
+        "shapes": shapes and [parse_pair(text) for text in shapes.split(",")],
+        "tokens": tokens and _numbers(tokens, int),
+        "densities": density and _numbers(density, float),
+        "blocksizes": block and [parse_block(text) for text in block.split(",")],
+        "dtypes": dtype and dtype.split(","),
+    }
+    return {name: values for name, values in given.items() if values}
+
+
+def _grouped(rows: list[dict], key: Any) -> list[tuple[tuple, list[dict]]]:
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return list(groups.items())
 
 
 ENGINES = {"deepsparse": "DS", "onnxruntime": "ORT", "openvino": "OV"}
@@ -555,10 +574,10 @@ def bench_gpu_bounds(
 @bench_app.command("gpu")
 def bench_gpu(
     quick: Annotated[bool, typer.Option("--quick", help="one weight, two blocks, three M: a few minutes")] = False,
-    shapes: Annotated[Optional[str], typer.Option(help="K:N pairs, comma-separated; None: the grid's")] = None,  # noqa: UP045
-    tokens: Annotated[Optional[str], typer.Option(help="M values; None: the grid's")] = None,  # noqa: UP045
-    density: Annotated[Optional[str], typer.Option(help="kept fractions; None: the grid's")] = None,  # noqa: UP045
-    block: Annotated[Optional[str], typer.Option(help="block sizes; None: the grid's")] = None,  # noqa: UP045
+    shapes: Shapes = None,
+    tokens: Tokens = None,
+    density: Density = None,
+    block: Block = None,
     dtype: Annotated[Optional[str], typer.Option(help="bfloat16, float16, float32; None: bfloat16")] = None,  # noqa: UP045
     seconds: Annotated[float, typer.Option(help="time spent on the replays of each row")] = 0.3,
     out: Annotated[Path, typer.Option(help="directory of GPU.json and GPU.png")] = Path("bench/results"),
@@ -577,14 +596,7 @@ def bench_gpu(
     console.print(f"machine     {', '.join(f'{name} {value}' for name, value in machine.items())}", soft_wrap=True)
     if check:
         return
-    given = {
-        "shapes": shapes and [parse_pair(text) for text in shapes.split(",")],
-        "tokens": tokens and _numbers(tokens, int),
-        "densities": density and _numbers(density, float),
-        "blocksizes": block and [parse_block(text) for text in block.split(",")],
-        "dtypes": dtype and dtype.split(","),
-    }
-    grid = (gpu_bench.QUICK if quick else gpu_bench.GRID) | {name: values for name, values in given.items() if values}
+    grid = (gpu_bench.QUICK if quick else gpu_bench.GRID) | _axes(shapes, tokens, density, block, dtype)
     wanted, keep, done = gpu_bench.problems(**grid), out / ".rows.jsonl", []
     with _progress("from the last finished row") as report:
 
@@ -612,13 +624,6 @@ def bench_gpu(
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     if wrong:
         raise typer.Exit(1)
-
-
-def _grouped(rows: list[dict], key: Any) -> list[tuple[tuple, list[dict]]]:
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return list(groups.items())
 
 
 def _gpu_table(title: str, rows: list[dict]) -> Table:

@@ -216,7 +216,7 @@ def owes_gradient(x: Tensor, values: Tensor, bias: Tensor | None, residual: Tens
 
 
 def infer(run: Callable[..., Tensor], *arguments: object) -> Tensor:
-    """run(*arguments) for run_linear or run_int8 where no gradient is owed (owes_gradient)."""
+    """run(*arguments) for run_linear, run_glu or run_int8 where no gradient is owed (owes_gradient)."""
     if torch.is_inference_mode_enabled():
         return run(*arguments)
     with _BelowAutograd():
@@ -363,10 +363,10 @@ def _cuda_linear(
 ) -> Tensor:
     """bsr_linear by the CUDA C++ kernels. Their layout is made in the first call, before any capture of a CUDA graph, and kept."""
     n, (r, c) = packed.shape[0], packed.blocksize
-    if derived.prepacked is None or derived.prepacked.dtype != torch.uint8:  # not, or for the CPU's kernels
+    if derived.cuda is None:
         index = (packed.crow_indices, packed.col_indices)
-        derived.prepacked = backends.cuda_layout(*index, packed.values.detach(), -(-packed.shape[1] // c))
-    return torch.ops.sparse_prune.cuda_linear(rows, derived.prepacked, packed.nnzb, r, c, n, bias, activation, residual)
+        derived.cuda = backends.cuda_layout(*index, packed.values.detach(), -(-packed.shape[1] // c))
+    return torch.ops.sparse_prune.cuda_linear(rows, derived.cuda, packed.nnzb, r, c, n, bias, activation, residual)
 
 
 def bsr_linear_glu(

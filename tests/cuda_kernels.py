@@ -60,6 +60,14 @@ def program(text: str, entry: str) -> ptx_emulator.Program:
     return ptx_emulator.Program(text, entry)
 
 
+def aligned(x: Tensor, apart: int = 0) -> Tensor:
+    """x [M, K] as the launchers pass it: rows begin at multiples of 16 bytes, K % 8 and `apart` numbers of NaN between them."""
+    m, k = x.shape
+    wide = x.new_full((m, (k + 7) // 8 * 8 + apart), torch.nan)
+    wide[:, :k] = x
+    return wide[:, :k]
+
+
 class Layout(ctypes.Structure):
     """As in csrc/cuda/config.h."""
 

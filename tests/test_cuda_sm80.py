@@ -6,10 +6,7 @@ import cuda_kernels
 import ptx_emulator
 import pytest
 import torch
-import torch.nn.functional as F
-from triton_problems import ACTIVATIONS, PROBLEMS, assert_as_good_as_torch, make_problem
-
-from sparse_prune import reference
+from triton_problems import ACTIVATIONS, PROBLEMS, assert_as_good_as_torch, exact_and_dense, make_problem
 
 pytestmark = pytest.mark.skipif(cuda_kernels.unavailable() is not None, reason=str(cuda_kernels.unavailable()))
 BF16, F16 = torch.bfloat16, torch.float16
@@ -22,14 +19,6 @@ def layout_of(packed):
     return make_layout(packed.crow_indices, packed.col_indices, -(-k // c), r, c)
 
 
-def aligned(x):
-    """x as the launcher passes it: rows that begin at multiples of 16 bytes, here with NaN between them."""
-    m, k = x.shape
-    wide = x.new_full((m, (k + 7) // 8 * 8 + 16), torch.nan)
-    wide[:, :k] = x
-    return wide[:, :k]
-
-
 def check(problem, dtype=BF16, activation="none", extras=(True, True), **options):
     packed, x, bias, residual = make_problem(*problem, dtype)
     bias, residual = (tensor if used else None for tensor, used in zip((bias, residual), extras, strict=True))
@@ -37,13 +26,16 @@ def check(problem, dtype=BF16, activation="none", extras=(True, True), **options
     at, _ = cuda_kernels.linear_launch(problem[0], packed.shape[0], blocks)
     assert (at.row, at.rows, at.tiles) == (layout.row, layout.rows, layout.tiles)
     y, counts = cuda_kernels.linear(
-        aligned(x), layout.pack(packed.values), blocks, packed.shape[0], bias, activation, residual, **options
+        cuda_kernels.aligned(x, 16),
+        layout.pack(packed.values),
+        blocks,
+        packed.shape[0],
+        bias,
+        activation,
+        residual,
+        **options,
     )
-    weight, act = packed.to_dense(), reference.ACTIVATIONS[activation]
-    exact = act(F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
-    dense = act(F.linear(x, weight, bias))
-    if residual is not None:
-        exact, dense = exact + residual.double(), dense + residual
+    exact, dense = exact_and_dense(x, packed.to_dense(), bias, activation, residual)
     assert_as_good_as_torch(y, exact, dense)
     return packed, counts
 

@@ -5,36 +5,27 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
+import cuda_kernels
 import ptx_emulator
 import pytest
 import torch
-import torch.nn.functional as F
 from ptx_emulator import EmulationError, Program, TensorMap
 from sparse_prune_kernels import config, cuda_sm90
-from triton_problems import assert_as_good_as_torch, make_problem
+from triton_problems import assert_as_good_as_torch, exact_and_dense, make_problem
 
 from sparse_prune import reference
 
-CUDA = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
-NVCC = shutil.which("nvcc")
-pytestmark = [
-    pytest.mark.skipif(ptx_emulator.unavailable() is not None, reason=str(ptx_emulator.unavailable())),
-    pytest.mark.skipif(NVCC is None, reason="nvcc is not installed"),
-]
+pytestmark = pytest.mark.skipif(cuda_kernels.unavailable() is not None, reason=str(cuda_kernels.unavailable()))
 BF16, F16 = torch.bfloat16, torch.float16
-NAMES = {BF16: "bf16", F16: "f16"}
 ACTIVATIONS = list(reference.ACTIVATIONS)
 
 
-@functools.cache
 def ptx() -> str:
-    command = [NVCC, "-O3", "-std=c++17", "-DNDEBUG", "-arch=sm_90a", "-ptx", str(CUDA / "kernels_sm90.cu"), "-o", "-"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return cuda_kernels.ptx("kernels_sm90.cu", "sm_90a")
 
 
 class XMap(ctypes.Structure):
@@ -59,7 +50,16 @@ extern "C" int threads() { return THREADS; }
 extern "C" const char* refusal(uint64_t address, int64_t k, int64_t row) { return x_map_refusal(address, k, row); }
 """
     with tempfile.TemporaryDirectory() as folder:
-        command = [*ptx_emulator._compiler(), "-std=c++17", "-shared", "-fPIC", f"-I{CUDA}", "-x", "c++", "-"]
+        command = [
+            *ptx_emulator._compiler(),
+            "-std=c++17",
+            "-shared",
+            "-fPIC",
+            f"-I{cuda_kernels.CSRC}",
+            "-x",
+            "c++",
+            "-",
+        ]
         subprocess.run([*command, "-o", f"{folder}/host.so"], input=source, text=True, check=True)
         library = ctypes.CDLL(f"{folder}/host.so")
     library.x_map.restype, library.refusal.restype = XMap, ctypes.c_char_p
@@ -71,7 +71,7 @@ extern "C" const char* refusal(uint64_t address, int64_t k, int64_t row) { retur
 @functools.cache
 def program(dtype, tokens, step, edit=None) -> Program:
     text = ptx()
-    name = f"bsr_linear_sm90_{NAMES[dtype]}_{tokens}_{step}"
+    name = f"bsr_linear_sm90_{cuda_kernels.NAMES[dtype]}_{tokens}_{step}"
     return Program(edit(text, name) if edit else text, name)
 
 
@@ -95,25 +95,12 @@ def product(
     return y, counts, plan
 
 
-def aligned(x):
-    """x with rows that begin at multiples of 16 bytes, which is what tensor maps take; what lies between them is NaN."""
-    if x.stride(0) % 8 == 0:
-        return x
-    wide = x.new_full((len(x), -(-x.shape[1] // 8) * 8), torch.nan)
-    wide[:, : x.shape[1]] = x
-    return wide[:, : x.shape[1]]
-
-
 def check(problem, dtype, activation="gelu", extras=(True, True), **options):
     packed, x, bias, residual = make_problem(*problem, dtype)
-    x = aligned(x)
+    x = cuda_kernels.aligned(x)
     bias, residual = (tensor if used else None for tensor, used in zip((bias, residual), extras, strict=True))
     y, counts, plan = product(x, packed, bias, residual, activation, **options)
-    weight, act = packed.to_dense(), reference.ACTIVATIONS[activation]
-    exact = act(F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
-    dense = act(F.linear(x, weight, bias))
-    if residual is not None:
-        exact, dense = exact + residual.double(), dense + residual
+    exact, dense = exact_and_dense(x, packed.to_dense(), bias, activation, residual)
     assert_as_good_as_torch(y, exact, dense)
     return packed, counts, plan
 
@@ -202,7 +189,7 @@ def test_cubin(name, tmp_path):
     tokens, step = (int(part) for part in name.split("_")[-2:])
     text, cubin = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
     text.write_text(ptx())
-    ptxas = [NVCC, "-arch=sm_90a", "-cubin", f"-Xptxas=-v,-e,{name}", str(text), "-o", str(cubin)]
+    ptxas = ["nvcc", "-arch=sm_90a", "-cubin", f"-Xptxas=-v,-e,{name}", str(text), "-o", str(cubin)]
     done = subprocess.run(ptxas, capture_output=True, text=True)
     report = done.stdout + done.stderr
     assert done.returncode == 0, report

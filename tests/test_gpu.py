@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from triton_problems import ACTIVATIONS, DTYPES, PROBLEMS, assert_as_good_as_torch, make_problem
+from triton_problems import ACTIVATIONS, DTYPES, PROBLEMS, assert_as_good_as_torch, exact_and_dense, make_problem
 
 import sparse_prune as sp
 from sparse_prune import SparsePruneError, reference
@@ -31,11 +31,7 @@ def check(backend, problem, dtype, activation, extras=(True, True)):
     need(backend, dtype, problem[3:5])
     packed, x, bias, residual = make_problem(*problem, dtype, DEVICE)
     bias, residual = (tensor if used else None for tensor, used in zip((bias, residual), extras, strict=True))
-    weight, act = packed.to_dense(), reference.ACTIVATIONS[activation]
-    exact = act(F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
-    dense = act(F.linear(x, weight, bias))
-    if residual is not None:
-        exact, dense = exact + residual.double(), dense + residual
+    exact, dense = exact_and_dense(x, packed.to_dense(), bias, activation, residual)
     got = sp.bsr_linear(x, packed, bias, activation, residual, backend)
     assert_as_good_as_torch(got, exact, dense)
 

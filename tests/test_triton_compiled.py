@@ -9,8 +9,7 @@ import mmap
 import ptx_emulator
 import pytest
 import torch
-import torch.nn.functional as F
-from triton_problems import PROBLEMS, arrays, assert_as_good_as_torch, make_problem
+from triton_problems import PROBLEMS, arrays, assert_as_good_as_torch, exact_and_dense, make_problem
 
 from sparse_prune import reference
 
@@ -72,11 +71,8 @@ def check_forward(
     packed, x, bias, residual = make_problem(*problem, dtype)
     bias, residual = (tensor if used else None for tensor, used in zip((bias, residual), extras, strict=True))
     y, counts = product(x, packed, bias, residual, activation, capability, precision, config=config, mode=mode)
-    weight, act = packed.to_dense(), reference.ACTIVATIONS[activation]
-    exact = act(F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
-    dense = act(F.linear(x, weight, bias))
-    if residual is not None:
-        exact, dense = exact + residual.double(), dense + residual
+    weight = packed.to_dense()
+    exact, dense = exact_and_dense(x, weight, bias, activation, residual)
     if precision == "tf32":  # operands are cut to 11 digits
         assert not y.isnan().any() and (y.double() - exact).abs().max() <= 2**-10 * (x.abs() @ weight.abs().T).max()
     else:

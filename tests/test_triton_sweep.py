@@ -19,7 +19,16 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 
 from sparse_prune_kernels import launch, plan, support
 from sparse_prune_kernels.config import LinearConfig
-from triton_problems import ACTIVATIONS, DTYPES, PROBLEMS, SIDES, arrays, assert_as_good_as_torch, make_problem
+from triton_problems import (
+    ACTIVATIONS,
+    DTYPES,
+    PROBLEMS,
+    SIDES,
+    arrays,
+    assert_as_good_as_torch,
+    exact_and_dense,
+    make_problem,
+)
 
 from sparse_prune import reference
 
@@ -28,11 +37,7 @@ make = functools.partial(make_problem, device=DEVICE)
 
 
 def check_linear(packed, x, bias, residual, activation, config=None):
-    weight, act = packed.to_dense(), reference.ACTIVATIONS[activation]
-    exact = act(F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
-    dense = act(F.linear(x, weight, bias))
-    if residual is not None:
-        exact, dense = exact + residual.double(), dense + residual
+    exact, dense = exact_and_dense(x, packed.to_dense(), bias, activation, residual)
     got = launch.bsr_linear(x, *arrays(packed), packed.shape[0], bias, activation, residual, config)
     assert_as_good_as_torch(got, exact, dense)
 

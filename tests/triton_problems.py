@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 import sparse_prune as sp
+from sparse_prune import reference
 from sparse_prune.masks import expand_mask, grid_shape
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -34,6 +36,14 @@ def make_problem(m, n, k, r, c, density, dtype, device="cpu"):
     packed = sp.BsrWeight.from_dense(weight.to(device, dtype), mask, (r, c))
     x, bias, residual = (torch.randn(shape).to(device, dtype) for shape in ((m, k), (n,), (m, n)))
     return packed, x, bias, residual
+
+
+def exact_and_dense(x, weight, bias, activation, residual):
+    """act(x @ weight^T + bias) + residual in float64, and as PyTorch computes it in the dtype of x."""
+    act = reference.ACTIVATIONS[activation]
+    exact = act(F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
+    dense = act(F.linear(x, weight, bias))
+    return (exact, dense) if residual is None else (exact + residual.double(), dense + residual)
 
 
 def arrays(packed):

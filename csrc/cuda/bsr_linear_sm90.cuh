@@ -15,11 +15,10 @@
 #pragma once
 
 #include "bsr_linear_sm90.h"
+#include "epilogue.cuh"
 #include "hopper.cuh"
 
 namespace sparse_prune::sm90 {
-
-enum Activation : int { NONE, RELU, GELU, GELU_TANH, SILU };
 
 // Parameters of the kernels, and what they are gathered into. They are plain so that a test can pass tensors for pointers.
 #define SPARSE_PRUNE_SM90_PARAMETERS                                                                                         \
@@ -42,34 +41,6 @@ struct Arguments {
   int group_tokens;      // tiles of tokens that pass over all groups together, so that their x stays in L2
   int activation;
 };
-
-template <int N>
-__device__ inline void activate(float (&z)[N], int activation) {
-  if (activation == RELU) {
-    for (float& v : z) v = v < 0 ? 0 : v;  // NaN stays
-  } else if (activation == GELU) {
-    for (float& v : z) v = 0.5f * v * (1 + erff(v * 0.70710678f));
-  } else if (activation != NONE) {
-    // 0.5 (1 + tanh(u)) is the logistic function of 2 u.
-    for (float& v : z) {
-      float u = activation == SILU ? v : 1.5957691f * v * (1 + 0.044715f * v * v);
-      v = __fdividef(v, 1 + __expf(-u));
-    }
-  }
-}
-
-template <class T>
-__device__ inline uint32_t packed(float a, float b) {
-  uint32_t pair;
-  if constexpr (std::is_same_v<T, __half>) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
-  else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
-  return pair;
-}
-template <class T>
-__device__ inline float2 unpacked(uint32_t pair) {
-  if constexpr (std::is_same_v<T, __half>) return __half22float2(reinterpret_cast<const __half2&>(pair));
-  else return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
-}
 
 // Which tile of tokens and which group a cluster makes at its turn: groups in order (long ones first) within a band of tokens.
 struct Tile {
@@ -167,7 +138,7 @@ __device__ void finish(const float (&sums)[TOKENS / 2], const Arguments& a, int 
     const bool inside = first_token + 8 * j + g < a.m;
     float v[4];
     for (int e = 0; e < 4; ++e) v[e] = sums[4 * j + e] + b[e / 2];
-    activate(v, a.activation);
+    device::activate(v, a.activation);
     if (a.residual) {
       uint32_t r[2] = {0, 0};
       if (inside && r_whole) {
@@ -177,11 +148,12 @@ __device__ void finish(const float (&sums)[TOKENS / 2], const Arguments& a, int 
           if (e < outputs) r[e / 2] |= uint32_t(from[e]) << 16 * (e % 2);
       }
       for (int h = 0; h < 2; ++h) {
-        float2 pair = unpacked<T>(transposed(r[h]));
-        v[2 * h] += pair.x, v[2 * h + 1] += pair.y;
+        const uint32_t pair = transposed(r[h]);
+        const T* values = reinterpret_cast<const T*>(&pair);
+        v[2 * h] += device::to_float(values[0]), v[2 * h + 1] += device::to_float(values[1]);
       }
     }
-    const uint32_t out[2] = {transposed(packed<T>(v[0], v[1])), transposed(packed<T>(v[2], v[3]))};
+    const uint32_t out[2] = {transposed(device::round_pair(v[0], v[1], T())), transposed(device::round_pair(v[2], v[3], T()))};
     if (inside && y_whole) {
       asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(out[0]), "r"(out[1]) : "memory");
     } else if (inside) {

@@ -21,12 +21,21 @@ __device__ __forceinline__ uint32_t round_pair(float low, float high, __half) {
 }
 
 // silu(v) = v * sigmoid(v); the tanh form of gelu is v * sigmoid(2 sqrt(2 / pi) (v + 0.044715 v^3)).
-__device__ __forceinline__ float activate(float v, int activation) {
-  if (activation == kNone) return v;
-  if (activation == kRelu) return v < 0.0f ? 0.0f : v;  // NaN stays NaN
-  if (activation == kGelu) return 0.5f * v * (1.0f + erff(v * 0.70710678f));
-  const float z = activation == kSilu ? v : v * (1.59576912f + 0.07135481f * v * v);
-  return __fdividef(v, 1.0f + __expf(-z));
+template <int kCount>
+__device__ __forceinline__ void activate(float (&v)[kCount], int activation) {
+  if (activation == kRelu) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) v[i] = v[i] < 0.0f ? 0.0f : v[i];  // NaN stays NaN
+  } else if (activation == kGelu) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) v[i] = 0.5f * v[i] * (1.0f + erff(v[i] * 0.70710678f));
+  } else if (activation != kNone) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float z = activation == kSilu ? v[i] : v[i] * (1.59576912f + 0.07135481f * v[i] * v[i]);
+      v[i] = __fdividef(v[i], 1.0f + __expf(-z));
+    }
+  }
 }
 
 // A store of kCount adjacent outputs of one token.
@@ -50,8 +59,7 @@ struct Epilogue {
     if (m >= M || n >= N) return;
     const int64_t at = static_cast<int64_t>(m) * N + n;
     if (bias) add(v, bias + n, N - n);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) v[i] = activate(v[i], activation);
+    activate(v, activation);
     if (residual) add(v, residual + at, N - n);
     Packed<kCount> out;
 #pragma unroll

@@ -8,9 +8,11 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "ptx.cuh"
+
 namespace sparse_prune::hopper {
 
-__device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+using device::shared_address;
 
 __device__ inline uint32_t cluster_rank() {
   uint32_t rank;

@@ -1,8 +1,8 @@
 """Triton kernels for block-sparse linear layers on NVIDIA GPUs.
 
 `register(library, fallbacks)` gives `sparse_prune::bsr_linear`, `bsr_linear_dx` and `bsr_sdd` their CUDA implementations;
-`unavailable(device, dtype, blocksize)` says why a problem does not run here. Neither importing this package nor registering
-imports Triton: the first call on a GPU does.
+`unavailable(device, dtype, blocksize)` says why a problem does not run here, and `refused` why it would not on any GPU. Neither
+importing this package nor registering imports Triton: the first call on a GPU does.
 
 support.py     which problems run, and the registration
 plan.py        which block-rows one program serves together
@@ -15,6 +15,6 @@ peers.py       kernels that ours are compared with
 
 from __future__ import annotations
 
-from .support import register, unavailable
+from .support import CUDA_DTYPES, refused, register, unavailable
 
-__all__ = ["register", "unavailable"]
+__all__ = ["CUDA_DTYPES", "refused", "register", "unavailable"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .plan import row_order
+from .plan import places, row_order, with_no_row
 
 TILE_OUTPUTS = 128  # outputs of a tile
 ROW = 64  # outputs of a row at most: a block-row of 128 is two rows
@@ -54,10 +54,8 @@ class Layout:
 
 def make_layout(crow_indices: Tensor, col_indices: Tensor, block_columns: int, r: int, c: int) -> Layout:
     """The layout of a weight of blocks r x c, sides in {16, 32, 64, 128}. Reads the index on the host, so a GPU is waited for."""
-    crow, col = crow_indices.cpu().long(), col_indices.cpu().long()
-    rows, row = crow.numel() - 1, min(r, ROW)
-    slots = torch.full((rows + 1, block_columns), -1)  # [rows + 1, columns]; the last row is the one that is not there
-    slots[torch.repeat_interleave(crow.diff(), output_size=col.numel()), col] = torch.arange(col.numel())
+    rows, row = crow_indices.numel() - 1, min(r, ROW)
+    slots = with_no_row(places(crow_indices, col_indices, block_columns)).long()  # [rows + 1, columns]
     order = row_order(slots[:-1] >= 0, TILE_OUTPUTS // r)  # [T, merged block-rows]
     parts = r // row  # rows of a block-row
     part = torch.arange(parts).repeat(order.shape[1])  # [rows of a tile]

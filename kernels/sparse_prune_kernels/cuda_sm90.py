@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import Gpu
-from .plan import row_order
+from .plan import places, row_order, with_no_row
 
 ROWS = 128  # outputs that a block of the grid makes: two warpgroups of 64
 STEP = 64  # inputs of a step at most
@@ -70,14 +70,11 @@ def make_cluster_plan(
 ) -> ClusterPlan:
     """crow_indices int32 [rows + 1], col_indices int32 [nnzb], k inputs. Reads the indices on the host."""
     r, c = blocksize
-    crow, col = crow_indices.cpu().long(), col_indices.cpu().long()
-    rows, columns, places = crow.numel() - 1, -(-k // c), ROWS // r
-    row = torch.repeat_interleave(crow.diff(), output_size=col.numel())  # [nnzb]
-    slots = torch.full((rows + 1, columns), -1, dtype=torch.int32)  # the last one is the row that is not there
-    slots[row, col] = torch.arange(col.numel(), dtype=torch.int32)
-    warpgroups = _merged(torch.arange(rows)[:, None], slots, max(1, places // 2))  # [., places / 2] what 64 outputs are
-    blocks = _merged(warpgroups, slots, min(2, places))  # [., places]
-    units = _merged(blocks, slots, cluster).view(-1, cluster, places)  # [T, G, P]
+    rows, columns, p = crow_indices.numel() - 1, -(-k // c), ROWS // r
+    slots = with_no_row(places(crow_indices, col_indices, columns))  # [rows + 1, columns]
+    warpgroups = _merged(torch.arange(rows)[:, None], slots, max(1, p // 2))  # [., P / 2] what 64 outputs are
+    blocks = _merged(warpgroups, slots, min(2, p))  # [., P]
+    units = _merged(blocks, slots, cluster).view(-1, cluster, p)  # [T, G, P]
 
     halves, step = -(-c // STEP), step_of(c)
     filled = slots[units] >= 0  # [T, G, P, columns]
@@ -95,7 +92,7 @@ def make_cluster_plan(
     flags[begin[1:] - 1] += LAST
     heads = torch.stack([column * c + half * step, flags], 1)  # [U, 2]
     table = torch.cat([part.flatten() for part in (begin, torch.where(units == rows, -1, units), heads, chunk)])
-    of_warpgroups = filled.view(len(units), cluster, min(2, places), -1, columns).any(3).float().mean()
+    of_warpgroups = filled.view(len(units), cluster, min(2, p), -1, columns).any(3).float().mean()
     of_blocks = filled.any(2).float().mean()
     return ClusterPlan(
         cluster,

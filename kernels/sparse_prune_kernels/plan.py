@@ -39,20 +39,31 @@ def make_plans(
 
     crow_indices int32 [rows + 1], col_indices int32 [nnzb]. Reads the indices on the host, so a GPU is waited for.
     """
-    crow, col = crow_indices.cpu().long(), col_indices.cpu().long()
-    rows = torch.repeat_interleave(crow.diff(), output_size=col.numel())  # [nnzb]
-    slots = torch.full((crow.numel() - 1, block_columns), -1, dtype=torch.int32)  # [rows, columns]
-    slots[rows, col] = torch.arange(col.numel(), dtype=torch.int32)
+    slots = places(crow_indices, col_indices, block_columns)
     slots = slots.T.contiguous() if transposed else slots
     return {merge: _make_plan(slots, merge, crow_indices.device) for merge in merges}
+
+
+def places(crow_indices: Tensor, col_indices: Tensor, block_columns: int) -> Tensor:
+    """int32 [rows, columns] on the host: where each block stands in values, -1 where there is none."""
+    crow, col = crow_indices.cpu().long(), col_indices.cpu().long()
+    slots = torch.full((crow.numel() - 1, block_columns), -1, dtype=torch.int32)
+    slots[torch.repeat_interleave(crow.diff(), output_size=col.numel()), col] = torch.arange(
+        col.numel(), dtype=torch.int32
+    )
+    return slots
+
+
+def with_no_row(slots: Tensor) -> Tensor:
+    """slots [rows, columns] with a row -1 behind them: the row that is not there, whose blocks are not there."""
+    return torch.cat([slots, slots.new_full((1, slots.shape[1]), -1)])
 
 
 def _make_plan(slots: Tensor, merge: int, device: torch.device) -> Plan:
     """slots int32 [rows, columns]: the place in values of each block, -1 where there is none."""
     order = row_order(slots >= 0, merge)  # [T, merge]
     tiles, columns = order.shape[0], slots.shape[1]
-    padded = torch.cat([slots, slots.new_full((1, columns), -1)])  # row -1 is the row that is not there
-    grouped = padded[order]  # [T, merge, columns]
+    grouped = with_no_row(slots)[order]  # [T, merge, columns]
     tile, column = (grouped >= 0).any(1).nonzero(as_tuple=True)  # [U] each, by tile and then by column
     begin = torch.searchsorted(tile, torch.arange(tiles + 1))  # [T + 1]
     heads = torch.cat([begin[:, None], torch.cat([order, order.new_full((1, merge), -1)])], 1)  # [T + 1, 1 + merge]

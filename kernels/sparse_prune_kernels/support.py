@@ -17,6 +17,7 @@ BLOCK_SIDES = (
     128,
 )  # 16 is the shortest side that tensor cores take; beyond 128 an accumulator leaves the registers
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+CUDA_DTYPES = (torch.bfloat16, torch.float16)  # of the CUDA C++ kernels
 MIN_CAPABILITY = (
     8,
     0,
@@ -38,12 +39,9 @@ def unavailable(device: torch.device, dtype: torch.dtype, blocksize: tuple[int, 
 
     Imports Triton only for a CUDA device, a dtype and a blocksize that the kernels take.
     """
-    if device.type != "cuda":
-        return f"the Triton kernels run on CUDA devices, not on {device.type}"
-    if dtype not in DTYPES:
-        return f"the Triton kernels take float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
-    if not set(blocksize) <= set(BLOCK_SIDES):
-        return f"the Triton kernels take blocks with sides 16, 32, 64 or 128, not {blocksize[0]}x{blocksize[1]}"
+    reason = refused("Triton", DTYPES, device, dtype, blocksize)
+    if reason is not None:
+        return reason
     if torch.version.hip is not None:
         return "the Triton kernels are compiled and tested for NVIDIA GPUs only"
     if not torch.cuda.is_available():
@@ -54,6 +52,20 @@ def unavailable(device: torch.device, dtype: torch.dtype, blocksize: tuple[int, 
             f"compute capability {capability[0]}.{capability[1]} is older than {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
         )
     return triton_problem()
+
+
+def refused(
+    kernels: str, dtypes: tuple[torch.dtype, ...], device: torch.device, dtype: torch.dtype, blocksize: tuple[int, int]
+) -> str | None:
+    """Why kernels of that name, for these dtypes, do not take such a problem on any GPU, or None."""
+    if device.type != "cuda":
+        return f"the {kernels} kernels run on CUDA devices, not on {device.type}"
+    if dtype not in dtypes:
+        names = [str(taken).removeprefix("torch.") for taken in (*dtypes, dtype)]
+        return f"the {kernels} kernels take {', '.join(names[:-2])} and {names[-2]}, not {names[-1]}"
+    if not set(blocksize) <= set(BLOCK_SIDES):
+        return f"the {kernels} kernels take blocks with sides 16, 32, 64 or 128, not {blocksize[0]}x{blocksize[1]}"
+    return None
 
 
 @cache
