@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class Derived:
 
     __slots__ = ("key", "prepacked", "plan", "dense", "source", "state", "cuda")
 
-    def __init__(self, key: object = None, prepacked: Tensor | None = None, plan: object = None) -> None:
+    def __init__(self, key: object = None, prepacked: Tensor | None = None, plan: Any = None) -> None:
         self.key, self.prepacked, self.plan = key, prepacked, plan
         self.source: Tensor | None = None
         self.state: tuple[int, int, int] | None = None
@@ -101,7 +102,7 @@ class BsrWeight:
         crow_indices[1:] = counts.cumsum(0)
         col_indices = mask.nonzero()[:, 1].to(torch.int32)
         check_finite(values, "weight")
-        return cls(tuple(weight.shape), blocksize, crow_indices, col_indices, values)
+        return cls((weight.shape[0], weight.shape[1]), blocksize, crow_indices, col_indices, values)
 
     @classmethod
     def from_zeros(cls, weight: Tensor, blocksize: Sequence[int] | None = None) -> BsrWeight:
@@ -137,18 +138,19 @@ class BsrWeight:
         if matrix.layout is not torch.sparse_bsr:
             return cls.from_zeros(matrix.detach().to_dense(), blocksize)
         values = matrix.values().detach()
-        own = tuple(values.shape[1:])
+        own = values.shape[1], values.shape[2]
         if blocksize is not None and check_blocksize(blocksize) != own:
             raise SparsePruneError("blocksize", f"{own}, the BSR tensor's", blocksize, "leave it out")
         crow_indices, col_indices = (t.to(torch.int32) for t in (matrix.crow_indices(), matrix.col_indices()))
         rows = block_rows(crow_indices, values.shape[0])
         order = torch.argsort(rows * grid_shape(matrix.shape, own)[1] + col_indices, stable=True)
-        packed = cls(tuple(matrix.shape), own, crow_indices, col_indices[order], values[order].contiguous())
+        shape = matrix.shape[0], matrix.shape[1]
+        packed = cls(shape, own, crow_indices, col_indices[order], values[order].contiguous())
         check_finite(packed.values, "matrix")
         return packed.validate()
 
     @classmethod
-    def from_scipy(cls, matrix, blocksize: Sequence[int] | None = None) -> BsrWeight:
+    def from_scipy(cls, matrix: Any, blocksize: Sequence[int] | None = None) -> BsrWeight:
         """The weight that a scipy.sparse matrix or array [N, K] holds, like from_torch: BSR keeps its blocks."""
         if not hasattr(matrix, "tocsr"):
             raise SparsePruneError(
@@ -158,8 +160,10 @@ class BsrWeight:
             return cls.from_zeros(torch.from_numpy(matrix.toarray()), blocksize)
         matrix = matrix.copy()
         matrix.sum_duplicates()
-        parts = (torch.from_numpy(part.copy()) for part in (matrix.indptr, matrix.indices, matrix.data))
-        return cls.from_torch(torch.sparse_bsr_tensor(*parts, matrix.shape, check_invariants=True), blocksize)
+        crow, col, values = (torch.from_numpy(part.copy()) for part in (matrix.indptr, matrix.indices, matrix.data))
+        return cls.from_torch(
+            torch.sparse_bsr_tensor(crow, col, values, matrix.shape, check_invariants=True), blocksize
+        )
 
     def to_torch(self, layout: torch.layout = torch.sparse_bsr) -> Tensor:
         """A torch sparse tensor [N, K] of layout torch.sparse_bsr (a copy of the blocks) or torch.sparse_csr (of the nonzeros).
@@ -182,7 +186,7 @@ class BsrWeight:
             warnings.simplefilter("ignore")  # torch calls BSR beta once per process, which the caller asked for
             return torch.sparse_bsr_tensor(*parts, self.shape, check_invariants=True)
 
-    def to_scipy(self):
+    def to_scipy(self) -> Any:
         """A scipy.sparse.bsr_matrix of shape (N, K).
 
         Raises SparsePruneError for bfloat16, which NumPy lacks, and where the blocks do not divide the shape.
@@ -216,10 +220,9 @@ class BsrWeight:
                 expected = f"values of {first.values.dtype}, like the first"
                 raise SparsePruneError("weights", expected, weight.values.dtype, "join weights of one dtype")
         if any(weight.shape[0] % first.blocksize[0] for weight in weights[:-1]):
-            got = [weight.shape[0] for weight in weights]
-            raise SparsePruneError(
-                "weights", f"outputs in multiples of {first.blocksize[0]}", got, "choose a blocksize that divides them"
-            )
+            heights = [weight.shape[0] for weight in weights]
+            expected = f"outputs in multiples of {first.blocksize[0]}"
+            raise SparsePruneError("weights", expected, heights, "choose a blocksize that divides them")
         crow, stored = [first.crow_indices[:1]], 0
         for weight in weights:
             crow.append(weight.crow_indices[1:] + stored)
@@ -230,7 +233,7 @@ class BsrWeight:
             torch.cat(crow),
             torch.cat([weight.col_indices for weight in weights]),
             torch.cat([weight.values.detach() for weight in weights]),
-            None if first.scales is None else torch.cat([weight.scales for weight in weights]),
+            None if first.scales is None else torch.cat([w.scales for w in weights if w.scales is not None]),
         )
 
     def to_dense(self) -> Tensor:
@@ -292,14 +295,15 @@ class BsrWeight:
         tensors = (self.crow_indices, self.col_indices, self.values, self.scales)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
-    def to(self, *args, **kwargs) -> BsrWeight:
+    def to(self, *args: Any, **kwargs: Any) -> BsrWeight:
         """Like Tensor.to for the values (dtype and device); the indices follow the device.
 
         Like a module's, the cast is of floating-point numbers: int8 values and their scales keep their dtype and only move.
         """
-        quantized = self.scales is not None
-        cast = (self.scales if quantized else self.values).to(*args, **kwargs)
-        values, scales = (self.values.to(cast.device), self.scales.to(cast.device)) if quantized else (cast, None)
+        cast, scales = (self.values if self.scales is None else self.scales).to(*args, **kwargs), None
+        values = cast
+        if self.scales is not None:
+            values, scales = self.values.to(cast.device), self.scales.to(cast.device)
         crow_indices, col_indices = self.crow_indices.to(cast.device), self.col_indices.to(cast.device)
         return BsrWeight(self.shape, self.blocksize, crow_indices, col_indices, values, scales)
 
@@ -353,7 +357,8 @@ def validate_bsr(
     dtypes = (*VALUE_DTYPES, torch.int8)
     require(values.dtype in dtypes, "values", "float32, bfloat16, float16, float64 or int8", values.dtype)
     if values.dtype == torch.int8:
-        require(scales is not None, "scales", f"float32 [{shape[0]}] beside int8 values", "none")
+        if scales is None:
+            raise SparsePruneError(f"{prefix}scales", f"float32 [{shape[0]}] beside int8 values", "none", _REPACK)
         require(scales.dtype == torch.float32, "scales", "float32", scales.dtype)
         require(
             tuple(scales.shape) == (shape[0],), "scales", f"shape [{shape[0]}], one per output", tuple(scales.shape)

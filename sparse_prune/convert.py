@@ -202,7 +202,8 @@ def sparsify_(
             "masks", "names of nn.Linear modules of the model", unknown[0], "use Pruner.masks of the same model"
         )
     shared = _shared_weights(model)
-    rows, new = [], {}
+    rows: list[LayerReport] = []
+    new: dict[nn.Module, nn.Module] = {}
     for name, linear in linears.items():
         shape = matrix_shape(linear)
         reason, mask = _why_dense(model, name, linear, shared, filter_fn), None
@@ -217,11 +218,11 @@ def sparsify_(
         density = 1.0 if mask is None else element_density(mask, config.blocksize, shape)
         if not reason and density > config.max_density:
             reason = f"density {density:.3f} is above max_density {config.max_density}"
-        if not reason and config.tokens is not None:
-            reason = _slower(linear.weight, mask, config)
+        if not reason and mask is not None and config.tokens is not None:
+            reason = _slower(linear.weight, mask, config, config.tokens)
         dense_bytes = linear.weight.numel() * linear.weight.element_size()
         packed_bytes = dense_bytes
-        if not reason:
+        if not reason and mask is not None:
             layer = SparseLinear.from_dense(linear, mask, config.blocksize)
             new[linear] = layer
             packed_bytes = layer.packed.nbytes
@@ -243,7 +244,7 @@ def swap_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Put new[old] in the place of each module old, under every name that the model has for it."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in new:
+            if child is not None and child in new:
                 setattr(parent, name, new[child])
 
 
@@ -259,7 +260,8 @@ def nonzero_masks(model: nn.Module, blocksize: tuple[int, int]) -> dict[str, Ten
 
 def _shared_weights(model: nn.Module) -> set[int]:
     """ids of the parameters that more than one module holds."""
-    seen, shared = set(), set()
+    seen: set[int] = set()
+    shared: set[int] = set()
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             (shared if id(parameter) in seen else seen).add(id(parameter))
@@ -277,9 +279,9 @@ def _why_dense(model, name, linear, shared, filter_fn) -> str:
     return ""
 
 
-def _slower(weight: Tensor, mask: Tensor, config: BlockSparseConfig) -> str:
-    """Why the planner would run this weight dense at config.tokens, with its numbers; "" where sparse wins or nothing is known."""
+def _slower(weight: Tensor, mask: Tensor, config: BlockSparseConfig, tokens: int) -> str:
+    """Why the planner would run this weight dense at M = tokens, with its numbers; "" where sparse wins or nothing is known."""
     density = mask.float().mean().item()
     plan = planner.plan(weight.device, weight.dtype, config.blocksize, density, tuple(weight.shape))
-    choice = None if plan is None else plan.at(config.tokens)
+    choice = None if plan is None else plan.at(tokens)
     return choice.reason if choice is not None and choice.dense else ""

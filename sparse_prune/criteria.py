@@ -123,7 +123,7 @@ def element_saliency(
         raise SparsePruneError("weight", "a matrix [N, K]", got, "pass linear.weight")
     given = {"weight": weight, "grad": grad, "activation_norm": activation_norm}
     shapes = {"grad": tuple(weight.shape), "activation_norm": (weight.shape[1],)}
-    arguments = []
+    arguments: list[Tensor | torch.Generator | None] = []
     for name in chosen.needs:
         if name == "generator":
             arguments.append(generator)
@@ -184,14 +184,15 @@ def granularity_blocksize(
         if not head_dim or n % head_dim:
             raise SparsePruneError("head_dim", f"a divisor of {n} rows", head_dim, "pass the size of one head")
         return head_dim, k
-    sizes = {"element": (1, 1), "block": tuple(blocksize), "row": (1, k), "column": (n, 1)}
+    r, c = blocksize
+    sizes = {"element": (1, 1), "block": (r, c), "row": (1, k), "column": (n, 1)}
     if granularity not in sizes:
         raise SparsePruneError("granularity", f"one of {', '.join(GRANULARITIES)}", granularity, "choose one of these")
     return sizes[granularity]
 
 
 def _article_terms(
-    weight: Tensor, grad: Tensor, on: str, relative_to: str, blocksize: Sequence[int], reference: float | None
+    weight: Tensor, grad: Tensor | None, on: str, relative_to: str, blocksize: Sequence[int], reference: float | None
 ) -> tuple[Tensor, float]:
     """Mean over each block of what is compared, and the maximum that alpha multiplies."""
     for name, value in (("on", on), ("relative_to", relative_to)):

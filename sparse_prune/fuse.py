@@ -8,8 +8,9 @@ residual, LayerNorm; and which hands over to the stack's own forward whenever th
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,10 @@ from torch.nn import functional as F
 
 from . import backends
 from .layers import SparseLinear, fused_glu, fused_linear
-from .ops import attention, layer_norm, values_key
+from .ops import Activation, attention, layer_norm, values_key
 
-ACTIVATIONS = {
+# By Hugging Face's names.
+ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -106,14 +108,14 @@ def _is_own_class(stack: nn.Module) -> bool:
 class FusedForward:
     """The forward of a fused stack. It holds the stack, and what is derived from its weights, which copies and files leave out."""
 
-    def __init__(self, stack: nn.Module) -> None:
-        self.stack = stack
-        self.derived: dict[object, tuple[object, object]] = {}
+    def __init__(self, stack: Any) -> None:
+        self.stack = stack  # a module of another library's, whose attributes no type tells
+        self.derived: dict[object, tuple[object, Any]] = {}
 
     def __getstate__(self) -> dict:
         return {"stack": self.stack, "derived": {}}
 
-    def __call__(self, *args: object, **options: object) -> object:
+    def __call__(self, *args: Any, **options: Any) -> Any:
         stack = self.stack
         rest = dict(options)
         x, *more = args or (rest.pop("hidden_states"),)
@@ -131,7 +133,7 @@ class FusedForward:
             return False
         return backends.cpu_unavailable(x.device, x.dtype) is None
 
-    def remember(self, name: object, key: object, make) -> object:
+    def remember(self, name: object, key: object, make: Callable[[], Any]) -> Any:
         """make(), again only after key has changed."""
         found = self.derived.get(name)
         if found is None or found[0] != key:
@@ -139,7 +141,7 @@ class FusedForward:
                 found = self.derived[name] = (key, make())
         return found[1]
 
-    def attend(self, name: int, x: Tensor, projections: tuple[nn.Module, ...], size: int, **masks: Tensor) -> Tensor:
+    def attend(self, name: int, x: Tensor, projections: tuple[Any, ...], size: int, **masks: Any) -> Tensor:
         """Attention of x[B, T, H] by one qkv projection or by three: the heads of `size` side by side, [B, T, heads * size]."""
         batch, length, _ = x.shape
         if len(projections) == 3 and _joinable(projections):
@@ -154,7 +156,7 @@ class FusedForward:
 class FusedGlu(FusedForward):
     """The forward of a gated MLP, down(act(gate(x)) * up(x)), with gate and up in one call."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Any:
         module = self.stack
         gate, up = module.gate_proj, module.up_proj
         if not (self._may_run(x) and _gated_sparse(module) and _plain((gate, up))):
@@ -162,11 +164,11 @@ class FusedGlu(FusedForward):
         return module.down_proj(fused_glu(gate, up, x, ACTIVATIONS[_gated_activation(module)]))
 
 
-def _gated_sparse(module: nn.Module) -> bool:
+def _gated_sparse(module: Any) -> bool:
     return type(module.gate_proj) is SparseLinear and type(module.up_proj) is SparseLinear
 
 
-def _gated_activation(module: nn.Module) -> object:
+def _gated_activation(module: Any) -> str:
     return getattr(module.config, "hidden_activation", None) or module.config.hidden_act
 
 
@@ -181,7 +183,7 @@ def _key(linear: SparseLinear) -> object:
     )
 
 
-def _joinable(layers: tuple[nn.Module, ...]) -> bool:
+def _joinable(layers: tuple[Any, ...]) -> bool:
     if not all(type(layer) is SparseLinear for layer in layers):
         return False
     blocksize, dtype = layers[0].blocksize, layers[0].values.dtype
@@ -194,7 +196,7 @@ def _norm(module: nn.LayerNorm, x: Tensor, residual: Tensor | None = None) -> Te
     return layer_norm(x, parameters["weight"], parameters["bias"], module.eps, residual)
 
 
-def _norm_after(linear: nn.Module, module: nn.LayerNorm, y: Tensor, x: Tensor) -> Tensor:
+def _norm_after(linear: Any, module: nn.LayerNorm, y: Tensor, x: Tensor) -> Tensor:
     """LayerNorm(linear(y) + x): the sum where the kernel that comes last can take it along."""
     if type(linear) is SparseLinear:
         return _norm(module, linear(y, residual=x))
@@ -214,15 +216,15 @@ class _Garlic:
     """Pre-norm layers with a bias by distance; see models/garlic.py."""
 
     @staticmethod
-    def layers(stack: nn.Module) -> nn.ModuleList:
+    def layers(stack: Any) -> nn.ModuleList:
         return stack.layers
 
     @staticmethod
-    def why_not(stack: nn.Module) -> str:
+    def why_not(stack: Any) -> str:
         return ""
 
     @staticmethod
-    def parts(stack: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
+    def parts(stack: Any) -> Iterator[tuple[Any, ...]]:
         for layer in stack._modules["layers"]:
             own = layer._modules
             inner = own["attention"]._modules
@@ -230,17 +232,17 @@ class _Garlic:
             yield (inner["qkv"], inner["out"], *(own[name] for name in names), layer)
 
     @classmethod
-    def linears(cls, stack: nn.Module) -> Iterator[tuple[tuple[nn.Module, ...], nn.Module, nn.Module, nn.Module]]:
+    def linears(cls, stack: Any) -> Iterator[tuple[tuple[Any, ...], Any, Any, Any]]:
         """Per layer: (the projections to q, k, v), the projection back, and both of the feed-forward network."""
         for qkv, out, _, _, ffn_in, ffn_out, *_ in cls.parts(stack):
             yield (qkv,), out, ffn_in, ffn_out
 
     @staticmethod
-    def head_size(stack: nn.Module) -> int:
+    def head_size(stack: Any) -> int:
         return stack.layers[0].attention.head_size
 
     @staticmethod
-    def set_heads_(stack: nn.Module, heads: int) -> None:
+    def set_heads_(stack: Any, heads: int) -> None:
         """Tell the modules that they have that many heads now."""
         for layer in stack.layers:
             layer.attention.heads = heads
@@ -274,26 +276,26 @@ class _Bert:
     """Post-norm layers of BERT and those that copied its module names."""
 
     @staticmethod
-    def layers(stack: nn.Module) -> nn.ModuleList:
+    def layers(stack: Any) -> nn.ModuleList:
         return stack.layer
 
     @staticmethod
-    def why_not(stack: nn.Module) -> str:
+    def why_not(stack: Any) -> str:
         config = stack.config
         if config.is_decoder or config.add_cross_attention:
             return "it is a decoder"
         return _unknown_activation(config.hidden_act)
 
     @staticmethod
-    def config(stack: nn.Module) -> object:
+    def config(stack: Any) -> Any:
         return stack.config
 
     @classmethod
-    def activation(cls, stack: nn.Module) -> object:
+    def activation(cls, stack: Any) -> str:
         return stack.config.hidden_act
 
     @staticmethod
-    def parts(stack: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
+    def parts(stack: Any) -> Iterator[tuple[Any, ...]]:
         for layer in stack._modules["layer"]:
             own = layer._modules
             attending, inner, output = own["attention"]._modules, own["intermediate"], own["output"]
@@ -304,17 +306,17 @@ class _Bert:
             yield (*linears, *norms, own["attention"], self_, merge, inner, output, layer)
 
     @classmethod
-    def linears(cls, stack: nn.Module) -> Iterator[tuple[tuple[nn.Module, ...], nn.Module, nn.Module, nn.Module]]:
+    def linears(cls, stack: Any) -> Iterator[tuple[tuple[Any, ...], Any, Any, Any]]:
         """Per layer: (the projections to q, k, v), the projection back, and both of the feed-forward network."""
         for query, key, value, merge, ffn_in, ffn_out, *_ in cls.parts(stack):
             yield (query, key, value), merge, ffn_in, ffn_out
 
     @staticmethod
-    def head_size(stack: nn.Module) -> int:
+    def head_size(stack: Any) -> int:
         return stack.layer[0].attention.self.attention_head_size
 
     @staticmethod
-    def set_heads_(stack: nn.Module, heads: int) -> None:
+    def set_heads_(stack: Any, heads: int) -> None:
         """Nothing to tell: the modules take the number of heads from their linear layers."""
 
     @classmethod
@@ -347,19 +349,19 @@ class _DistilBert(_Bert):
     """The same computation under other names."""
 
     @staticmethod
-    def config(stack: nn.Module) -> object:
+    def config(stack: Any) -> Any:
         return stack.layer[0].attention.config
 
     @classmethod
-    def why_not(cls, stack: nn.Module) -> str:
+    def why_not(cls, stack: Any) -> str:
         return _unknown_activation(cls.activation(stack))
 
     @classmethod
-    def activation(cls, stack: nn.Module) -> object:
+    def activation(cls, stack: Any) -> str:
         return cls.config(stack).activation
 
     @staticmethod
-    def parts(stack: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
+    def parts(stack: Any) -> Iterator[tuple[Any, ...]]:
         for layer in stack._modules["layer"]:
             own = layer._modules
             attending, ffn = own["attention"], own["ffn"]
@@ -367,7 +369,7 @@ class _DistilBert(_Bert):
             yield (*linears, own["sa_layer_norm"], own["output_layer_norm"], attending, ffn, layer)
 
     @staticmethod
-    def head_size(stack: nn.Module) -> int:
+    def head_size(stack: Any) -> int:
         return stack.layer[0].attention.attention_head_size
 
     @staticmethod
@@ -375,7 +377,7 @@ class _DistilBert(_Bert):
         return sys.modules["transformers"].modeling_outputs.BaseModelOutput(last_hidden_state=x)
 
 
-def _ffn(module: nn.Module) -> tuple[nn.Module, nn.Module]:
+def _ffn(module: nn.Module) -> tuple[Any, Any]:
     return module._modules["lin1"], module._modules["lin2"]
 
 
@@ -425,7 +427,7 @@ GATED = (
     "Olmo2MLP",
 )
 
-KINDS = {
+KINDS: dict[str, type[_Garlic] | type[_Bert]] = {
     "GarlicEncoder": _Garlic,
     "BertEncoder": _Bert,
     "RobertaEncoder": _Bert,

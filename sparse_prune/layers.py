@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,13 @@ class SparseLinear(nn.Module):
     Where the planner expects dense to be faster on this CPU at the M of a call, dense PyTorch runs in the kernel's place, and the
     dense weight is kept too: `backend_for(M)` tells; `planned = False`, or SPARSE_PRUNE_TUNING=off for all layers, forbids it.
     """
+
+    crow_indices: Tensor
+    col_indices: Tensor
+    values: nn.Parameter
+    bias: nn.Parameter | None
+    scales: Tensor  # of a quantized layer only
+    _parameters: dict[str, Any]  # read directly where nn.Module's lookup would cost more than a small product
 
     def __init__(
         self,
@@ -156,7 +164,7 @@ class SparseLinear(nn.Module):
         super().train(mode)
         return self if mode else self._renew()
 
-    def _load_from_state_dict(self, *args: object) -> None:
+    def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._renew()
 
@@ -262,7 +270,7 @@ class SparseLinear(nn.Module):
         )
         return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
 
-    def _forward_int8(self, x: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
+    def _forward_int8(self, x: Tensor, bias: Tensor | None, activation: Activation, residual: Tensor | None) -> Tensor:
         values, shape = self.values, x.shape
         wrong_dtype = x.dtype not in INT8_INPUTS or (bias is not None and bias.dtype != x.dtype)
         if shape[-1:] != (self.in_features,) or x.device != values.device or wrong_dtype:
@@ -309,7 +317,7 @@ class SparseLinear(nn.Module):
         return ops.backend_for(values.device, values.dtype, "auto", self.blocksize, density, tokens, shape)
 
     def _explain(
-        self, x: Tensor, values: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+        self, x: Tensor, values: Tensor, bias: Tensor | None, activation: Activation, residual: Tensor | None
     ) -> None:
         packed = dataclasses.replace(self.packed, values=values)
         bsr_linear(x, packed, bias, activation, residual)
@@ -331,7 +339,7 @@ def _derive(layer: SparseLinear) -> bool:
 
 
 # torch.compiler.assume_constant_result, without the second that it takes to import torch._dynamo.
-_derive._dynamo_marked_constant = True
+_derive._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a mark on a function
 
 
 def fused_linear(

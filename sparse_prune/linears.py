@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import TypeGuard
 
 from torch import Tensor, nn
 
@@ -13,12 +14,12 @@ def is_conv1d(module: nn.Module) -> bool:
     return home is not None and isinstance(module, home.Conv1D)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether module is an nn.Linear or a Conv1D."""
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether module is an nn.Linear or a Conv1D, which type checkers take for one: only weight and bias are read of both."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
     """Name -> module of every linear layer in model, in module order."""
     return {name: module for name, module in model.named_modules() if is_linear(module)}
 
@@ -28,7 +29,7 @@ def as_matrix(module: nn.Module, tensor: Tensor) -> Tensor:
     return tensor.t() if is_conv1d(module) else tensor
 
 
-def matrix_shape(module: nn.Module) -> tuple[int, int]:
+def matrix_shape(module: nn.Linear) -> tuple[int, int]:
     """(N, K): out_features, in_features."""
     rows, columns = module.weight.shape
     return (columns, rows) if is_conv1d(module) else (rows, columns)

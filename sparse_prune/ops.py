@@ -71,7 +71,7 @@ def _reference_int8(
     ).contiguous()
 
 
-_REFERENCE = {
+_REFERENCE: dict[str, Callable] = {
     "bsr_linear": _reference_linear,
     "bsr_linear_dx": reference.bsr_linear_dx,
     "bsr_sdd": reference.bsr_sdd,

@@ -113,7 +113,8 @@ def plan(
     if missing is not None:
         return Plan((), (Choice(1, "plain", None, f"no sparse kernel runs here: {missing}"),))
     isa, name = backends.cpu_isa(dtype), str(dtype).removeprefix("torch.")
-    return _plan(_tables(_setting()), isa, name, (blocksize[0], blocksize[1]), density, tuple(shape or (4096, 4096)))
+    n, k = shape or (4096, 4096)
+    return _plan(_tables(_setting()), isa, name, (blocksize[0], blocksize[1]), density, (n, k))
 
 
 def _plan(
@@ -124,7 +125,7 @@ def _plan(
     density: float,
     shape: tuple[int, int],
 ) -> Plan | None:
-    rows, table = [], None
+    rows: list[Row] = []
     for table in tables:
         # Where an instruction set was not measured the next lower one is asked: what it calls too slow is too slow here as well,
         # for dense gains more from better instructions.

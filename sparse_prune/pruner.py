@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .criteria import (
     CRITERIA,
@@ -21,6 +23,9 @@ from .heads import HeadGroup, find_heads
 from .linears import as_matrix, is_conv1d, linear_modules, matrix_shape
 from .masks import block_sum, check_blocksize, check_density, element_density, expand_mask, grid_shape, top_mask
 from .schedules import Schedule
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -199,7 +204,7 @@ class Pruner:
         self._square_sum: dict[str, Tensor] = {}
         self._seen: dict[str, Tensor] = {}
         self._handles: list = []
-        self._optimizer_handle = None
+        self._optimizer_handle: RemovableHandle | None = None
         if self.config.criterion == "random":
             generator = torch.Generator().manual_seed(self.config.seed)
             self._saliency = self._unit_saliency(lambda name, weight: {"generator": generator})
@@ -370,10 +375,10 @@ class Pruner:
 
     def _unit_saliency(self, extras: Callable[[str, Tensor], dict]) -> dict[str, Tensor]:
         """Summed saliency of each decision, [size] per unit; extras gives what the criterion needs beside the weight."""
-        found = {}
+        found: dict[str, Any] = {}
         whole = self.config.criterion == "random"  # drawn alike on every rank, so never in parts
         for key, unit in self._units.items():
-            total = 0.0
+            total: Tensor | float = 0.0
             for member in unit.members:
                 module = self._modules[member.name]
                 weight = (
@@ -501,9 +506,10 @@ class Pruner:
     def _above_threshold(self, alpha: float) -> dict[str, Tensor]:
         """The article's rule on this step's weights and gradients: mean |v| of a block >= alpha * max|r|."""
         self._check_grads()
-        means, largest = {}, {}
+        means: dict[str, Tensor] = {}
+        largest: dict[str, Tensor] = {}
         for key, unit in self._units.items():
-            total = 0.0
+            total: Any = 0.0
             for member in unit.members:
                 tensors = {"weight": self._competing_weight(member.name), "grad": self._grad(member.name)}
                 tensors = {kind: self._whole(member.name, part) for kind, part in tensors.items()}
@@ -585,7 +591,7 @@ class Pruner:
             )
         return units
 
-    def _new(self, unit: _Unit, value: object, dtype: torch.dtype) -> Tensor:
+    def _new(self, unit: _Unit, value: float, dtype: torch.dtype) -> Tensor:
         device = self._modules[unit.members[0].name].weight.device
         return torch.full((unit.size,), value, dtype=dtype, device=device)
 
@@ -603,7 +609,7 @@ def _summed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(tensors, flat.split([value.numel() for value in tensors.values()]), strict=True))
 
 
-def _sharded(tensor: Tensor) -> bool:
+def _sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether tensor is one of FSDP2's, of which each rank has a part; raises SparsePruneError for other layouts than by rows."""
     if not (torch.distributed.is_available() and hasattr(tensor, "placements")):
         return False
@@ -615,12 +621,12 @@ def _sharded(tensor: Tensor) -> bool:
     return True
 
 
-def _linear_modules(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None) -> dict[str, nn.Module]:
+def _linear_modules(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None) -> dict[str, nn.Linear]:
     """The linear layers that the filter lets through, each weight once; NaN weights are refused here."""
     linears = linear_modules(model)
     if not linears:
         raise SparsePruneError("model", "a module with nn.Linear inside", type(model).__name__, "pass the model itself")
-    chosen: dict[int, tuple[str, nn.Module]] = {}
+    chosen: dict[int, tuple[str, nn.Linear]] = {}
     for name, module in linears.items():
         if filter_fn is None or filter_fn(name, module):
             chosen.setdefault(id(module.weight), (name, module))

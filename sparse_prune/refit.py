@@ -86,6 +86,7 @@ def refit_(
                 "grams", f"the gram of {name}", "none", "collect them with input_grams(model, masks)"
             )
         module = model.get_submodule(name)
+        assert isinstance(module.weight, Tensor)
         weight = as_matrix(module, module.weight)
         weight.copy_(refit(weight, mask, blocksize, grams[name], damping))
 

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import safetensors
 import torch
@@ -98,7 +98,9 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> Path:
     path = Path(path)
     if not describe_layers(model):
         raise SparsePruneError("model", "at least one SparseLinear", "none", "call sparsify_(model, ...) first")
-    tensors, aliases, owner = {}, {}, {}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    owner: dict[object, str] = {}
     for name, tensor in model.state_dict().items():
         key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
         if key in owner:
@@ -117,7 +119,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> Path:
     with atomic_path(path / WEIGHTS_NAME) as temporary:
         save_file(tensors, temporary, metadata)
     config = getattr(model, "config", None)
-    if hasattr(config, "to_diff_dict"):
+    if config is not None and hasattr(config, "to_diff_dict"):
         layers = describe_layers(model)
         layout = {"quant_method": METHOD, "version": version_of(layers), "layers": layers}
         about = {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
@@ -163,7 +165,9 @@ def describe_file(path: str | os.PathLike) -> dict[str, Any]:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise SparsePruneError(str(path), "a safetensors file or a directory with some", "none", "check the path")
-    version, layers, other, handles = None, [], 0, {}
+    version, other = None, 0
+    layers: list[dict[str, Any]] = []
+    handles: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         packed: dict[str, Any] = {}
         for file in files:
@@ -350,7 +354,7 @@ def parse_layers(described: Mapping[str, Any], source: str) -> dict[str, PackedL
         raise SparsePruneError(source, "a description of the packed layers", f"{error!r}", _DAMAGED) from None
 
 
-def fits_layer(module: nn.Module | None, shape: tuple[int, int]) -> bool:
+def fits_layer(module: nn.Module | None, shape: tuple[int, int]) -> TypeGuard[nn.Linear | SparseLinear]:
     """Whether module is a linear layer, dense or sparse, of that shape (N, K)."""
     if isinstance(module, SparseLinear):
         return (module.out_features, module.in_features) == shape
@@ -378,9 +382,9 @@ def _make_layer(model, file, name, shape, arrays, bias, assign) -> SparseLinear:
         )
     check_finite(arrays["values"], f"{file}: {name}.values")
     if (bias is None) != (module.bias is None) or (bias is not None and tuple(bias.shape) != (n,)):
-        got = "none" if bias is None else tuple(bias.shape)
+        shown = "none" if bias is None else tuple(bias.shape)
         raise SparsePruneError(
-            f"{file}: {name}.bias", "none" if module.bias is None else f"shape ({n},)", got, _DAMAGED
+            f"{file}: {name}.bias", "none" if module.bias is None else f"shape ({n},)", shown, _DAMAGED
         )
     if assign:
         return SparseLinear(k, n, **arrays, bias=bias)
@@ -403,7 +407,7 @@ def _check_fit(model: nn.Module, file: Path, layers: Mapping[str, SparseLinear],
         if expected.get(name) != got.get(name):
             raise SparsePruneError(
                 f"{file}: {name}",
-                expected.get(name, "no such tensor"),
+                f"{expected.get(name, 'no such tensor')}",
                 got.get(name, "none"),
                 "build the model that was packed",
             )

@@ -36,7 +36,7 @@ class _Watcher(importlib.abc.MetaPathFinder):
             execute(module)
             _register(_AFTER[name])
 
-        spec.loader.exec_module = execute_and_register
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]  # of this one loader
         return spec
 
 

@@ -30,6 +30,7 @@ from ..serialization import (
     METHOD,
     VERSION,
     VERSION_INT8,
+    PackedLayer,
     describe_layers,
     fits_layer,
     layout_metadata,
@@ -46,6 +47,8 @@ _REMEDY = "pack the model again"
 @register_quantization_config(METHOD)
 class SparsePruneConfig(QuantizationConfigMixin):
     """version of the layout, and layers: name -> {"shape": [N, K], "blocksize": [R, C], "nnzb": n}, for int8 also "dtype"."""
+
+    quant_method: Any  # for theirs a member of an enumeration
 
     def __init__(self, version: str = VERSION, layers: Mapping[str, Any] | None = None, **_: object):
         if version not in (VERSION, VERSION_INT8):
@@ -70,29 +73,16 @@ class SparsePruneQuantizer(HfQuantizer):
         described = parse_layers(self.quantization_config.layers, "config.json")
         _check_stored(described, checkpoint_files or ())
         prefix = f"{model.base_model_prefix}."
-        new = {}
+        new: dict[nn.Module, nn.Module] = {}
         with_head = any(name.startswith(prefix) for name in described)
         for name, entry in described.items():
-            shape, blocksize = entry.shape, entry.blocksize
             linear = _find(model, name, prefix)
             if linear is None and with_head and not name.startswith(prefix):
                 continue  # a layer of the head that was saved, which this model has not
-            if not fits_layer(linear, shape):
-                raise SparsePruneError(
-                    f"config.json: {name}", f"a linear layer of {shape[1]} -> {shape[0]}", linear, _REMEDY
-                )
-            rows, _columns = grid_shape(shape, blocksize)
-            like = {"dtype": linear.weight.dtype, "device": linear.weight.device}
-            index = {"dtype": torch.int32, "device": linear.weight.device}
-            layer = SparseLinear(
-                shape[1],
-                shape[0],
-                torch.empty(rows + 1, **index),
-                torch.empty(entry.nnzb, **index),
-                torch.empty(entry.nnzb, *blocksize, **(like | {"dtype": torch.int8} if entry.int8 else like)),
-                None if linear.bias is None else torch.empty(shape[0], **like),
-                torch.empty(shape[0], **(like | {"dtype": torch.float32})) if entry.int8 else None,
-            )
+            if not fits_layer(linear, entry.shape):
+                n, k = entry.shape
+                raise SparsePruneError(f"config.json: {name}", f"a linear layer of {k} -> {n}", linear, _REMEDY)
+            layer = _empty_layer(linear, entry)
             new[linear] = layer.train(linear.training)
         swap_modules(model, new)
 
@@ -156,12 +146,28 @@ def mark_packed(model: nn.Module) -> None:
         return
     layers = describe_layers(model)
     config = SparsePruneConfig(version_of(layers), layers)
-    model.hf_quantizer = SparsePruneQuantizer(config)
-    model.config.quantization_config = config
-    model.is_quantized, model.quantization_method = True, METHOD
+    marked: Any = model  # with attributes that transformers looks for and declares nowhere
+    marked.hf_quantizer = SparsePruneQuantizer(config)
+    marked.config.quantization_config = config
+    marked.is_quantized, marked.quantization_method = True, METHOD
 
 
 after_conversion.append(mark_packed)
+
+
+def _empty_layer(linear: nn.Linear | SparseLinear, entry: PackedLayer) -> SparseLinear:
+    """A SparseLinear in the place of linear, on its device and of its dtype, with memory for what the file says of it."""
+    (n, k), dtype, device = entry.shape, linear.weight.dtype, linear.weight.device
+    rows, _columns = grid_shape(entry.shape, entry.blocksize)
+    return SparseLinear(
+        k,
+        n,
+        torch.empty(rows + 1, dtype=torch.int32, device=device),
+        torch.empty(entry.nnzb, dtype=torch.int32, device=device),
+        torch.empty(entry.nnzb, *entry.blocksize, dtype=torch.int8 if entry.int8 else dtype, device=device),
+        None if linear.bias is None else torch.empty(n, dtype=dtype, device=device),
+        torch.empty(n, dtype=torch.float32, device=device) if entry.int8 else None,
+    )
 
 
 def _find(model: PreTrainedModel, name: str, prefix: str) -> nn.Module | None:

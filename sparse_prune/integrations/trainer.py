@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ class PruningCallback(TrainerCallback):
         saved = self.pruner.state_dict()  # on every rank: sharded weights are gathered
         if not state.is_world_process_zero:
             return
+        assert args.output_dir is not None  # TrainingArguments fills it in
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         temporary = folder / f".{PRUNER_STATE_NAME}"
         torch.save(saved, temporary)
@@ -83,17 +85,22 @@ class DistillationTrainer(Trainer):
         """The training batches, in the order of `batches` where that was given."""
         if self.batches is None:
             return super().get_train_dataloader()
-        loader = torch.utils.data.DataLoader(
-            self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator
+        loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
+            cast(torch.utils.data.Dataset, self.train_dataset),
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
         )
         return self.accelerator.prepare(loader)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW: no decay on vectors and embeddings, a higher rate for embeddings."""
         if self.optimizer is None:
+            assert self.model is not None
             embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
             rate, decay = self.args.learning_rate, self.args.weight_decay
-            matrices, vectors, tables = [], [], []
+            matrices: list[nn.Parameter] = []
+            vectors: list[nn.Parameter] = []
+            tables: list[nn.Parameter] = []
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     kind = tables if id(parameter) in embeddings else matrices if parameter.dim() > 1 else vectors
@@ -109,7 +116,13 @@ class DistillationTrainer(Trainer):
             )
         return self.optimizer
 
-    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch: Tensor | None = None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         """The loss above for one batch (with a teacher), or the model's own loss (without)."""
         weights = self.distill
         if self.teacher is None or not model.training:
@@ -185,9 +198,10 @@ class CurveCallback(TrainerCallback):
         reached = [level for level in self.levels if density <= level]
         if reached:
             self.levels = [level for level in self.levels if density > level]
-            if any(row["curve"]["density"] <= reached[-1] for row in state.log_history if "curve" in row):
+            log: list[dict[str, Any]] = state.log_history
+            if any(row["curve"]["density"] <= reached[-1] for row in log if "curve" in row):
                 return  # measured before the run was interrupted
-            state.log_history.append({"step": state.global_step, "curve": {"density": density, **self.measure()}})
+            log.append({"step": state.global_step, "curve": {"density": density, **self.measure()}})
 
 
 def seconds_spent(log_history: list[dict]) -> float:

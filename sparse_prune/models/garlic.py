@@ -44,7 +44,9 @@ class GarlicEmbeddings(nn.Module):
     def __init__(self, config: GarlicConfig):
         super().__init__()
         self.config = config
-        self.characters = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.characters: nn.Module = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
         if config.ngram_buckets:
             self.bigrams = nn.Embedding(config.ngram_buckets, config.ngram_size)
             self.trigrams = nn.Embedding(config.ngram_buckets, config.ngram_size)
@@ -129,7 +131,7 @@ class GarlicLayer(nn.Module):
         self.ffn_in = nn.Linear(config.hidden_size, config.intermediate_size)
         self.ffn_out = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = SequenceDropout(config.hidden_dropout_prob)
-        self.attention.out.ends_branch = self.ffn_out.ends_branch = True
+        self.attention.out.ends_branch = self.ffn_out.ends_branch = True  # type: ignore[assignment]  # no tensor
 
     def forward(self, x: Tensor, bias: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """x[B, T, H] -> the same shape, and the attention weights where they are wanted."""
@@ -165,7 +167,7 @@ class GarlicEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.distances = nn.Embedding(2 * config.max_distance + 1, config.num_attention_heads)
-        self.distances.of_distances = True
+        self.distances.of_distances = True  # type: ignore[assignment]  # no tensor
         self.layers = nn.ModuleList(GarlicLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
@@ -199,6 +201,7 @@ class GarlicEncoder(nn.Module):
 class GarlicPreTrainedModel(PreTrainedModel):
     """Initialisation and naming that the heads share."""
 
+    config: GarlicConfig
     config_class = GarlicConfig
     base_model_prefix = "garlic"
     accepts_loss_kwargs = False  # the losses are means over the batch, whatever the Trainer counts
@@ -234,10 +237,10 @@ class GarlicModel(GarlicPreTrainedModel):
         self.encoder = GarlicEncoder(config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.characters
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings.characters = value
 
     def forward(
@@ -265,10 +268,10 @@ class GarlicForSequenceClassification(GarlicPreTrainedModel):
 
     def __init__(self, config: GarlicConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 0
         self.garlic = GarlicModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(2 * config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(2 * config.hidden_size, self.num_labels)
         self.post_init()
 
     def forward(
@@ -300,10 +303,10 @@ class GarlicForTokenClassification(GarlicPreTrainedModel):
 
     def __init__(self, config: GarlicConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 0
         self.garlic = GarlicModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     def forward(

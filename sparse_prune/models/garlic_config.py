@@ -34,7 +34,7 @@ class GarlicConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-5
     label_smoothing: float = 0.0
-    pad_token_id: int | None = PAD
+    pad_token_id: int = PAD
     cls_token_id: int = CLS
     mask_token_id: int = MASK
 
