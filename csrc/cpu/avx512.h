@@ -29,6 +29,9 @@ struct Avx512 {
   static inline F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static inline F pow2(F n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
   static inline F less_select(F a, F b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
+  static inline F times_pow2_unless_less(F v, F n, F a, F b) {
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ), v, n);
+  }
   static inline F load_bf16(const uint16_t* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -52,6 +55,32 @@ struct Avx512 {
   }
   static inline float sum(F v) { return _mm512_reduce_add_ps(v); }
   static inline float highest(F v) { return _mm512_reduce_max_ps(v); }
+  // to[c][r] = from[r][c], 16 x 16 of four bytes; rows of from are `apart` bytes from each other, those of to 4 * ldto.
+  static inline void transpose(const void* from, int64_t apart, void* to, int64_t ldto) {
+    F r[16], t[16];
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(static_cast<const char*>(from) + i * apart);
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {  // r[i + j]: columns j, j + 4, j + 8 and j + 12 of rows i .. i + 3
+      r[i] = pair_low(t[i], t[i + 2]);
+      r[i + 1] = pair_high(t[i], t[i + 2]);
+      r[i + 2] = pair_low(t[i + 1], t[i + 3]);
+      r[i + 3] = pair_high(t[i + 1], t[i + 3]);
+    }
+    for (int j = 0; j < 4; ++j) {
+      const F even[2] = {_mm512_shuffle_f32x4(r[j], r[4 + j], 0x88), _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x88)};
+      const F odd[2] = {_mm512_shuffle_f32x4(r[j], r[4 + j], 0xdd), _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xdd)};
+      float* out = static_cast<float*>(to) + j * ldto;
+      _mm512_storeu_ps(out, _mm512_shuffle_f32x4(even[0], even[1], 0x88));
+      _mm512_storeu_ps(out + 4 * ldto, _mm512_shuffle_f32x4(odd[0], odd[1], 0x88));
+      _mm512_storeu_ps(out + 8 * ldto, _mm512_shuffle_f32x4(even[0], even[1], 0xdd));
+      _mm512_storeu_ps(out + 12 * ldto, _mm512_shuffle_f32x4(odd[0], odd[1], 0xdd));
+    }
+  }
+  static inline F pair_low(F a, F b) { return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); }
+  static inline F pair_high(F a, F b) { return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); }
   static inline F exp_nonpositive(F v) { return vector_exp_nonpositive<Avx512>(v); }
   static inline F activate(F v, Activation a) { return vector_activate<Avx512>(v, a); }
 };

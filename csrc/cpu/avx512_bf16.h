@@ -16,6 +16,16 @@ struct DotBf16 : Plain<Avx512> {
   static inline F multiply_add(F x, F w, F acc) { return _mm512_dpbf16_ps(acc, (__m512bh)x, (__m512bh)w); }
   static inline F load_y(const Y* y) { return Avx512::load_bf16(y); }
   static inline void store_y(Y* y, F v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), (__m256i)_mm512_cvtneps_pbh(v)); }
+  static inline void store_x(X* x, F v) { store_y(x, v); }
+  static inline F exp_nonpositive(F v) { return vector_exp_nonpositive<Avx512, 4>(v); }  // to be rounded to 8 bits
+  // Two rows of x, count elements each (a multiple of 16), element by element.
+  static inline void interleave(const X* first, const X* second, int64_t count, X* to) {
+    for (int64_t j = 0; j < count; j += 16) {
+      const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + j)));
+      const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second + j)));
+      _mm512_storeu_si512(to + 2 * j, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+  }
   template <int NV>
   static inline void store_row(Y* y, const F (&v)[NV], bool past_cache) {
     for (int j = 0; j + 1 < NV; j += 2) {

@@ -1,5 +1,5 @@
 // Attention and LayerNorm in terms of a vector type V, included after tile_kernel.h inside an instruction set's own namespace. V adds
-// to what tile_kernel.h asks: sub, mul, max, sum, highest (over its lanes) and exp_nonpositive.
+// to what tile_kernel.h asks: sub, mul, max, sum, highest (over its lanes), exp_nonpositive and transpose.
 //
 // Dot is the format of the products (Plain<V>, or pairs of bf16), Io the format of the tensors. Where they agree q is read in place;
 // otherwise it is widened. Keys are packed once per head as [d / step][keys][step] and values as [T / step][d][step], which the products
@@ -42,21 +42,22 @@ template <class Dot>
 void product(int64_t rows, int64_t cols, const typename Dot::X* x, int64_t ldx, const typename Dot::Wt* w, int64_t steps,
              typename Dot::Vec::Elem* z, int64_t ldz) {
   using V = typename Dot::Vec;
-  constexpr int wide = V::registers >= 32 ? 4 : 2, tall = (V::registers - 2 - wide) / wide;
+  constexpr int wide = V::registers >= 32 ? 4 : 2, tall = (V::registers - 2 - wide) / wide, narrow_tall = wide == 4 ? 2 * tall : tall;
   const int64_t ldw = cols * Dot::step;
   for (int64_t n = 0; n < cols;) {
     const int vectors = cols - n >= wide * V::W ? wide : (wide == 4 && cols - n >= 2 * V::W ? 2 : 1);
-    for (int64_t m = 0; m < rows; m += tall) {
-      const int64_t high = rows - m < tall ? rows - m : tall;
+    const int64_t most = vectors == wide ? tall : narrow_tall;
+    for (int64_t m = 0; m < rows; m += most) {
+      const int64_t high = rows - m < most ? rows - m : most;
       const auto* xm = x + m * ldx;
       const auto* wn = w + n * Dot::step;
       auto* zm = z + m * ldz + n;
       if (vectors == wide)
         product_rows<Dot, wide, tall>(high, xm, ldx, wn, ldw, steps, zm, ldz);
       else if (vectors == 2)
-        product_rows<Dot, 2, tall>(high, xm, ldx, wn, ldw, steps, zm, ldz);
+        product_rows<Dot, 2, narrow_tall>(high, xm, ldx, wn, ldw, steps, zm, ldz);
       else
-        product_rows<Dot, 1, tall>(high, xm, ldx, wn, ldw, steps, zm, ldz);
+        product_rows<Dot, 1, narrow_tall>(high, xm, ldx, wn, ldw, steps, zm, ldz);
     }
     n += vectors * V::W;
   }
@@ -94,7 +95,7 @@ struct AttentionHead {
   AttentionHead(const AttentionArgs& args, int64_t batch, int64_t head)
       : a(args), b(batch), h(head), keys(round_up(a.T, V::W)), features(round_up(a.d, V::W)), key_steps((a.T + step - 1) / step),
         feature_steps((a.d + step - 1) / step) {
-    const int64_t counts[] = {feature_steps * keys * step,  key_steps * features * step, rows_most * keys * step,
+    const int64_t counts[] = {round_up(feature_steps, V::W) * keys * step, key_steps * features * step, rows_most * keys * step,
                               (rows_most + 2) * features * step};
     size_t bytes = sizeof(E) * (rows_most * (keys + features + 1) + keys);
     for (int64_t count : counts) bytes += (sizeof(X) * count + 63) / 64 * 64;
@@ -109,22 +110,53 @@ struct AttentionHead {
     limits = sums + rows_most * features;          // [keys]
   }
 
+  // Rows [t, t + count) of from as Dot's elements, zeros past d and T: [count][features * step].
+  void gather(const Y* from, int64_t token, int64_t t, int64_t count, X* to) {
+    if (features * step != a.d || t + count > a.T) memset(to, 0, sizeof(X) * count * features * step);
+    for (int64_t i = 0; i < count && t + i < a.T; ++i) convert_row<Dot, Io>(from + (t + i) * token, a.d, to + i * features * step);
+  }
+
   void pack() {
     const auto* k = static_cast<const Y*>(a.k) + b * a.k_batch + h * a.k_head;
     const auto* v = static_cast<const Y*>(a.v) + b * a.v_batch + h * a.v_head;
-    memset(row, 0, sizeof(X) * 2 * features * step);
-    memset(packed_v, 0, sizeof(X) * key_steps * features * step);
-    for (int64_t t = 0; t < keys; ++t) {  // [d / step][keys][step]; scores of keys past T are never used
-      if (t < a.T) convert_row<Dot, Io>(k + t * a.k_token, a.d, row);
-      X* to = packed_k + t * step;
-      for (int64_t c = 0; c < feature_steps; ++c)
-        for (int64_t s = 0; s < step; ++s) to[c * keys * step + s] = row[c * step + s];
+    constexpr bool same = std::is_same_v<X, Y>;
+    for (int64_t t = 0; t < keys; t += V::W) {  // [d / step][keys][step]; scores of keys past T are never used
+      const void* rows = k + t * a.k_token;
+      int64_t apart = a.k_token;
+      if (!same || a.d % (V::W * step) != 0 || t + V::W > a.T) {
+        gather(k, a.k_token, t, V::W, row);
+        rows = row;
+        apart = features * step;
+      }
+      for (int64_t c = 0; c < feature_steps; c += V::W)
+        V::transpose(static_cast<const char*>(rows) + c * sizeof(E), apart * sizeof(X), packed_k + (c * keys + t) * step, keys);
     }
-    for (int64_t t = 0; t < a.T; ++t) {  // [T / step][d][step]
-      convert_row<Dot, Io>(v + t * a.v_token, a.d, row);
-      X* to = packed_v + t / step * features * step + t % step;
-      for (int64_t c = 0; c < a.d; ++c) to[c * step] = row[c];
+    for (int64_t t = 0; t < a.T; t += step) {  // [T / step][d][step]
+      X* to = packed_v + t * features;
+      if constexpr (step == 1) {
+        if (features != a.d) memset(to, 0, sizeof(X) * features);
+        convert_row<Dot, Io>(v + t * a.v_token, a.d, to);
+      } else if (a.d == features && t + step <= a.T) {
+        Dot::interleave(v + t * a.v_token, v + (t + 1) * a.v_token, features, to);
+      } else {
+        gather(v, a.v_token, t, step, row);
+        Dot::interleave(row, row + features * step, features, to);
+      }
     }
+  }
+
+  // Ask for what the next head will pack: its rows are too short, and too far apart, for the processor to guess them.
+  void prefetch_next(int64_t t, int64_t rows) const {
+    const bool same_batch = h + 1 < a.heads;
+    if (!same_batch && b + 1 == a.B) return;
+    const auto fetch = [&](const void* tensor, int64_t batch, int64_t token, int64_t head) {
+      const auto* first = static_cast<const Y*>(tensor) + (same_batch ? b * batch + (h + 1) * head : (b + 1) * batch);
+      for (int64_t m = t; m < t + rows; ++m)
+        for (int64_t j = 0; j < a.d; j += 64 / static_cast<int64_t>(sizeof(Y))) __builtin_prefetch(first + m * token + j);
+    };
+    fetch(a.q, a.q_batch, a.q_token, a.q_head);
+    fetch(a.k, a.k_batch, a.k_token, a.k_head);
+    fetch(a.v, a.v_batch, a.v_token, a.v_head);
   }
 
   // What the scores of query t may reach at most: anything, the lowest number where a key is left out, nothing past T.
@@ -144,25 +176,20 @@ struct AttentionHead {
     if (a.keep.query != 0) set_limits(t);
     const bool limited = a.keep.data != nullptr || keys != a.T;
     const F scale = V::set1(static_cast<E>(a.scale));
-    F highest = V::set1(lowest);
-    for (int64_t j = 0; j < keys; j += V::W) {
-      const int64_t count = a.T - j < V::W ? a.T - j : V::W;
+    const auto score = [&](int64_t j) {
       F v = V::mul(V::load(s + j), scale);
-      if (bias) v = V::add(v, count == V::W ? Io::load_y(bias + j) : load_edge<Io>(bias + j, count));
-      if (limited) v = V::min(V::load(limits + j), v);
-      V::store(s + j, v);
-      highest = V::max(highest, v);
-    }
+      if (bias) v = V::add(v, a.T - j >= V::W ? Io::load_y(bias + j) : load_edge<Io>(bias + j, a.T - j));
+      return limited ? V::min(V::load(limits + j), v) : v;
+    };
+    F highest = V::set1(lowest);
+    for (int64_t j = 0; j < keys; j += V::W) highest = V::max(highest, score(j));
     const F top = V::set1(V::highest(highest));
     F total = V::zero();
     X* w = weights + m * keys;
     for (int64_t j = 0; j < keys; j += V::W) {
-      const F e = V::exp_nonpositive(V::sub(V::load(s + j), top));
+      const F e = Dot::exp_nonpositive(V::sub(score(j), top));
       total = V::add(total, e);
-      if constexpr (step == 2)
-        V::store_bf16(w + j, e);
-      else
-        V::store(w + j, e);
+      Dot::store_x(w + j, e);
     }
     return V::sum(total);
   }
@@ -190,6 +217,7 @@ struct AttentionHead {
         }
         x = row;
       }
+      prefetch_next(t, rows);
       product<Dot>(rows, keys, x, ldx, packed_k, feature_steps, scores, keys);                // [rows, keys]
       for (int64_t m = 0; m < rows; ++m) totals[m] = softmax(m, t + m);
       product<Dot>(rows, features, weights, keys, packed_v, key_steps, sums, features);       // [rows, d]

@@ -115,6 +115,13 @@ struct Lanes {
     for (int j = 1; j < W; ++j) most = v[j] > most ? v[j] : most;
     return most;
   }
+  // to[c][r] = from[r][c], W x W of T; rows of from are `apart` bytes from each other, those of to ldto elements.
+  static inline void transpose(const void* from, int64_t apart, void* to, int64_t ldto) {
+    for (int r = 0; r < W; ++r) {
+      const F v = load(reinterpret_cast<const T*>(static_cast<const char*>(from) + r * apart));
+      for (int c = 0; c < W; ++c) static_cast<T*>(to)[c * ldto + r] = v[c];
+    }
+  }
   static inline F exp_nonpositive(F v) {
     for (int j = 0; j < W; ++j) v[j] = std::exp(v[j]);
     return v;

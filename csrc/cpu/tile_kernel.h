@@ -26,6 +26,8 @@ struct Plain {
   static inline F multiply_add(F x, F w, F acc) { return V::fma(x, w, acc); }
   static inline F load_y(const Y* y) { return V::load(y); }
   static inline void store_y(Y* y, F v) { V::store(y, v); }
+  static inline void store_x(X* x, F v) { V::store(x, v); }
+  static inline F exp_nonpositive(F v) { return V::exp_nonpositive(v); }
   template <int NV>
   static inline void store_row(Y* y, const F (&v)[NV], bool past_cache) {
     for (int j = 0; j < NV; ++j) past_cache ? V::stream(y + j * V::W, v[j]) : V::store(y + j * V::W, v[j]);
