@@ -47,9 +47,10 @@ ablation: $(INSTALLED) ## every criterion at the same density, with and without 
 baseline: $(INSTALLED) ## what SnowNLP itself scores on the same lines; TASK=ner for entities
 	@$(BIN)/sparse-prune baseline --task $(TASK) --out $(RUN)$(if $(filter-out sentiment,$(TASK)),-$(TASK))
 
-test: $(INSTALLED) ## lint and all tests
+test: $(INSTALLED) ## lint, types and all tests
 	@$(BIN)/ruff check -q .
 	@$(BIN)/ruff format -q --check .
+	@$(BIN)/python -m mypy --no-error-summary
 	@$(BIN)/python -m pytest
 
 bench: $(INSTALLED) ## sparse against dense and against peers on this machine
@@ -87,4 +88,4 @@ docs: $(INSTALLED) ## build the documentation site in build/site; any warning fa
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q && echo "Open build/site/index.html"
 
 clean: ## remove what the other commands made, except runs/
-	rm -rf $(VENV) build dist *.egg-info sparse_prune/*.so .pytest_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info sparse_prune/*.so .pytest_cache .mypy_cache .hypothesis .benchmarks

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -66,6 +67,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
+_kernels: ModuleType | None
 try:
     import sparse_prune_kernels as _kernels
 except ModuleNotFoundError:
@@ -160,8 +162,8 @@ def cpu_isa(dtype: torch.dtype) -> str:
     Raises SparsePruneError where the kernels cannot run, with the reason.
     """
     reason = cpu_unavailable(torch.device("cpu"), dtype)
-    if reason is not None:
-        raise SparsePruneError("dtype", "one that the CPU kernels run", dtype, reason)
+    if reason is not None or _library is None:
+        raise SparsePruneError("dtype", "one that the CPU kernels run", dtype, reason or _reason)
     return _library.sparse_prune_cpu_isa(_DTYPES[dtype]).decode()
 
 
@@ -184,11 +186,13 @@ def cpu_build() -> str:
 
 def peak_flops(isa: str) -> float:
     """FLOP/s of one thread doing multiply-adds on registers alone, by a set of cpu_isas(); 0 for one without a probe."""
+    assert _library is not None
     return _library.sparse_prune_peak_flops(isa.encode())
 
 
 def read_bytes_per_second(data: torch.Tensor) -> float:
     """Bytes/s of one thread that reads a contiguous CPU tensor in order, again and again."""
+    assert _library is not None
     size = data.numel() * data.element_size()
     return _library.sparse_prune_read_bytes_per_second(cpu_isas()[0].encode(), ctypes.c_void_p(data.data_ptr()), size)
 

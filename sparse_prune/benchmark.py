@@ -17,8 +17,10 @@ import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +75,7 @@ def thread_count(threads: int | None) -> Iterator[int]:
 
 
 def interleaved_medians(
-    candidates: dict[str, Callable[[], object]], seconds: float = 1.0, hopeless: float = float("inf")
+    candidates: Mapping[str, Callable[[], object]], seconds: float = 1.0, hopeless: float = float("inf")
 ) -> dict[str, float]:
     """Median seconds of each candidate; they run in turns, 5 to 51 times each, for about `seconds` after two warm-up turns.
 
@@ -148,13 +150,17 @@ def limits(dtype: torch.dtype, threads: int) -> dict[str, float | str] | None:
     read = {}
     for name, size in (("cached", 8 << 20), ("memory", 256 << 20)):
         data = [torch.zeros(size // element, dtype=dtype) for _ in range(threads)]
-        read[name] = backends.together(threads, lambda data=data: backends.read_bytes_per_second(data.pop())) / 1e9
+        read[name] = backends.together(threads, partial(_read_one, data)) / 1e9
     return {
         "peak": source,
         "gflops": flops / 1e9,
         "cached_gbytes_per_s": read["cached"],
         "memory_gbytes_per_s": read["memory"],
     }
+
+
+def _read_one(data: list[Tensor]) -> float:
+    return backends.read_bytes_per_second(data.pop())
 
 
 def _bound_seconds(limit: dict, flops: float, moved: int) -> float:
@@ -215,8 +221,10 @@ class Engine:
         """Start runs/peers/NAME; raises SparsePruneError if it does not answer."""
         self.name, self.reason = name, ""
         command = [str(Path(folder) / name / "bin" / "python"), str(Path(folder) / "peers.py"), name]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(command, **pipes, text=True)
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, text=True)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._asks, self._answers = self._process.stdin, self._process.stdout
         self.version = self._read().get("ready", "")
         if not self.version:
             raise SparsePruneError(
@@ -235,10 +243,11 @@ class Engine:
             return None
         with tempfile.TemporaryDirectory() as folder:
             files = {name: str(Path(folder) / f"{name}.npz") for name in ("inputs", "outputs")}
-            np.savez(files["inputs"], **{name: value.numpy() for name, value in inputs.items()})
+            arrays: dict[str, Any] = {name: value.numpy() for name, value in inputs.items()}
+            np.savez(files["inputs"], **arrays)
             request = {"model": str(model), **files, "dtype": dtype, "threads": threads, "seconds": seconds}
             try:
-                print(json.dumps(request), file=self._process.stdin, flush=True)
+                print(json.dumps(request), file=self._asks, flush=True)
             except BrokenPipeError:
                 self.reason = "its process has ended"
                 return None
@@ -249,15 +258,15 @@ class Engine:
                 return answer["us"] * 1e-6, [torch.from_numpy(outputs[name]) for name in outputs.files]
 
     def _read(self) -> dict:
-        line = self._process.stdout.readline()
+        line = self._answers.readline()
         answer = json.loads(line) if line else {"error": f"its process has ended with code {self._process.wait()}"}
         self.reason = answer.get("error", "")
         return answer
 
     def close(self) -> None:
         """End the process."""
-        self._process.stdin.close()
-        self._process.stdout.close()
+        self._asks.close()
+        self._answers.close()
         self._process.wait()
 
 
@@ -266,15 +275,16 @@ def engines(folder: str | Path | None) -> Iterator[list[Engine]]:
     """The engines that `make peers` has installed under folder (None: none), running inside the block."""
     found: list[Engine] = []
     try:
-        for path in sorted(Path(folder).glob("*/.installed")) if folder is not None else []:
-            found.append(Engine(path.parent.name, folder))
+        if folder is not None:
+            for path in sorted(Path(folder).glob("*/.installed")):
+                found.append(Engine(path.parent.name, folder))
         yield found
     finally:
         for engine in found:
             engine.close()
 
 
-GRIDS = {
+GRIDS: dict[str, dict[str, Any]] = {
     "small": {
         "shapes": ((768, 3072),),
         "tokens": (1, 16, 128, 512),
@@ -355,7 +365,7 @@ def bench_linear(
     check_seconds(seconds)
     about, rows = machine() | {"engines": {engine.name: engine.version for engine in peers}}, []
     kept = kept_rows(keep, about)
-    roofs: dict[tuple, dict] = {}
+    roofs: dict[tuple, dict | None] = {}
     for problem in problems:
         row = kept.get(json.dumps(problem))
         if row is None:
@@ -504,11 +514,9 @@ def plot_linear(rows: Sequence[dict], path: str | Path) -> None:
 
     first = rows[0]
     rows = [row for row in rows if all(row[name] == first[name] for name in ("K", "N", "threads"))]
-    dtypes, tokens, blocks, densities = (
-        sorted({row[name] if name != "blocksize" else tuple(row[name]) for row in rows})
-        for name in ("dtype", "M", "blocksize", "density")
-    )
-    dtypes.sort(key=list(LINEAR_DTYPES).index)
+    dtypes = sorted({row["dtype"] for row in rows}, key=list(LINEAR_DTYPES).index)
+    tokens, densities = (sorted({row[name] for row in rows}) for name in ("M", "density"))
+    blocks = sorted({tuple(row["blocksize"]) for row in rows})
     colours = ["#c6dbef", "#9ecae1", "#6baed6", "#2f7cc8", "#08306b"][-len(tokens) :]  # darker: more tokens
     dashes = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1))]
     figure = Figure(figsize=(1.2 + 4.4 * len(dtypes), 7.4), layout="constrained")
@@ -545,9 +553,9 @@ def plot_linear(rows: Sequence[dict], path: str | Path) -> None:
     axes[0, 0].set_ylabel("times faster than the best dense PyTorch")
     axes[1, 0].set_ylabel("share of the roofline")
     versions = f"torch {first['torch']}, sparse-prune {first['sparse_prune']}"
-    block = "" if len(blocks) > 1 else f", {blocks[0][0]}x{blocks[0][1]} blocks"
+    size = "" if len(blocks) > 1 else f", {blocks[0][0]}x{blocks[0][1]} blocks"
     title = (
-        f"{first['K']} to {first['N']}{block}, {first['threads']} thread(s); {first['cpu']}, {first['isa']}; {versions}"
+        f"{first['K']} to {first['N']}{size}, {first['threads']} thread(s); {first['cpu']}, {first['isa']}; {versions}"
     )
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=150)

@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +102,8 @@ def parameters_of(model: nn.Module) -> int:
 
 class _Exported(nn.Module):
     """The model as ONNX gets it: plain attention, one output. Garlic starts after its embeddings, whose hashing ONNX lacks."""
+
+    model: Any
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -248,12 +251,13 @@ def bench_model(
             if any(_takes(runtime, name) for runtime in peers)
         }
         for batch, length in ((batch, length) for batch in batches for length in lengths):
-            row = {"kind": "model", **machine(), "threads": used, "batch": batch, "length": length}
+            row: dict[str, Any] = {"kind": "model", **machine(), "threads": used, "batch": batch, "length": length}
             row |= {"blocksize": list(blocksize), "candidates": [], "failed": {}, "versions": {}}
-            ids = torch.randint(5, model.config.vocab_size, (batch, length), generator=generator)
+            config: Any = model.config
+            ids = torch.randint(5, config.vocab_size, (batch, length), generator=generator)
             arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             with contextlib.ExitStack() as opened, torch.inference_mode():
-                candidates = [_Candidate(*net, arguments) for net in nets]
+                candidates: list[_Candidate | _PeerCandidate] = [_Candidate(*net, arguments) for net in nets]
                 candidates += _peer_candidates(opened, peers, files, arguments, dtypes, used, row)
                 exact = {name: copy.deepcopy(net).double()(**arguments)[0] for name, net in sources.items()}
                 errors = _checked(candidates, exact, row["failed"])
@@ -297,7 +301,9 @@ def _variants(
 
 
 def _compiled(model: nn.Module, dtype: str) -> nn.Module:
-    return torch.compile(copy.deepcopy(model).to(DTYPES[dtype]))
+    compiled = torch.compile(copy.deepcopy(model).to(DTYPES[dtype]))
+    assert isinstance(compiled, nn.Module)
+    return compiled
 
 
 def _takes(runtime: str, source: str) -> bool:

@@ -65,7 +65,6 @@ def line_chart(
             circles.append({"x": across(x), "y": up(y), "text": text, "title": f"{x_name} {three(x)}: {three(y)}"})
         path = "M" + "L".join(f"{circle['x']} {circle['y']}" for circle in circles)
         drawn.append({"style": style, "path": path, "dots": circles if dots and len(line) <= 40 else []})
-    inside = mark is not None and min(xs) <= mark <= max(xs)
     return {
         "name": name,
         "x_name": x_name,
@@ -73,7 +72,7 @@ def line_chart(
         "x_ticks": drawn_ticks,
         "y_ticks": [{"at": up(y), "text": f"{y:,.{digits}f}"} for y in ticks],
         "reference": {"at": up(reference[0]), "text": reference[1]} if reference else None,
-        "mark": across(mark) if inside else None,
+        "mark": across(mark) if mark is not None and min(xs) <= mark <= max(xs) else None,
         "band": (across(band[0]), across(band[1])) if band else None,
     }
 
@@ -85,8 +84,8 @@ def dumbbells(rows: list[dict], reference: float | None = None) -> dict[str, Any
     ticks = ticks_between(100 * min(values), 100 * max(values))
     low, high = ticks[0], ticks[-1]
 
-    def place(value: float | None) -> float | None:
-        return None if value is None else round(100 * (100 * value - low) / ((high - low) or 1.0), 2)
+    def place(value: float) -> float:
+        return round(100 * (100 * value - low) / ((high - low) or 1.0), 2)
 
     drawn = []
     for row in rows:
@@ -96,8 +95,8 @@ def dumbbells(rows: list[dict], reference: float | None = None) -> dict[str, Any
             {
                 "name": row["name"],
                 "note": row["note"],
-                "a": place(a),
-                "b": place(b),
+                "a": None if a is None else place(a),
+                "b": None if b is None else place(b),
                 "from": min(place(a), place(b)) if both else 0,
                 "length": abs(place(a) - place(b)) if both else 0,
                 "a_text": percent1(a) if a is not None else "",
@@ -112,7 +111,7 @@ def dumbbells(rows: list[dict], reference: float | None = None) -> dict[str, Any
             {"at": place(tick / 100), "text": f"{tick:.0f}%" if float(tick).is_integer() else f"{tick:.1f}%"}
             for tick in ticks
         ],
-        "reference": place(reference),
+        "reference": None if reference is None else place(reference),
         "reference_text": percent1(reference) if reference is not None else "",
     }
 

@@ -445,7 +445,7 @@ def bench_linear(
 
     if grid not in benchmark.GRIDS:
         raise SparsePruneError("--grid", f"one of {', '.join(benchmark.GRIDS)}", grid, "or give the axes one by one")
-    chosen = benchmark.GRIDS[grid] | _axes(shapes, tokens, density, block, dtype)
+    chosen: dict[str, Any] = benchmark.GRIDS[grid] | _axes(shapes, tokens, density, block, dtype)
     if threads:
         chosen |= {"threads": _numbers(threads, int)}
     problems = benchmark.linear_problems(**chosen)
@@ -490,7 +490,7 @@ def bench_linear(
 
 def _axes(
     shapes: str | None, tokens: str | None, density: str | None, block: str | None, dtype: str | None
-) -> dict[str, list]:
+) -> dict[str, Any]:
     """The axes of a grid that were given, under the names of benchmark.GRIDS."""
     given = {
         "shapes": shapes and [parse_pair(text) for text in shapes.split(",")],
@@ -675,10 +675,9 @@ def bench_model(
     with quiet():
         net = load_encoder(model)
         twin = None if packed is None else load_encoder(packed)
-    grid = {"batches": _numbers(batch, int), "lengths": _numbers(length, int)}
-    about = {"densities": _numbers(density, float), "blocksize": parse_block(block), "dtypes": dtype.split(",")}
+    batches, lengths = _numbers(batch, int), _numbers(length, int)
     with _progress() as report:
-        total, done = math.prod(len(axis) for axis in grid.values()), 0
+        total, done = len(batches) * len(lengths), 0
 
         def on_row(row: dict) -> None:
             nonlocal done
@@ -688,8 +687,11 @@ def bench_model(
         rows = benchmark_model.bench_model(
             net,
             encoder_filter(net),
-            **grid,
-            **about,
+            densities=_numbers(density, float),
+            blocksize=parse_block(block),
+            batches=batches,
+            lengths=lengths,
+            dtypes=dtype.split(","),
             threads=threads,
             packed=twin,
             compiled=compiled,

@@ -16,6 +16,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from .masks import expand_mask
 from .planner import Row
 from .serialization import atomic_path, write_json
 
-GRID = {
+GRID: dict[str, Any] = {
     "shapes": ((768, 3072), (4096, 4096)),  # (K, N)
     "tokens": (1, 4, 16, 64, 256, 1024, 4096),
     "densities": (0.1, 0.2, 0.5),
@@ -194,8 +195,8 @@ def _measure(problem: dict, timer: Callable, device: str, ours: Sequence[str]) -
     packed = BsrWeight.from_dense((weight * expand_mask(mask, block, (n, k))).to(device, DTYPES[dtype]), mask, block)
     dense = packed.to_dense()
     paired = _two_of_four(weight).to(device, DTYPES[dtype])  # [N, K]
-    makers = {"dense": lambda: lambda: F.linear(x, dense)}
-    makers |= {name: lambda name=name: _ours(x, packed, name) for name in ours}
+    makers: dict[str, Callable] = {"dense": lambda: lambda: F.linear(x, dense)}
+    makers |= {name: partial(_ours, x, packed, name) for name in ours}
     makers |= {"torch_bsr": lambda: _torch_bsr(x, packed), "2:4": lambda: _semi_structured(x, paired)}
     exact = {"2:4": x.double() @ paired.double().T}
     exact |= dict.fromkeys(set(makers) - {"2:4"}, x.double() @ dense.double().T)
@@ -215,14 +216,14 @@ def _measure(problem: dict, timer: Callable, device: str, ours: Sequence[str]) -
         ) as error:
             absent[name] = _first_line(error)
             continue
-        error = float((y.double() - exact[name]).norm() / exact[name].norm())
+        off = float((y.double() - exact[name]).norm() / exact[name].norm())
         if name == "dense":
-            allowed = 2 * max(error, torch.finfo(DTYPES[dtype]).eps / 4)
+            allowed = 2 * max(off, torch.finfo(DTYPES[dtype]).eps / 4)
         # Another's rounding is not ours to judge.
-        if error <= allowed * (1 if name in ours else 4):
+        if off <= allowed * (1 if name in ours else 4):
             candidates[name] = run
         else:
-            wrong[name] = f"error {error:.1e}, allowed {allowed:.1e}"
+            wrong[name] = f"error {off:.1e}, allowed {allowed:.1e}"
     spot = torch.zeros(1, device=device)
     times, failed = timer(candidates | {"floor": lambda: spot.zero_()})
     us = {name: statistics.median(values) for name, values in times.items()}

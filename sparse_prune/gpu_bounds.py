@@ -249,7 +249,7 @@ def _bound(counted, scales, capability: int, bytes_moved: float, steps: float, s
         rounds = 3 + (steps / max(1, stages - 1) if place == 0 else 0)
         clocks["latency"] += waves * rounds * LATENCY
         wavefronts, ideal = wavefronts + counts.shared_wavefronts, ideal + counts.shared_ideal
-    limit = max(clocks, key=clocks.get)
+    limit = max(clocks, key=clocks.__getitem__)
     conflicts = wavefronts / ideal if ideal else 1.0
     return {
         "gpu": NAMES[capability],

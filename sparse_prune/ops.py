@@ -343,6 +343,7 @@ def bsr_linear(
     elif chosen == "cuda":
         owed = owes_gradient(rows, packed.values, bias, flat_residual)
         _require(not owed, "backend", "'auto' where gradients are owed", "'cuda', which is for inference")
+        assert derived is not None
         y = _cuda_linear(rows, packed, derived, bias, activation, flat_residual)
     elif form and derived is not None:
         y = dense_linear(dense_weight(derived, form, packed.to_dense), form, rows, bias, activation, flat_residual)

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 RUNTIMES = {"openvino": ("float32", "bfloat16"), "onnxruntime": ("float32",), "deepsparse": ("float32",)}
 
@@ -50,6 +51,8 @@ class Peer:
             text=True,
             env=environment,
         )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._asks, self._answers = self._process.stdin, self._process.stdout
         try:
             options = {"model": str(model), "inputs": str(Path(self._folder.name, "inputs.npz"))}
             self.version = self._ask("load", **options, dtype=dtype, threads=threads)["version"]
@@ -61,9 +64,9 @@ class Peer:
         """The answer to one request. Between requests the process is stopped: some runtimes' threads spin while they wait."""
         try:
             self._process.send_signal(signal.SIGCONT)
-            self._process.stdin.write(json.dumps({"command": command, **options}) + "\n")
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
+            self._asks.write(json.dumps({"command": command, **options}) + "\n")
+            self._asks.flush()
+            answer = self._answers.readline()
         except BrokenPipeError:
             answer = ""
         if not answer:
@@ -87,8 +90,8 @@ class Peer:
     def close(self) -> None:
         """End the process."""
         self._process.send_signal(signal.SIGCONT)
-        self._process.stdin.close()
-        self._process.stdout.close()
+        self._asks.close()
+        self._answers.close()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
@@ -152,13 +155,14 @@ def _serve(runtime: str) -> None:
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    infer = last = None
+    infer: Any = None
+    last: Any = None
     for line in sys.stdin:
         request = json.loads(line)
         if request["command"] == "load":
             inputs = dict(numpy.load(request["inputs"]))
             version, infer = globals()[f"_{runtime}"](request, inputs)
-            answer = {"version": version}
+            answer: dict[str, Any] = {"version": version}
         elif request["command"] == "run":
             start = time.perf_counter()
             last = infer()

@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +137,15 @@ def collect_heads(
             kept = expand_mask(masks[name].cpu(), _blocksize(masks[name], shape, blocksize), shape)  # [N, K]
         else:
             kept = torch.ones(shape, dtype=torch.bool)
-        parts = (
-            zip("qkv", kept.chunk(3), strict=True) if part == "qkv" else ((part, kept.T if part == "out" else kept),)
-        )
-        layers.setdefault(index, {}).update(parts)  # every part as [rows or columns of the heads, the other direction]
+        # Every part as [rows or columns of the heads, the other direction].
+        own = {part: kept.T if part == "out" else kept}
+        layers.setdefault(index, {}).update(dict(zip("qkv", kept.chunk(3), strict=True)) if part == "qkv" else own)
     whole = {index: parts for index, parts in sorted(layers.items()) if set(parts) == {"q", "k", "v", "out"}}
     if num_heads is None:
         num_heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
-    if whole and (not isinstance(num_heads, int) or num_heads < 1):
+    if not whole:
+        return []
+    if not isinstance(num_heads, int) or num_heads < 1:
         raise SparsePruneError(
             "num_heads", "the number of attention heads", num_heads, "pass num_heads, or a model whose config has it"
         )
@@ -175,14 +177,16 @@ def summary_picture(directory: str | os.PathLike, out: str | os.PathLike) -> Pat
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise SparsePruneError(
             "matplotlib", "the package matplotlib", "not installed", "pip install 'sparse-prune[report]'"
         ) from None
     grey, blue, ink = "#6b7683", "#2264ab", "#1d2733"
-    figure = Figure(figsize=(9, 3.5), dpi=160, facecolor="white", layout="constrained")
+    engine = ConstrainedLayoutEngine()
+    figure = Figure(figsize=(9, 3.5), dpi=160, facecolor="white", layout=engine)
     figure.suptitle(head["short"], fontsize=12.5, fontweight="bold", color=ink)
-    figure.get_layout_engine().set(wspace=0.12)
+    engine.set(wspace=0.12)
     bars = [(row["name"], row["values"], row["texts"]) for row in head["bars"]]
     for axes, (name, values, texts) in zip(figure.subplots(1, len(bars), squeeze=False)[0], bars, strict=True):
         drawn = axes.bar(["dense", "sparse"], values, color=[grey, blue], width=0.6)
@@ -258,7 +262,7 @@ def _view(directory: Path, metrics: dict, analysis: dict) -> dict[str, Any]:
     sections: dict[str, Any] = {}
     missing = []
     for key, (title, build) in _SECTIONS.items():
-        drawn = _build(file, key, lambda build=build, key=key: build(analysis, head) if analysis.get(key) else None)
+        drawn = _build(file, key, partial(build, analysis, head)) if analysis.get(key) else None
         sections[key] = drawn
         if not drawn:
             missing.append(title)
@@ -313,7 +317,7 @@ def _headline(metrics: dict, analysis: dict) -> dict[str, Any]:
         gained = "smaller" if speed is None else "smaller and faster"
         tone, verdict = "good", f"It paid off: {gained}, with its {metric} kept within {TOLERANCE[key]:g} points."
     elif kept_score:
-        slower = "not faster" if speed > 1 / FASTER else "slower"
+        slower = "not faster" if speed is None or speed > 1 / FASTER else "slower"
         tone, verdict = "mixed", f"Smaller, with its {metric} kept, but {slower} on this machine."
     elif fast:
         gained = "Smaller" if speed is None else "Smaller and faster"
@@ -501,10 +505,10 @@ def _curve_section(analysis: dict, head: dict) -> dict[str, Any] | None:
     if not points:
         return None
     tolerance, timed = head["tolerance"], [point for point in points if "speed" in point]
-    options = {"log": True, "x_name": "blocks kept (log scale)", "mark": head["density"]}
+    options: dict[str, Any] = {"log": True, "x_name": "blocks kept (log scale)", "mark": head["density"]}
     options["x_ticks"] = [(point["density"], percent(point["density"])) for point in points]
     scores = [(point["density"], 100 * point["score"]) for point in points]
-    drawn = {"reference": (scores[-1][1], "dense"), "labels": "{:.1f}"}
+    drawn: dict[str, Any] = {"reference": (scores[-1][1], "dense"), "labels": "{:.1f}"}
     charts = [line_chart(f"{head['metric']}, %", [("sparse", scores)], **drawn, **options)]
     said = ""
     if len(timed) > 1:
@@ -550,7 +554,7 @@ def _latency_section(analysis: dict, head: dict) -> dict[str, Any]:
 
 
 def _class_section(analysis: dict, head: dict) -> dict[str, Any]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for entry in analysis["per_class"]:
         dense, sparse = number(entry["dense"]), number(entry["sparse"])
         rows.append(
@@ -639,7 +643,7 @@ def _attention_section(analysis: dict, head: dict) -> list[dict[str, Any]]:
     return drawn
 
 
-def _history_section(analysis: dict, head: dict) -> dict[str, Any]:
+def _history_section(analysis: dict, head: dict) -> dict[str, Any] | None:
     points, last, offset, phase = [], 0.0, 0.0, None
     for entry in analysis["history"]:
         step = number(entry["step"])
@@ -731,7 +735,7 @@ def _attention_part(name: str) -> str | None:
 
 def _weight_shape(model: nn.Module, name: str) -> tuple[int, int]:
     try:
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         return module.out_features, module.in_features
     except AttributeError:
         raise SparsePruneError(
@@ -741,6 +745,7 @@ def _weight_shape(model: nn.Module, name: str) -> tuple[int, int]:
 
 def _blocksize(mask: Tensor, shape: tuple[int, int], blocksize: Sequence[int] | None) -> tuple[int, int]:
     if blocksize is None:
-        blocksize = tuple(-(-side // max(blocks, 1)) for side, blocks in zip(shape, mask.shape, strict=False))
+        blocksize = [-(-side // max(blocks, 1)) for side, blocks in zip(shape, mask.shape, strict=False)]
     check_mask(mask, shape, blocksize)
-    return tuple(blocksize)
+    r, c = blocksize
+    return r, c

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import safetensors
 import torch
@@ -30,6 +30,7 @@ from .layers import SparseLinear
 from .linears import is_linear, matrix_shape
 from .masks import suggest_blocksize
 
+Model = TypeVar("Model", bound=nn.Module)
 VERSION, VERSION_INT8 = "1", "2"
 METHOD = "sparse_prune"  # quant_method in the config.json of a packed Hugging Face model
 WEIGHTS_NAME = "model.safetensors"
@@ -231,7 +232,7 @@ def is_packed(path: str | os.PathLike) -> bool:
         return False
 
 
-def load_packed(model: nn.Module, path: str | os.PathLike, mmap: bool = False) -> nn.Module:
+def load_packed(model: Model, path: str | os.PathLike, mmap: bool = False) -> Model:
     """Load a packed checkpoint into model, in place, and return it; an encoder that it knows runs fused (`fuse_encoder_`).
 
     model is the architecture with its linear layers dense or sparse; those that the file lists become SparseLinear of the file's

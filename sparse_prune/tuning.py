@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +134,7 @@ def _measure(problem: dict, threads: tuple[int, ...], seconds: float) -> dict:
     for density in DENSITIES:
         mask = random_mask((n, k), problem["block"], density, generator)
         layer = SparseLinear.from_dense(linear, mask, problem["block"])
-        candidates[str(density)] = lambda layer=layer: layer(x)
+        candidates[str(density)] = partial(layer, x)
     worst: list[float] = []
     with backends.force_isa(problem["isa"]), torch.inference_mode():
         for count in threads:

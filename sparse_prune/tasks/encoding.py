@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .data import Example, TagExample
+from .data import Example, TagExample, by_kind
 
 IGNORED = -100  # the label that the loss skips
 SENTENCE_ENDS, PAUSES = frozenset("。！？；!?;"), frozenset("，、：,:)）》」”")
@@ -49,13 +49,14 @@ def encode(tokenizer, examples: Sequence[Example], labels: Sequence[str], max_le
     where the window is full), so that every token gets a prediction; the label sits on a token's first piece.
     """
     index = {label: i for i, label in enumerate(labels)}
-    if not isinstance(examples[0], TagExample):
-        ids = tokenizer([e.text for e in examples], truncation=True, max_length=max_length)["input_ids"]
-        rows = [{"input_ids": row, "labels": index[e.label]} for row, e in zip(ids, examples, strict=True)]
+    texts, sentences = by_kind(examples)
+    if texts:
+        ids = tokenizer([e.text for e in texts], truncation=True, max_length=max_length)["input_ids"]
+        rows = [{"input_ids": row, "labels": index[e.label]} for row, e in zip(ids, texts, strict=True)]
         return EncodedSet(rows, list(range(len(rows))))
     budget = max_length - tokenizer.num_special_tokens_to_add()
     encoded, windows, tags, starts = EncodedSet(), [], [], []
-    for source, (example, pieces) in enumerate(zip(examples, _piece_counts(tokenizer, examples), strict=True)):
+    for source, (example, pieces) in enumerate(zip(sentences, _piece_counts(tokenizer, sentences), strict=True)):
         for start, stop in cut_windows(example.tokens, pieces, budget):
             windows.append(list(example.tokens[start:stop]))
             tags.append(example.tags[start:stop])

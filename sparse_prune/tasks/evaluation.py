@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
-from .data import Example, TagExample, TextExample, bio_problem
+from .data import Example, TagExample, TextExample, bio_problem, by_kind
 from .encoding import IGNORED, Collator, EncodedSet, LengthBatches, encode
 
 
@@ -28,7 +30,7 @@ class Score:
 
 
 def predict(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer,
     examples: Sequence[Example],
     max_length: int,
@@ -38,16 +40,14 @@ def predict(
 ) -> list[str] | list[list[str]]:
     """A label per text, or a BIO tag per token; the labels of examples are not read. autocast runs the model in bf16."""
     labels = label_names(model)
-    sentences = isinstance(examples[0], TagExample)
-    blank = [
-        TagExample(e.tokens, (labels[0],) * len(e.tokens)) if sentences else TextExample(e.text, labels[0])
-        for e in examples
-    ]
+    texts, sentences = by_kind(examples)
+    blank: list[Example] = [TextExample(e.text, labels[0]) for e in texts]
+    blank += [TagExample(e.tokens, (labels[0],) * len(e.tokens)) for e in sentences]
     data = encode(tokenizer, blank, labels, max_length)
     rows = predict_rows(model, data, tokenizer.pad_token_id, batch_size, autocast=autocast)
-    if not sentences:
+    if texts:
         return [labels[row] for row in rows]
-    tags = [["O"] * len(e.tokens) for e in examples]
+    tags = [["O"] * len(e.tokens) for e in sentences]
     for source, places, row in zip(data.sources, data.places, rows, strict=True):
         for place, label in zip(places, row, strict=True):
             tags[source][place] = labels[label]
@@ -55,8 +55,8 @@ def predict(
 
 
 def predict_rows(
-    model: nn.Module, data: EncodedSet, pad_token_id: int, batch_size: int = 64, *, autocast: bool = False
-) -> list[int] | list[list[int]]:
+    model: PreTrainedModel, data: EncodedSet, pad_token_id: int, batch_size: int = 64, *, autocast: bool = False
+) -> list:
     """The label id of each row, or the label ids at each row's labelled positions, in the order of data.
 
     Tags are decoded together: the likeliest sequence among those that are BIO, taking tokens as independent otherwise.
@@ -103,7 +103,7 @@ def decode_bio(rows: Sequence[Tensor], allowed: Tensor) -> list[list[int]]:
         best = value + scores[:, t]
         came_from.append(source)
         finals.append(best)
-    paths = []
+    paths: list[list[int]] = []
     for b, length in enumerate(lengths):
         if not length:
             paths.append([])
@@ -119,10 +119,11 @@ def decode_bio(rows: Sequence[Tensor], allowed: Tensor) -> list[list[int]]:
 
 def score(examples: Sequence[Example], predictions: Sequence) -> Score:
     """Compare predictions (as predict returns them) with the labels of examples."""
-    if isinstance(examples[0], TagExample):
-        return score_entities([list(e.tags) for e in examples], predictions)
+    texts, sentences = by_kind(examples)
+    if sentences:
+        return score_entities([list(e.tags) for e in sentences], predictions)
     right: dict[str, list[bool]] = {}
-    for example, prediction in zip(examples, predictions, strict=True):
+    for example, prediction in zip(texts, predictions, strict=True):
         right.setdefault(example.label, []).append(example.label == prediction)
     per_class = {label: (len(hits), sum(hits) / len(hits)) for label, hits in sorted(right.items())}
     return Score("accuracy", sum(map(sum, right.values())) / len(examples), per_class)
@@ -151,6 +152,7 @@ def score_entities(truth: Sequence[Sequence[str]], predictions: Sequence[Sequenc
     return Score("f1", float(report["micro avg"]["f1-score"]), per_class)
 
 
-def label_names(model: nn.Module) -> list[str]:
+def label_names(model: PreTrainedModel) -> list[str]:
     """The model's labels in the order of its logits."""
-    return [model.config.id2label[i] for i in range(model.config.num_labels)]
+    names: dict[Any, str] = model.config.id2label or {}
+    return [names[i] for i in range(len(names))]

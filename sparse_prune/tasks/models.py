@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +17,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -24,26 +26,28 @@ from ..linears import is_linear
 from ..models.garlic import train_tokenizer
 from ..models.garlic_config import GarlicConfig
 from ..serialization import is_packed, load_packed, read_json
-from .data import Example, TagExample, check_task
+from .data import Example, TagExample, by_kind, check_task
 
+Model = TypeVar("Model", bound=nn.Module)
 GARLIC = "garlic"
 AUTO_MODELS = {"sentiment": AutoModelForSequenceClassification, "ner": AutoModelForTokenClassification}
 
 
 def labels_of(examples: Sequence[Example]) -> list[str]:
     """The distinct labels (or tags) of examples: O first, then by name; an entity type that has B- gets I- too."""
-    if not isinstance(examples[0], TagExample):
-        labels = sorted({e.label for e in examples})
+    texts, sentences = by_kind(examples)
+    if texts:
+        labels = sorted({e.label for e in texts})
         if len(labels) < 2:
             raise SparsePruneError("train", "at least two labels", labels[0], "add examples of another label")
         return labels
-    types = sorted({tag[2:] for e in examples for tag in e.tags if tag != "O"})
+    types = sorted({tag[2:] for e in sentences for tag in e.tags if tag != "O"})
     if not types:
         raise SparsePruneError("train", "at least one entity", "only O tags", "add sentences with entities")
     return ["O", *(f"{place}-{kind}" for kind in types for place in "BI")]
 
 
-def new_garlic(task: str, examples: Sequence[Example], max_length: int, settings: dict) -> tuple[nn.Module, object]:
+def new_garlic(task: str, examples: Sequence[Example], max_length: int, settings: dict) -> tuple[PreTrainedModel, Any]:
     """An untrained Garlic and a tokenizer made from the characters of examples; settings go to GarlicConfig."""
     texts = ("".join(e.tokens) if isinstance(e, TagExample) else e.text for e in examples)
     tokenizer = train_tokenizer(texts, max_length=max_length)
@@ -54,7 +58,7 @@ def new_garlic(task: str, examples: Sequence[Example], max_length: int, settings
     return AUTO_MODELS[task].from_config(config), tokenizer
 
 
-def load_model(name: str | Path, task: str, labels: Sequence[str] | None = None) -> tuple[nn.Module, object]:
+def load_model(name: str | Path, task: str, labels: Sequence[str] | None = None) -> tuple[PreTrainedModel, Any]:
     """A model with the task's head, and its tokenizer, from a directory (dense or packed) or a name on the Hugging Face hub.
 
     labels   the classes of the head; None takes them from the model's config, which must then have been trained for the task
@@ -97,7 +101,7 @@ def load_model(name: str | Path, task: str, labels: Sequence[str] | None = None)
     return check_finite(source, model), tokenizer
 
 
-def check_finite(source: str, model: nn.Module) -> nn.Module:
+def check_finite(source: str, model: Model) -> Model:
     """model itself; raises SparsePruneError where a weight is NaN or infinite."""
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
@@ -168,7 +172,7 @@ def encoder_filter(model: nn.Module) -> Callable[[str, nn.Module], bool]:
     return inside
 
 
-def max_length_of(model: nn.Module, tokenizer, wanted: int) -> int:
+def max_length_of(model: PreTrainedModel, tokenizer, wanted: int) -> int:
     """wanted, or less where the model or its tokenizer cannot take as many tokens."""
     limits = [wanted, getattr(model.config, "max_position_embeddings", wanted) or wanted, tokenizer.model_max_length]
     return int(min(limits))

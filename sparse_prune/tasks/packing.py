@@ -33,7 +33,9 @@ class PackResult:
     @property
     def density(self) -> float:
         """Kept elements over all elements of the packed layers."""
-        return (self.layers or self.int8).density
+        result = self.layers or self.int8
+        assert result is not None
+        return result.density
 
 
 @quiet()

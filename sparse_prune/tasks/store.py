@@ -8,15 +8,21 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..errors import SparsePruneError
 from ..serialization import read_json, write_json
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 RUN_NAME = "run.json"
 
 
-def fingerprint(kind: str, args: object, paths: Mapping[str, str | Path | None], without: Sequence[str] = ()) -> str:
+def fingerprint(
+    kind: str, args: DataclassInstance, paths: Mapping[str, str | Path | None], without: Sequence[str] = ()
+) -> str:
     """A digest of what decides a result: the kind of run, its arguments (but for `without`), and what `paths` hold.
 
     paths names the arguments that are files, model directories, or None.

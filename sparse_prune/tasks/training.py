@@ -12,11 +12,13 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from ..benchmark import interleaved_medians
 from ..convert import BlockSparseConfig, SparsifyResult, sparsify_
@@ -31,6 +33,7 @@ from ..integrations.trainer import (
     history,
     seconds_spent,
 )
+from ..linears import linear_modules, matrix_shape
 from ..masks import check_blocksize, element_density
 from ..pruner import PruneConfig, Pruner
 from ..serialization import MASKS_NAME, WEIGHTS_NAME, atomic_dir, read_json, save_masks, save_packed, write_json
@@ -269,7 +272,7 @@ def prune(args: PruneArgs, report: Report | None = None) -> dict:
     before = _trained(args.model)
     with atomic_dir(out) as temporary:
         _save_dense(model, tokenizer, temporary)
-        save_masks(masks, tuple(args.block), temporary / MASKS_NAME)
+        save_masks(masks, args.block, temporary / MASKS_NAME)
         save_packed(packed, temporary / PACKED_NAME)
         tokenizer.save_pretrained(temporary / PACKED_NAME)
         files = {"dense_file": temporary / WEIGHTS_NAME, "packed_file": temporary / PACKED_NAME / WEIGHTS_NAME}
@@ -296,7 +299,7 @@ def prune(args: PruneArgs, report: Report | None = None) -> dict:
             packed=packed,
             tokenizer=tokenizer,
             masks=masks,
-            blocksize=tuple(args.block),
+            blocksize=args.block,
             examples=parts["eval"],
             scores=(dense_score, sparse_score),
             history=[*before.get("history", []), *pruned.history],
@@ -318,9 +321,9 @@ def prune(args: PruneArgs, report: Report | None = None) -> dict:
 class Pruned:
     """A model pruned in the dense layout (exact zeros), the dense one it came from, and how the run went."""
 
-    teacher: nn.Module
-    model: nn.Module
-    tokenizer: object
+    teacher: PreTrainedModel
+    model: PreTrainedModel
+    tokenizer: Any
     masks: dict[str, torch.Tensor]
     history: list[dict]
     curve: list[dict]
@@ -335,7 +338,7 @@ def check_prune_args(args: PruneArgs) -> None:
         schedule=args.schedule,
         scope=args.scope,
         density=args.density,
-        blocksize=tuple(args.block),
+        blocksize=args.block,
     )
     check_model_dir(args.model)
     check_dense(args.model)
@@ -354,6 +357,7 @@ def fit_pruned(args: PruneArgs, parts: dict[str, list[Example]], mark: str, repo
             check_blocksize(args.block, module.weight.shape)
     recipe = PRUNE_RECIPES[args.task, args.full] if model.config.model_type == "garlic" else FINE_PRUNE[args.full]
     fitted = _fit("prune", args, recipe, model, tokenizer, parts, mark, report, teacher=teacher)
+    assert fitted.pruner is not None
     fitted.pruner.apply_()
     masks = {name: mask.cpu() for name, mask in fitted.pruner.masks.items()}
     model.cpu().eval()
@@ -386,14 +390,15 @@ def evaluate(model_dir: Path, task: str, file: Path | None = None, max_length: i
 
 def pack_(model: nn.Module, masks: dict[str, torch.Tensor], blocksize: tuple[int, int]) -> SparsifyResult:
     """Replace the masked linear layers of model by packed ones, in place; a layer too full to gain stays dense."""
-    return sparsify_(model, BlockSparseConfig(blocksize=tuple(blocksize)), masks=masks)
+    return sparsify_(model, BlockSparseConfig(blocksize=blocksize), masks=masks)
 
 
 def overall_density(model: nn.Module, masks: dict[str, torch.Tensor], blocksize: tuple[int, int]) -> float:
     """Kept elements over all elements of the masked layers."""
-    sizes = {name: model.get_submodule(name).weight.shape for name in masks}
-    kept = sum(element_density(mask, blocksize, sizes[name]) * sizes[name].numel() for name, mask in masks.items())
-    return kept / sum(shape.numel() for shape in sizes.values())
+    linears = linear_modules(model)
+    sizes = {name: matrix_shape(linears[name]) for name in masks}
+    kept = sum(element_density(mask, blocksize, sizes[name]) * math.prod(sizes[name]) for name, mask in masks.items())
+    return kept / sum(map(math.prod, sizes.values()))
 
 
 @dataclass(frozen=True)
@@ -410,12 +415,12 @@ def _fit(
     phase: str,
     args: RunArgs,
     recipe: Recipe,
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer,
     parts: dict[str, list[Example]],
     mark: str,
     report: Report | None,
-    teacher: nn.Module | None = None,
+    teacher: PreTrainedModel | None = None,
 ) -> Fitted:
     """Run the Trainer over parts["train"], resuming where an interrupted run left a checkpoint."""
     labels = label_names(model)
@@ -424,31 +429,31 @@ def _fit(
     batch_size = args.batch_size or recipe.batch_size
     batches = LengthBatches(data.lengths, batch_size, args.seed)
     steps = recipe.steps(args.epochs, len(batches))
-    pruning = isinstance(args, PruneArgs)
-    pruner, callbacks = None, []
-    if pruning:
+    wanted = args if isinstance(args, PruneArgs) else None
+    pruner: Pruner | None = None
+    callbacks: list[TrainerCallback] = []
+    if wanted is not None:
         config = PruneConfig(
-            criterion=args.criterion or recipe.criterion,
-            schedule=args.schedule,
-            scope=args.scope,
-            density=args.density,
-            blocksize=tuple(args.block),
+            criterion=wanted.criterion or recipe.criterion,
+            schedule=wanted.schedule,
+            scope=wanted.scope,
+            density=wanted.density,
+            blocksize=wanted.block,
             total_steps=steps,
-            seed=args.seed,
+            seed=wanted.seed,
         )
         pruner = Pruner(model, config, encoder_filter(model))
-        if args.distill and recipe.undisturbed:
+        if wanted.distill and recipe.undisturbed:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
     work = work_dir(Path(args.out), mark)
-    resume = last_checkpoint(work, (PRUNER_STATE_NAME,) if pruning else ())
-    if pruning:
+    resume = last_checkpoint(work, (PRUNER_STATE_NAME,) if wanted is not None else ())
+    if wanted is not None and pruner is not None:
         callbacks.append(PruningCallback(pruner, resume))
-        if args.curve:
-            callbacks.append(
-                CurveCallback(pruner, [d for d in CURVE_DENSITIES if d > args.density], lambda: dev_point())
-            )
+        if wanted.curve:
+            levels = [d for d in CURVE_DENSITIES if d > wanted.density]
+            callbacks.append(CurveCallback(pruner, levels, lambda: dev_point(model)))
     cpu = not torch.cuda.is_available()
     settings = TrainingArguments(
         output_dir=str(work),
@@ -477,26 +482,24 @@ def _fit(
     def dev_score() -> float:
         return score(watched, predict(model, tokenizer, watched, length, autocast=settings.bf16)).value
 
-    def dev_point(net: nn.Module = model) -> dict[str, float]:
+    def dev_point(net: PreTrainedModel) -> dict[str, float]:
         """Score and latency of the model as it is, packed by the masks as they are, in turns with the dense model."""
+        assert teacher is not None and pruner is not None and wanted is not None
         nets = {"dense": teacher.base_model}
         if net is model:
             packed = copy.deepcopy(net).eval()
-            pack_(packed, pruner.masks, args.block)
+            pack_(packed, pruner.masks, wanted.block)
             nets["packed"] = packed.base_model
         inputs = full_batch(tokenizer, watched, 16, length)
-        calls = {name: lambda net=net: net(**inputs) for name, net in nets.items()}
+        calls = {name: partial(net, **inputs) for name, net in nets.items()}
         with torch.inference_mode():
             times = interleaved_medians(calls, seconds=0.5)
         value = score(watched, predict(net, tokenizer, watched, length, autocast=settings.bf16)).value
         dense = 1e3 * times["dense"]
         return {"score": value, "latency_ms": 1e3 * times["packed"] if "packed" in times else dense, "dense_ms": dense}
 
-    def step_report(step: int, of: int, text: str) -> None:
-        report(phase, step, of, text)
-
-    progress = ProgressCallback(step_report if report else None, dev_score if "dev" in parts else None)
-    callbacks.append(progress)
+    step_report = partial(report, phase) if report else None
+    callbacks.append(ProgressCallback(step_report, dev_score if "dev" in parts else None))
     trainer = DistillationTrainer(
         model=model,
         args=settings,
@@ -506,7 +509,7 @@ def _fit(
         callbacks=callbacks,
         batches=batches,
         embedding_rate=recipe.embedding_rate,
-        teacher=teacher if pruning and args.distill else None,
+        teacher=teacher if wanted is not None and wanted.distill else None,
         distill=recipe.distill,
     )
     trainer.remove_callback(PrinterCallback)
@@ -526,28 +529,25 @@ def _fit(
     model.__dict__.pop("forward", None)
     if pruner is not None:
         pruner.remove_hooks()
-    log = trainer.state.log_history
+    log: list[dict[str, Any]] = trainer.state.log_history
     curve = [row["curve"] for row in log if "curve" in row]
-    if pruning and args.curve:
-        curve = [
-            {"density": 1.0, **dev_point(teacher)},
-            *curve,
-            {"density": pruner.density(), **dev_point()},
-        ]
+    if wanted is not None and wanted.curve and pruner is not None and teacher is not None:
+        dense, sparse = dev_point(teacher), dev_point(model)
+        curve = [{"density": 1.0, **dense}, *curve, {"density": pruner.density(), **sparse}]
     return Fitted(pruner, history(phase, log), curve, seconds_spent(log))
 
 
 def load_parts(args: RunArgs) -> dict[str, list[Example]]:
     """The examples of "train", "eval" and (perhaps) "dev": files where given, else the built-in parts."""
-    shipped = builtin(args.task) if args.train is None or args.eval is None else None
+    # builtin remembers what it has read.
     parts = {
-        "train": shipped.train if args.train is None else load_examples(args.task, args.train),
-        "eval": shipped.test if args.eval is None else load_examples(args.task, args.eval),
+        "train": builtin(args.task).train if args.train is None else load_examples(args.task, args.train),
+        "eval": builtin(args.task).test if args.eval is None else load_examples(args.task, args.eval),
     }
     if args.dev is not None:
         parts["dev"] = load_examples(args.task, args.dev)
     elif args.train is None:
-        parts["dev"] = shipped.dev
+        parts["dev"] = builtin(args.task).dev
     return parts
 
 
@@ -563,7 +563,7 @@ def _mark(kind: str, args: RunArgs) -> str:
     return fingerprint(kind, args, {name: getattr(args, name) for name in ("train", "eval", "dev", "model")}, ("out",))
 
 
-def score_examples(model: nn.Module, tokenizer, examples: Sequence[Example], max_length: int) -> Score:
+def score_examples(model: PreTrainedModel, tokenizer, examples: Sequence[Example], max_length: int) -> Score:
     return score(examples, predict(model, tokenizer, examples, max_length_of(model, tokenizer, max_length)))
 
 
@@ -572,7 +572,7 @@ def _plain(scored: Score) -> dict:
     return {"name": scored.name, "value": scored.value, "per_class": classes}
 
 
-def _save_dense(model: nn.Module, tokenizer, directory: Path) -> None:
+def _save_dense(model: PreTrainedModel, tokenizer, directory: Path) -> None:
     model.eval().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
