@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden", "-Wno-maybe-uninitialized", "-g0"]
 ARCHS = "80;90;100;120+PTX"
-CUDA_SOURCES = ("csrc/cuda/kernels_sm80.cu",)  # not kernels_sm90.cu: nothing launches it yet
+CUDA_SOURCES = ("csrc/cuda/kernels_sm80.cu", "csrc/cuda/kernels_sdd.cu")  # not kernels_sm90.cu: nothing launches it yet
 COMPILER_BYTES = 3 << 30  # memory that one nvcc may take: cicc and ptxas stay below 1 GB here
 
 

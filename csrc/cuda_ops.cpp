@@ -1,4 +1,4 @@
-// Registration of the CUDA operators, and the checks of their arguments; what `packed` holds is trusted, for sparse_prune made it.
+// Registration of the CUDA operators, and the checks of their arguments; what `packed` and `jobs` hold is trusted, for sparse_prune made it.
 // torch's stable C++ interface only; the one function of it that only a CUDA build of torch has is looked up when it is first needed, so
 // that this library loads beside any torch.
 #include <dlfcn.h>
@@ -45,18 +45,34 @@ Tensor with_aligned_rows(const Tensor& x) {
   return copy;
 }
 
+void check_sides(int64_t block_rows, int64_t block_cols) {
+  auto side = [](int64_t s) { return s == 16 || s == 32 || s == 64 || s == 128; };
+  STD_TORCH_CHECK(side(block_rows) && side(block_cols), "block_rows, block_cols: expected 16, 32, 64 or 128, got ", block_rows, " and ",
+                  block_cols);
+}
+
+// Whether t is bfloat16; anything but that and float16 is an error.
+bool is_bfloat16(const Tensor& t, const char* name) {
+  const bool bfloat16 = t.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(bfloat16 || t.scalar_type() == ScalarType::Half, name, ": expected dtype bfloat16 or float16, got ",
+                  torch::headeronly::toString(t.scalar_type()));
+  return bfloat16;
+}
+
+void* stream_of(int32_t device) {
+  STD_TORCH_CHECK(current_stream() != nullptr, "this torch was built without CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(current_stream()(device, &stream));
+  return stream;
+}
+
 Tensor cuda_linear(const Tensor& x_any, const Tensor& packed, int64_t nnzb, int64_t block_rows, int64_t block_cols, int64_t out_features,
                    std::optional<Tensor> bias, std::string activation, std::optional<Tensor> residual) {
   check_matrix(x_any, "x");
   check_cuda(x_any, "x", x_any, "x");
-  const bool bfloat16 = x_any.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(bfloat16 || x_any.scalar_type() == ScalarType::Half, "x: expected dtype bfloat16 or float16, got ",
-                  torch::headeronly::toString(x_any.scalar_type()));
-  auto side = [](int64_t s) { return s == 16 || s == 32 || s == 64 || s == 128; };
-  STD_TORCH_CHECK(side(block_rows) && side(block_cols), "block_rows, block_cols: expected 16, 32, 64 or 128, got ", block_rows, " and ",
-                  block_cols);
+  check_sides(block_rows, block_cols);
   sp::LinearProblem p = {};
-  p.bfloat16 = bfloat16;
+  p.bfloat16 = is_bfloat16(x_any, "x");
   p.M = x_any.size(0), p.N = out_features, p.K = x_any.size(1);
   STD_TORCH_CHECK(p.N > 0 && p.K > 0 && nnzb >= 0, "out_features, in_features: expected numbers from 1, got ", p.N, " and ", p.K);
   p.layout = sp::layout_of(p.N, nnzb, static_cast<int>(block_rows), static_cast<int>(block_cols));
@@ -87,12 +103,46 @@ Tensor cuda_linear(const Tensor& x_any, const Tensor& packed, int64_t nnzb, int6
   const Tensor x = with_aligned_rows(x_any);
   p.x = x.const_data_ptr(), p.ldx = p.M > 1 ? x.stride(0) : 0;
   p.y = y.mutable_data_ptr();
-  STD_TORCH_CHECK(current_stream() != nullptr, "cuda_linear: this torch was built without CUDA");
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(current_stream()(device, &stream));
-  const char* reason = sp::launch_linear(p, stream);
+  const char* reason = sp::launch_linear(p, stream_of(device));
   STD_TORCH_CHECK(reason == nullptr, "cuda_linear: the launch failed: ", reason);
   return y;
+}
+
+Tensor cuda_sdd(const Tensor& dy_any, const Tensor& x_any, const Tensor& jobs, int64_t nnzb, int64_t block_rows, int64_t block_cols) {
+  check_matrix(x_any, "x");
+  check_matrix(dy_any, "dy");
+  check_cuda(x_any, "x", x_any, "x");
+  check_same(dy_any, "dy", x_any);
+  check_cuda(jobs, "jobs", x_any, "x");
+  check_sides(block_rows, block_cols);
+  sp::SddProblem p = {};
+  p.bfloat16 = is_bfloat16(x_any, "x");
+  p.M = x_any.size(0), p.N = dy_any.size(1), p.K = x_any.size(1), p.nnzb = nnzb;
+  p.block_rows = static_cast<int>(block_rows), p.block_cols = static_cast<int>(block_cols);
+  STD_TORCH_CHECK(dy_any.size(0) == p.M, "dy: expected ", p.M, " rows like x, got ", dy_any.size(0));
+  STD_TORCH_CHECK(jobs.scalar_type() == ScalarType::Int && jobs.dim() == 2 && jobs.size(1) == sp::kJobInts && jobs.is_contiguous() &&
+                      (jobs.size(0) > 0) == (nnzb > 0),
+                  "jobs: expected int32 [jobs, ", sp::kJobInts, "], got shape ", shape_of(jobs));
+  p.jobs = jobs.const_data_ptr(), p.job_count = jobs.size(0);
+
+  const int32_t device = x_any.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Tensor dvalues = torch::stable::new_empty(x_any, {nnzb, block_rows, block_cols});
+  if (nnzb == 0) return dvalues;
+  if (p.M == 0) return torch::stable::zero_(dvalues);
+  const Tensor dy = with_aligned_rows(dy_any), x = with_aligned_rows(x_any);
+  p.dy = dy.const_data_ptr(), p.ldy = p.M > 1 ? dy.stride(0) : 0;
+  p.x = x.const_data_ptr(), p.ldx = p.M > 1 ? x.stride(0) : 0;
+  const sp::SddLaunch launch = sp::sdd_launch(p.M, p.job_count, nnzb, p.block_rows, p.block_cols, sp::multiprocessors());
+  std::optional<Tensor> parts;
+  if (launch.splits > 1) {
+    parts = torch::stable::new_empty(x_any, {launch.splits, nnzb, block_rows, block_cols}, ScalarType::Float);
+    p.parts = parts->mutable_data_ptr();
+  }
+  p.dvalues = dvalues.mutable_data_ptr();
+  const char* reason = sp::launch_sdd(p, launch, stream_of(device));
+  STD_TORCH_CHECK(reason == nullptr, "cuda_sdd: the launch failed: ", reason);
+  return dvalues;
 }
 
 static_assert(static_cast<int>(sp::Activation::silu) == sp::kSilu && static_cast<int>(sp::Activation::none) == sp::kNone,
@@ -104,9 +154,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparse_prune, m) {
   m.def(
       "cuda_linear(Tensor x, Tensor packed, int nnzb, int block_rows, int block_cols, int out_features, Tensor? bias, str activation, "
       "Tensor? residual) -> Tensor");
+  m.def("cuda_sdd(Tensor dy, Tensor x, Tensor jobs, int nnzb, int block_rows, int block_cols) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(sparse_prune, CUDA, m) { m.impl("cuda_linear", TORCH_BOX(&cuda_linear)); }
+STABLE_TORCH_LIBRARY_IMPL(sparse_prune, CUDA, m) {
+  m.impl("cuda_linear", TORCH_BOX(&cuda_linear));
+  m.impl("cuda_sdd", TORCH_BOX(&cuda_sdd));
+}
 
 // For sparse_prune/backends.py, through ctypes: null where the current device can run the kernels, else why it cannot.
 extern "C" __attribute__((visibility("default"))) const char* sparse_prune_cuda_problem() {

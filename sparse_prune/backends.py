@@ -132,14 +132,31 @@ def _load_cuda() -> tuple[ctypes.CDLL | None, str]:
     def _(x, packed, nnzb, block_rows, block_cols, out_features, bias, activation, residual):
         return x.new_empty(x.shape[0], out_features)
 
+    @torch.library.register_fake("sparse_prune::cuda_sdd")
+    def _(dy, x, jobs, nnzb, block_rows, block_cols):
+        return dy.new_empty(nnzb, block_rows, block_cols)
+
     return library, ""
 
 
-def cuda_layout(crow: torch.Tensor, col: torch.Tensor, values: torch.Tensor, block_columns: int) -> torch.Tensor:
-    """values[nnzb, R, C] and their index in one uint8 tensor, as the operator cuda_linear reads them. Waits for the GPU."""
+def cuda_layout(
+    crow: torch.Tensor, col: torch.Tensor, values: torch.Tensor, in_features: int, transposed: bool = False
+) -> torch.Tensor:
+    """values[nnzb, R, C] and their index in one uint8 tensor, as the operator cuda_linear reads them: W, or W^T for dx = dy @ W.
+
+    Waits for the GPU where the index is new.
+    """
     from sparse_prune_kernels import cuda
 
-    return cuda.make_layout(crow, col, block_columns, *values.shape[1:]).pack(values)
+    r, c = values.shape[1:]
+    return cuda.layout_of(crow, col, -(-in_features // c), r, c, transposed).pack(values)
+
+
+def cuda_jobs(crow: torch.Tensor, col: torch.Tensor, in_features: int, r: int, c: int) -> torch.Tensor:
+    """The table that the operator cuda_sdd reads for the gradient of values[nnzb, R, C]. A new index makes it wait for the GPU."""
+    from sparse_prune_kernels import cuda
+
+    return cuda.jobs_of(crow, col, -(-in_features // c), r, c)
 
 
 def register_triton(library: torch.library.Library, fallbacks: dict[str, Callable]) -> None:

@@ -2,10 +2,12 @@
 
 The schema, shape rule and gradient live here once. Devices get their kernels by dispatch key: the C++ extension registers CPU,
 sparse_prune_kernels (Triton) registers CUDA, and plain PyTorch (reference.py) serves every device and dtype that has no kernel.
+`bsr_linear_cuda`, `bsr_linear_dx_cuda` and `bsr_sdd_cuda` are the same by the CUDA C++ kernels.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -50,6 +52,9 @@ _SCHEMAS = {
     "bsr_linear_glu": _GLU,
     "bsr_linear_dx": _DX,
     "bsr_sdd": _SDD,
+    "bsr_linear_cuda": _LINEAR,
+    "bsr_linear_dx_cuda": _DX,
+    "bsr_sdd_cuda": _SDD,
     "attention": _ATTENTION,
     "layer_norm": _LAYER_NORM,
 }
@@ -70,6 +75,28 @@ def _reference_int8(
         x, crow_indices, col_indices, values, scales, out_features, bias, activation, residual, x_scale
     ).contiguous()
 
+
+def _cuda_linear(x, crow_indices, col_indices, values, prepacked, out_features, bias, activation, residual):
+    if prepacked is None:
+        prepacked = backends.cuda_layout(crow_indices, col_indices, values, x.shape[1])
+    nnzb, r, c = values.shape
+    return torch.ops.sparse_prune.cuda_linear(x, prepacked, nnzb, r, c, out_features, bias, activation, residual)
+
+
+def _cuda_linear_dx(dy, crow_indices, col_indices, values, in_features):
+    transposed = backends.cuda_layout(crow_indices, col_indices, values, in_features, transposed=True)
+    nnzb, r, c = values.shape
+    return torch.ops.sparse_prune.cuda_linear(dy, transposed, nnzb, c, r, in_features, None, "none", None)
+
+
+def _cuda_sdd(dy, x, crow_indices, col_indices, block_rows, block_cols):
+    jobs = backends.cuda_jobs(crow_indices, col_indices, x.shape[1], block_rows, block_cols)
+    return torch.ops.sparse_prune.cuda_sdd(dy, x, jobs, col_indices.shape[0], block_rows, block_cols)
+
+
+_CUDA = {"bsr_linear_cuda": _cuda_linear, "bsr_linear_dx_cuda": _cuda_linear_dx, "bsr_sdd_cuda": _cuda_sdd}
+for _name, _function in _CUDA.items():
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
 
 _REFERENCE: dict[str, Callable] = {
     "bsr_linear": _reference_linear,
@@ -108,6 +135,7 @@ def _two_linears(
 _library.impl("bsr_linear_glu", _two_linears, "CompositeExplicitAutograd")
 
 
+@torch.library.register_fake("sparse_prune::bsr_linear_cuda", lib=_library)
 @torch.library.register_fake("sparse_prune::bsr_linear", lib=_library)
 def _(x, crow_indices, col_indices, values, prepacked, out_features, bias, activation, residual):
     return x.new_empty(x.shape[0], out_features)
@@ -123,11 +151,13 @@ def _(x, gc, gi, gv, gp, uc, ui, uv, up, out_features, gate_bias, up_bias, activ
     return x.new_empty(x.shape[0], out_features)
 
 
+@torch.library.register_fake("sparse_prune::bsr_linear_dx_cuda", lib=_library)
 @torch.library.register_fake("sparse_prune::bsr_linear_dx", lib=_library)
 def _(dy, crow_indices, col_indices, values, in_features):
     return dy.new_empty(dy.shape[0], in_features)
 
 
+@torch.library.register_fake("sparse_prune::bsr_sdd_cuda", lib=_library)
 @torch.library.register_fake("sparse_prune::bsr_sdd", lib=_library)
 def _(dy, x, crow_indices, col_indices, block_rows, block_cols):
     return dy.new_empty(col_indices.shape[0], block_rows, block_cols)
@@ -149,22 +179,34 @@ def _save_for_backward(ctx, inputs, output):
     ctx.activation = activation
 
 
-def _backward(ctx, dy):
-    """dx = dz @ W, dvalues = blocks of dz^T @ x, db = sum of dz over M, dresidual = dy, with dz = dy * act'(z)."""
+def _backward(kernels: str, ctx, dy):
+    """dx = dz @ W, dvalues = blocks of dz^T @ x, db = sum of dz over M, dresidual = dy, with dz = dy * act'(z).
+
+    kernels: what the names of the operators end with.
+    """
+    linear, linear_dx, sdd = (
+        getattr(torch.ops.sparse_prune, name + kernels) for name in ("bsr_linear", "bsr_linear_dx", "bsr_sdd")
+    )
     x, crow, col, values, prepacked, bias = ctx.saved_tensors
     dz = dy.contiguous()  # [M, N]
     if ctx.activation != "none":
         # z is computed again: keeping it would cost [M, N] for every layer of a model in training.
-        z = torch.ops.sparse_prune.bsr_linear(x, crow, col, values, prepacked, dy.shape[1], bias, "none", None)
+        z = linear(x, crow, col, values, prepacked, dy.shape[1], bias, "none", None)
         dz = reference.activation_grad(dz, z, ctx.activation)
     needs_x, _, _, needs_values, _, _, needs_bias, _, needs_residual = ctx.needs_input_grad
-    dx = torch.ops.sparse_prune.bsr_linear_dx(dz, crow, col, values, x.shape[1]) if needs_x else None
-    dvalues = torch.ops.sparse_prune.bsr_sdd(dz, x, crow, col, *values.shape[1:]) if needs_values else None
+    dx = linear_dx(dz, crow, col, values, x.shape[1]) if needs_x else None
+    dvalues = sdd(dz, x, crow, col, *values.shape[1:]) if needs_values else None
     dbias = dz.sum(0) if needs_bias else None
     return dx, None, None, dvalues, None, None, dbias, None, dy if needs_residual else None
 
 
-torch.library.register_autograd("sparse_prune::bsr_linear", _backward, setup_context=_save_for_backward, lib=_library)
+for _kernels in ("", "_cuda"):
+    torch.library.register_autograd(
+        f"sparse_prune::bsr_linear{_kernels}",
+        functools.partial(_backward, _kernels),
+        setup_context=_save_for_backward,
+        lib=_library,
+    )
 
 
 def _save_glu(ctx, inputs, output):
@@ -312,7 +354,7 @@ def bsr_linear(
     Differentiable in x, packed.values, bias and residual. backend "auto" runs the sparse kernel, or on a CPU, where no gradient of
     the weight is wanted, dense PyTorch if the planner expects that to be faster; the dense weight is then made once and kept beside
     the packed one, N * K more elements of memory. `backend_for(x.device, packed.values.dtype, backend, packed.blocksize, density,
-    M, shape)` tells which runs. "cuda" runs the CUDA C++ kernels, which are for inference: no gradients.
+    M, shape)` tells which runs. "cuda" runs the CUDA C++ kernels.
 
     Where packed.values are int8 (BsrWeight.quantize), x, bias and residual share float32, bfloat16 or float16, each row of x is
     rounded to int8 by its own scale max|x| / 127, or by x_scale for all rows (what lies beyond +-127 x_scale saturates), products
@@ -341,10 +383,11 @@ def bsr_linear(
         else:
             y = torch.ops.sparse_prune.bsr_linear_int8(*arguments)
     elif chosen == "cuda":
-        owed = owes_gradient(rows, packed.values, bias, flat_residual)
-        _require(not owed, "backend", "'auto' where gradients are owed", "'cuda', which is for inference")
-        assert derived is not None
-        y = _cuda_linear(rows, packed, derived, bias, activation, flat_residual)
+        # Outside training the layout is made in the first call, before any capture of a CUDA graph, and kept.
+        if derived is not None and derived.cuda is None:
+            derived.cuda = backends.cuda_layout(*bsr[:2], packed.values.detach(), packed.shape[1])
+        layout = None if derived is None else derived.cuda
+        y = torch.ops.sparse_prune.bsr_linear_cuda(rows, *bsr, layout, n, bias, activation, flat_residual)
     elif form and derived is not None:
         y = dense_linear(dense_weight(derived, form, packed.to_dense), form, rows, bias, activation, flat_residual)
     elif form or chosen == "reference":
@@ -352,22 +395,6 @@ def bsr_linear(
     else:
         y = torch.ops.sparse_prune.bsr_linear(rows, *bsr, prepacked, n, bias, activation, flat_residual)
     return y.reshape(out_shape)
-
-
-def _cuda_linear(
-    rows: Tensor,
-    packed: BsrWeight,
-    derived: Derived,
-    bias: Tensor | None,
-    activation: str,
-    residual: Tensor | None,
-) -> Tensor:
-    """bsr_linear by the CUDA C++ kernels. Their layout is made in the first call, before any capture of a CUDA graph, and kept."""
-    n, (r, c) = packed.shape[0], packed.blocksize
-    if derived.cuda is None:
-        index = (packed.crow_indices, packed.col_indices)
-        derived.cuda = backends.cuda_layout(*index, packed.values.detach(), -(-packed.shape[1] // c))
-    return torch.ops.sparse_prune.cuda_linear(rows, derived.cuda, packed.nnzb, r, c, n, bias, activation, residual)
 
 
 def bsr_linear_glu(

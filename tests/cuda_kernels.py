@@ -85,6 +85,14 @@ class LinearLaunch(ctypes.Structure):
     ]
 
 
+class SddLaunch(ctypes.Structure):
+    """As in csrc/cuda/config.h."""
+
+    _fields_ = [(name, ctypes.c_int) for name in ("units", "splits", "threads", "shared_bytes")] + [
+        (name, ctypes.c_int64) for name in ("blocks", "sum_blocks")
+    ]
+
+
 @functools.cache
 def _config() -> ctypes.CDLL:
     """csrc/cuda/config.cpp, compiled once by content."""
@@ -152,3 +160,43 @@ def linear(
     arguments += [m, n, k, x.stride(0), last, ACTIVATIONS.index(activation), int(vector)]
     counts = code.launch(launch.blocks, launch.threads, arguments, shared_bytes=launch.shared_bytes, **options)
     return y, counts
+
+
+def sdd_launch(m: int, jobs: int, blocks: tuple[int, int, int], sms: int = 108) -> SddLaunch:
+    """What csrc/cuda/config.cpp chooses for the gradient of `blocks` (nnzb, R, C) in so many jobs."""
+    launch, call = SddLaunch(), _config().sparse_prune_sdd_launch
+    call.argtypes = (ctypes.c_int64,) * 3 + (ctypes.c_int,) * 3 + (ctypes.c_void_p,)
+    call(m, jobs, *blocks, sms, ctypes.byref(launch))
+    return launch
+
+
+def sdd(
+    dy: Tensor,
+    x: Tensor,
+    jobs: Tensor,
+    blocks: tuple[int, int, int],
+    sms: int = 108,
+    arch: str = "sm_80",
+    patch: tuple[tuple[str, str, str], ...] = (),
+    **options,
+) -> tuple[Tensor, list[ptx_emulator.Counts]]:
+    """dvalues of the kernels that launch_sdd would run for `blocks` (nnzb, R, C), and counts of each; jobs are cuda.make_jobs'."""
+    for rows in (dy, x):
+        assert rows.stride(1) == 1 and rows.stride(0) % 8 == 0 and rows.data_ptr() % 16 == 0, (
+            "the launcher copies others"
+        )
+    (m, n), k, name = dy.shape, x.shape[1], NAMES[x.dtype]
+    launch = sdd_launch(m, len(jobs), blocks, sms)
+    dvalues = x.new_full(blocks, torch.nan)  # [nnzb, R, C]
+    parts = x.new_full((launch.splits, *blocks), torch.nan, dtype=torch.float32) if launch.splits > 1 else 0
+    text = ptx("kernels_sdd.cu", arch, patch)
+    arguments = [dy, x, jobs, dvalues, parts, m, n, k, dy.stride(0), x.stride(0), blocks[2], len(jobs), launch.splits]
+    product = program(text, f"bsr_sdd_{name}_{launch.units}")
+    arguments.append(dvalues.numel())
+    counts = [product.launch(launch.blocks, launch.threads, arguments, shared_bytes=launch.shared_bytes, **options)]
+    if launch.splits > 1:
+        arguments = [parts, dvalues, dvalues.numel(), launch.splits]
+        counts.append(
+            program(text, f"sum_parts_{name}").launch(launch.sum_blocks, launch.threads, arguments, **options)
+        )
+    return dvalues, counts

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import sparse_prune as sp
-from sparse_prune import backends
+from sparse_prune import backends, reference
 from sparse_prune.ops import backend_for
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +75,8 @@ def test_code_for_every_architecture(library):
             seen.setdefault(arch, set()).add(name)
     assert {"sm_80", "sm_90", "sm_100", "sm_120"} <= set(seen)
     for arch, names in seen.items():
-        assert len(names) >= 18 and all(re.match("bsr_linear_s(m80|kinny)_", name) for name in names), arch
+        assert len(names) >= 24, arch
+        assert all(re.match("bsr_linear_s(m80|kinny)_|bsr_sdd_|sum_parts_", name) for name in names), arch
         code = subprocess.run(
             [tool("cuobjdump"), "-sass", "-arch", arch, library], capture_output=True, text=True
         ).stdout
@@ -88,7 +89,8 @@ def test_code_for_every_architecture(library):
 @needs_nvcc
 def test_it_loads_beside_any_torch_and_says_why_it_cannot_run(library):
     program = (
-        "import ctypes, sys, torch; torch.ops.load_library(sys.argv[1]); torch.ops.sparse_prune.cuda_linear;"
+        "import ctypes, sys, torch; torch.ops.load_library(sys.argv[1]);"
+        "torch.ops.sparse_prune.cuda_linear, torch.ops.sparse_prune.cuda_sdd;"
         "f = ctypes.CDLL(sys.argv[1]).sparse_prune_cuda_problem; f.restype = ctypes.c_char_p; print(f())"
     )
     done = subprocess.run([sys.executable, "-c", program, str(library)], capture_output=True, text=True)
@@ -112,43 +114,129 @@ def test_reasons():
             backend_for("cuda", torch.float16, "cuda")
 
 
-@needs_nvcc
-def test_backend_cuda_end_to_end(monkeypatch):
-    """sp.bsr_linear(backend="cuda") with the operator played by the emulator, which runs what nvcc made of the kernels."""
-    schema = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', (ROOT / "csrc" / "cuda_ops.cpp").read_text())
-    name, _, rest = "".join(re.findall(r'"([^"]*)"', schema[0])).partition("(")
-    assert name == "cuda_linear"
+@pytest.fixture
+def emulated(monkeypatch):
+    """The operators of csrc/cuda_ops.cpp on CPU tensors, by the emulator, which runs what nvcc made of the kernels; their calls."""
+    source = (ROOT / "csrc" / "cuda_ops.cpp").read_text()
+    schemas = ["".join(re.findall(r'"([^"]*)"', d)) for d in re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', source)]
     calls = []
 
-    def emulated(x, packed, nnzb, block_rows, block_cols, out_features, bias, activation, residual):
-        calls.append(packed.data_ptr())
+    def cuda_linear(x, packed, nnzb, block_rows, block_cols, out_features, bias, activation, residual):
+        calls.append(("linear", packed.data_ptr()))
         blocks = (nnzb, block_rows, block_cols)
         return cuda_kernels.linear(cuda_kernels.aligned(x), packed, blocks, out_features, bias, activation, residual)[0]
 
+    def cuda_sdd(dy, x, jobs, nnzb, block_rows, block_cols):
+        calls.append(("sdd", jobs.data_ptr()))
+        dy, x = cuda_kernels.aligned(dy), cuda_kernels.aligned(x)
+        return cuda_kernels.sdd(dy, x, jobs, (nnzb, block_rows, block_cols))[0]
+
     scope = torch.library.Library("sparse_prune", "FRAGMENT")
-    try:
-        if not hasattr(torch.ops.sparse_prune, "cuda_linear"):
-            scope.define(f"cuda_linear({rest}")
-        scope.impl("cuda_linear", emulated, "CPU")
-        monkeypatch.setattr(backends, "cuda_unavailable", lambda *_: None)
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(70, 100, generator=generator).bfloat16()
-        mask = torch.rand(3, 4, generator=generator) < 0.6
-        packed = sp.BsrWeight.from_dense(weight, mask, blocksize=(32, 32))
-        bias, residual = torch.randn(70).bfloat16(), torch.randn(2, 3, 70).bfloat16()
-        for tokens in (3, 50):
-            x = torch.randn(2, tokens, 100, generator=generator).bfloat16()
-            residual = torch.randn(2, tokens, 70, generator=generator).bfloat16()
-            got = sp.bsr_linear(x, packed, bias, "relu", residual, backend="cuda")
-            exact = F.relu(F.linear(x.double(), packed.to_dense().double(), bias.double())) + residual.double()
-            torch.testing.assert_close(got.double(), exact, rtol=2**-7, atol=2**-7)
-        assert len(calls) == 2 and calls[0] == calls[1], "the layout was not kept"
-        packed.values.mul_(2)
-        twice = sp.bsr_linear(x, packed, backend="cuda")
-        torch.testing.assert_close(
-            twice.double(), F.linear(x.double(), packed.to_dense().double()), rtol=2**-7, atol=2**-6
-        )
-        with pytest.raises(sp.SparsePruneError, match="backend: .*gradients are owed.*'cuda', which is for inference"):
-            sp.bsr_linear(x.requires_grad_(), packed, backend="cuda")
-    finally:
-        scope._destroy()
+    played = {"cuda_linear": cuda_linear, "cuda_sdd": cuda_sdd}
+    assert sorted(schema.partition("(")[0] for schema in schemas) == sorted(played)
+    for schema in schemas:
+        name = schema.partition("(")[0]
+        if not hasattr(torch.ops.sparse_prune, name):
+            scope.define(schema)
+        scope.impl(name, played[name], "CPU")
+    monkeypatch.setattr(backends, "cuda_unavailable", lambda *_: None)
+    yield calls
+    scope._destroy()
+
+
+def some_weight(dtype=torch.bfloat16):
+    """70 x 100 in blocks of 32 x 32, and a generator."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(70, 100, generator=generator).to(dtype)
+    mask = torch.rand(3, 4, generator=generator) < 0.6
+    return sp.BsrWeight.from_dense(weight, mask, blocksize=(32, 32)), generator
+
+
+@needs_nvcc
+def test_backend_cuda_end_to_end(emulated):
+    packed, generator = some_weight()
+    bias = torch.randn(70, generator=generator).bfloat16()
+    for tokens in (3, 50):
+        x = torch.randn(2, tokens, 100, generator=generator).bfloat16()
+        residual = torch.randn(2, tokens, 70, generator=generator).bfloat16()
+        got = sp.bsr_linear(x, packed, bias, "relu", residual, backend="cuda")
+        exact = F.relu(F.linear(x.double(), packed.to_dense().double(), bias.double())) + residual.double()
+        torch.testing.assert_close(got.double(), exact, rtol=2**-7, atol=2**-7)
+    assert len(emulated) == 2 and emulated[0] == emulated[1], "the layout was not kept"
+    packed.values.mul_(2)
+    twice = sp.bsr_linear(x, packed, backend="cuda")
+    torch.testing.assert_close(twice.double(), F.linear(x.double(), packed.to_dense().double()), rtol=2**-7, atol=2**-6)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_backend_cuda_gradients(emulated, activation, frozen):
+    """Of x, values, bias and residual against float64; dx and dvalues by the CUDA kernels, once each."""
+    packed, generator = some_weight(torch.float16)
+    packed.values.requires_grad_(not frozen)
+    x, bias, residual = (
+        torch.randn(*shape, generator=generator).half().requires_grad_() for shape in ((2, 40, 100), (70,), (2, 40, 70))
+    )
+    dy = torch.randn(2, 40, 70, generator=generator).half()
+    y = sp.bsr_linear(x, packed, bias, activation, residual, backend="cuda")
+    given = [tensor for tensor in (x, packed.values, bias, residual) if tensor.requires_grad]
+    got = torch.autograd.grad(y, given, dy)
+    forwards = 2 if activation == "gelu" else 1
+    assert [name for name, _ in emulated] == ["linear"] * (forwards + 1) + ["sdd"] * (not frozen)
+
+    exact = [
+        tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in (x, packed.values, bias, residual)
+    ]
+    index = (packed.crow_indices, packed.col_indices, exact[1])
+    z = reference.bsr_linear(exact[0].view(-1, 100), *index, 70, exact[2], activation, exact[3].view(-1, 70))
+    wanted = torch.autograd.grad(z.view(y.shape), [tensor for tensor in exact if tensor.requires_grad], dy.double())
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours.dtype == torch.float16 and ours.shape == theirs.shape
+        torch.testing.assert_close(ours.double(), theirs, rtol=2**-8, atol=2**-9 * float(theirs.abs().max()) + 2**-10)
+
+
+@needs_nvcc
+def test_backend_cuda_trains(emulated):
+    """A step changes values, and the next call sees it: nothing made of the old ones is kept."""
+    packed, generator = some_weight()
+    packed.values.requires_grad_()
+    x, target = (
+        torch.randn(33, 100, generator=generator).bfloat16(),
+        torch.randn(33, 70, generator=generator).bfloat16(),
+    )
+    optimizer, losses = torch.optim.SGD([packed.values], lr=0.02), []
+    for _ in range(4):
+        loss = F.mse_loss(sp.bsr_linear(x, packed, backend="cuda").float(), target.float(), reduction="sum") / 33
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]
+
+
+@needs_nvcc
+def test_opcheck(emulated):
+    packed, generator = some_weight()
+    x, dy = torch.randn(20, 100, generator=generator).bfloat16(), torch.randn(20, 70, generator=generator).bfloat16()
+    index, values = (packed.crow_indices, packed.col_indices), packed.values.detach().requires_grad_()
+    sparse, residual = torch.ops.sparse_prune, torch.zeros_like(dy)
+    arguments = (x.requires_grad_(), *index, values, None, 70, dy[0].clone().requires_grad_(), "silu", residual)
+    torch.library.opcheck(sparse.bsr_linear_cuda.default, arguments)
+    torch.library.opcheck(sparse.bsr_linear_dx_cuda.default, (dy, *index, packed.values, 100))
+    torch.library.opcheck(sparse.bsr_sdd_cuda.default, (dy, x.detach(), *index, 32, 32))
+
+
+def test_what_is_made_of_an_index_is_made_once():
+    from sparse_prune_kernels import cuda
+
+    packed, _ = some_weight()
+    crow, col = packed.crow_indices.clone(), packed.col_indices.clone()
+    layout = cuda.layout_of(crow, col, 4, 32, 32, False)
+    assert cuda.layout_of(crow, col, 4, 32, 32, False) is layout
+    assert cuda.layout_of(crow, col, 4, 32, 32, True) is not layout
+    jobs = cuda.jobs_of(crow, col, 4, 32, 32)
+    assert cuda.jobs_of(crow, col, 4, 32, 32) is jobs
+    col[0] = col[0].clone()
+    assert cuda.jobs_of(crow, col, 4, 32, 32) is not jobs
+    assert cuda.layout_of(crow, col, 4, 32, 32, False) is not layout

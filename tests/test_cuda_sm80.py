@@ -8,6 +8,8 @@ import pytest
 import torch
 from triton_problems import ACTIVATIONS, PROBLEMS, assert_as_good_as_torch, exact_and_dense, make_problem
 
+from sparse_prune import reference
+
 pytestmark = pytest.mark.skipif(cuda_kernels.unavailable() is not None, reason=str(cuda_kernels.unavailable()))
 BF16, F16 = torch.bfloat16, torch.float16
 
@@ -38,6 +40,59 @@ def check(problem, dtype=BF16, activation="none", extras=(True, True), **options
     exact, dense = exact_and_dense(x, packed.to_dense(), bias, activation, residual)
     assert_as_good_as_torch(y, exact, dense)
     return packed, counts
+
+
+def check_dx(problem, dtype=BF16, **options):
+    """dx = dy @ W, by the same kernels over the layout of W^T."""
+    from sparse_prune_kernels.cuda import make_layout
+
+    packed, x, _, dy = make_problem(*problem, dtype)
+    (_, k), (r, c) = packed.shape, packed.blocksize
+    layout = make_layout(packed.crow_indices, packed.col_indices, -(-k // c), r, c, transposed=True)
+    blocks = (packed.nnzb, c, r)
+    at, _ = cuda_kernels.linear_launch(problem[0], k, blocks)
+    assert (at.row, at.rows, at.tiles) == (layout.row, layout.rows, layout.tiles)
+    dx, _ = cuda_kernels.linear(cuda_kernels.aligned(dy), layout.pack(packed.values), blocks, k, **options)
+    weight = packed.to_dense()
+    assert_as_good_as_torch(dx, dy.double() @ weight.double(), dy @ weight)
+
+
+def check_sdd(problem, dtype=BF16, apart=8, **options):
+    """dvalues = the stored blocks of dy^T @ x."""
+    from sparse_prune_kernels.cuda import make_jobs
+
+    packed, x, _, dy = make_problem(*problem, dtype)
+    (_, k), (r, c) = packed.shape, packed.blocksize
+    jobs = make_jobs(packed.crow_indices, packed.col_indices, -(-k // c), r, c)
+    index = (packed.crow_indices, packed.col_indices)
+    exact = reference.bsr_sdd(dy.double(), x.double(), *index, r, c)
+    if packed.nnzb == 0:
+        assert len(jobs) == 0
+        return packed, None, jobs
+    dy_rows, x_rows = cuda_kernels.aligned(dy, apart), cuda_kernels.aligned(x, 16)
+    dvalues, counts = cuda_kernels.sdd(dy_rows, x_rows, jobs, tuple(packed.values.shape), **options)
+    assert_as_good_as_torch(dvalues, exact, reference.bsr_sdd(dy, x, *index, r, c))
+    return packed, counts, jobs
+
+
+@pytest.mark.parametrize("tokens", [None, 128])
+@pytest.mark.parametrize("problem", PROBLEMS[1:], ids=str)
+def test_dx(problem, tokens):
+    check_dx(problem, tokens=tokens)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS[1:], ids=str)
+def test_sdd(problem, dtype):
+    check_sdd(problem, dtype)
+
+
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+@pytest.mark.parametrize("sms", [1, 108], ids=["whole", "parts"])
+@pytest.mark.parametrize("block", [(16, 16), (32, 32), (64, 64), (128, 128), (64, 16), (16, 128), (128, 16)], ids=str)
+def test_sdd_of_several_jobs_and_copies_that_end_whenever_they_like(block, sms, mode):
+    _, counts, jobs = check_sdd((530, 300, 500, *block, 0.4), sms=sms, mode=mode)
+    assert len(jobs) > 2 and len(counts) == (1 if sms == 1 else 2)
 
 
 # None: what the launcher chooses, which is another kernel up to 64 tokens.
@@ -150,6 +205,55 @@ def test_planted_bugs_are_caught(bug):
                 except (AssertionError, ptx_emulator.EmulationError):
                     failed = True
         assert failed == (patch != FEW)
+
+
+SDD_BUGS = {
+    "one group too few is awaited": ("copies_wait<kStages - 2>()", "copies_wait<kStages - 1>()"),
+    "no barrier": ("__syncthreads();  //", "//"),
+    "a stage is filled while it is read": (
+        "const int fill = stage == 0 ? kStages - 1 : stage - 1;",
+        "const int fill = stage;",
+    ),
+    "a swizzle of the copies alone": ("(lane % 2 ^ (lane / 8 % 2))", "(lane % 2)"),
+    "tokens past the end are read": ("m < M && bytes[i] > 0", "bytes[i] > 0"),
+    "outputs and inputs past the end are read": ("max(0, min(16, ((i == 0 ? N : K) - at) * 2))", "16"),
+    "the same rows for all slots": ("rows != slots[j] % 256", "rows < 0"),
+    "operands are not transposed back": ("b[0], b[2]", "b[0], b[1]"),
+    "every part starts at the first token": ("first = part * share * 16", "first = 0"),
+    "parts overwrite each other": ("parts + part * size + at) = ", "parts + at) = "),
+    "the last part is left out": ("part < splits; ++part", "part < splits - 1; ++part"),
+    "a lane's rows are exchanged": ("below * 8 + lane / 4", "(1 - below) * 8 + lane / 4"),
+}
+
+
+@pytest.mark.parametrize("bug", SDD_BUGS)
+def test_planted_bugs_in_sdd_are_caught(bug):
+    for patch in ((), (("bsr_sdd_sm80.cuh", *SDD_BUGS[bug]),)):
+        failed = False
+        for problem in ((530, 300, 500, 16, 32, 0.4), (300, 130, 200, 64, 16, 0.5)):
+            for mode in ("late", "early"):
+                try:
+                    check_sdd(problem, mode=mode, patch=patch)
+                except (AssertionError, ptx_emulator.EmulationError):
+                    failed = True
+        assert failed == bool(patch)
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_120"])
+def test_sdd_on_younger_architectures(arch):
+    check_sdd((260, 128, 320, 32, 32, 0.4), arch=arch)
+
+
+@pytest.mark.parametrize("block", [(16, 16), (32, 32), (64, 64), (128, 128)], ids=str)
+def test_work_of_sdd(block):
+    """Only blocks that exist are multiplied; dy comes once for each job, x once for each of its columns; no bank conflicts."""
+    packed, (counts,), jobs = check_sdd((256, 512, 1024, *block, 0.2), apart=16, sms=1)
+    assert counts.tensor_fma == 256 * packed.values.numel()
+    pieces = int((jobs[:, :32] >= 0).sum())
+    loaded = 2 * 256 * 16 * pieces
+    assert loaded <= 32 * counts.l2_load_sectors <= 1.02 * loaded + 2 * 4 * jobs.numel()
+    assert counts.shared_wavefronts == counts.shared_ideal
+    assert 32 * counts.global_store_sectors == 2 * 2 * packed.values.numel()  # halves of sectors, as a fragment lies
 
 
 @pytest.mark.parametrize("block", [(16, 16), (32, 32), (64, 64), (128, 128)], ids=str)

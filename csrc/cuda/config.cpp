@@ -13,6 +13,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Up to 64 tokens the bytes of the weight are the wall.
 constexpr int64_t kSkinnyTokens = 64;
 
+// Parts of the tokens in bsr_sdd at most.
+constexpr int64_t kMostParts = 8;
+
 LinearLaunch skinny_launch(int64_t M, const Layout& layout, int sms) {
   LinearLaunch launch = {};
   launch.skinny = 1;
@@ -60,6 +63,19 @@ LinearLaunch linear_launch(int64_t M, const Layout& layout, int sms) {
   return launch;
 }
 
+SddLaunch sdd_launch(int64_t M, int64_t jobs, int64_t nnzb, int block_rows, int block_cols, int sms) {
+  SddLaunch launch = {};
+  launch.units = block_rows >= 32 ? 2 : 1;
+  // Two blocks for each multiprocessor, if each still has 16 steps. A part costs 8 bytes a weight, written and read in L2.
+  const int64_t most = std::min<int64_t>(kMostParts, ceil_div(M, 16 * 16));
+  launch.splits = static_cast<int>(std::max<int64_t>(1, std::min(most, 2 * sms / jobs)));
+  launch.threads = 256;
+  launch.shared_bytes = 3 * 32 * 512;  // as SddShape has it
+  launch.blocks = jobs * launch.splits;
+  launch.sum_blocks = launch.splits > 1 ? ceil_div(nnzb * block_rows * block_cols, 4 * launch.threads) : 0;
+  return launch;
+}
+
 }  // namespace sparse_prune
 
 // For tests and tools, through ctypes.
@@ -69,4 +85,10 @@ extern "C" __attribute__((visibility("default"))) void sparse_prune_linear_launc
                                                                                  sparse_prune::LinearLaunch* launch) {
   *layout = sparse_prune::layout_of(out_features, nnzb, block_rows, block_cols);
   *launch = sparse_prune::linear_launch(M, *layout, sms);
+}
+
+extern "C" __attribute__((visibility("default"))) void sparse_prune_sdd_launch(int64_t M, int64_t jobs, int64_t nnzb, int block_rows,
+                                                                              int block_cols, int sms,
+                                                                              sparse_prune::SddLaunch* launch) {
+  *launch = sparse_prune::sdd_launch(M, jobs, nnzb, block_rows, block_cols, sms);
 }

@@ -31,4 +31,15 @@ struct LinearLaunch {
 // M > 0 tokens, on a GPU of `sms` multiprocessors.
 LinearLaunch linear_launch(int64_t M, const Layout& layout, int sms);
 
+struct SddLaunch {
+  int units;         // which instantiation
+  int splits;        // parts of the tokens; with more than one, sum_parts runs too
+  int threads;       // of both
+  int shared_bytes;  // dynamic shared memory of bsr_sdd_sm80
+  int64_t blocks, sum_blocks;  // of the grids
+};
+
+// M > 0 tokens, nnzb > 0 blocks in `jobs` jobs.
+SddLaunch sdd_launch(int64_t M, int64_t jobs, int64_t nnzb, int block_rows, int block_cols, int sms);
+
 }  // namespace sparse_prune

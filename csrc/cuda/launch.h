@@ -24,6 +24,27 @@ struct LinearProblem {
 // Queues the product on a stream of the current device and returns null, or why it cannot. Never waits for the device.
 const char* launch_linear(const LinearProblem& problem, void* stream);
 
+// dvalues[nnzb, R, C]: the stored blocks of dy[M, N]^T @ x[M, K], summed in float32.
+struct SddProblem {
+  bool bfloat16;
+  int64_t M, N, K, nnzb;
+  int block_rows, block_cols;  // R, C
+  const void* dy;  // [M, N], rows ldy elements apart; both multiples of 16 bytes
+  int64_t ldy;
+  const void* x;  // [M, K], likewise
+  int64_t ldx;
+  const void* jobs;  // struct SddJob [job_count], as kernels/sparse_prune_kernels/cuda.py makes them
+  int64_t job_count;
+  void* parts;  // float [launch.splits, nnzb, R, C] if there are several, else null
+  void* dvalues;
+};
+
+// As launch_linear; launch is sdd_launch's.
+const char* launch_sdd(const SddProblem& problem, const SddLaunch& launch, void* stream);
+
+// Multiprocessors of the current device; 0 where it cannot be asked.
+int multiprocessors();
+
 // Null where a GPU that these kernels are built for is the current device, else the reason.
 const char* device_problem();
 

@@ -37,7 +37,7 @@ __device__ __forceinline__ void load_matrix(uint32_t (&a)[4], uint32_t address) 
                : "memory");
 }
 
-// The same of the transpose: the 16 x 16 lies in memory as its transpose, rows of it are columns of A.
+// Each of the four 8 x 8 transposed: lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrix_transposed(uint32_t (&a)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])

@@ -1,18 +1,25 @@
-"""The layout that the CUDA C++ kernels read (csrc/cuda/bsr_linear_sm80.cuh), derived from the index and the values of a weight.
+"""What the CUDA C++ kernels read (csrc/cuda/bsr_linear_sm80.cuh, bsr_sdd_sm80.cuh), derived from a weight's index and values.
 
-One flat tensor of bytes: first the weights, in the order in which tiles of merged block-rows use them and within each 16 x 16 unit
-in the order of the tensor cores' fragments; then the tables that say which blocks there are. It is made on the device of the
-weight, kept beside it, and never saved.
+For a product one flat tensor of bytes: first the weights, in the order in which tiles of merged block-rows use them and within
+each 16 x 16 unit in the order of the tensor cores' fragments; then the tables that say which blocks there are. dx = dy @ W is the
+product with the layout of W^T. For the gradient of the weights a table of jobs. All of it is made on the device of the weight, kept
+beside it, and never saved.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .plan import places, row_order, with_no_row
+from .support import ArgumentError
+
+Made = TypeVar("Made")
 
 TILE_OUTPUTS = 128  # outputs of a tile
 ROW = 64  # outputs of a row at most: a block-row of 128 is two rows
@@ -20,6 +27,11 @@ GROUPS = 2  # groups of rows in a tile, each for its own warps
 UNIT = 16  # outputs and inputs of a unit
 TILE_INTS, STEP_INTS = 12, 4  # of struct Tile and Step
 SPARE_STEPS = 4  # behind the last one: a kernel looks that far ahead
+JOB_COLUMNS, JOB_UNITS, WARPS = 24, 64, 8  # of struct SddJob: columns and units at most, and who makes them
+JOB_INTS = 8 + JOB_COLUMNS + 2 * JOB_UNITS
+
+# What was made of an index, by its col_indices: it goes when those go, and is made again when the index is written to.
+_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,7 @@ class Layout:
     """Where the units of a weight go, for every set of values with this index.
 
     row      outputs of a row: 16, 32 or 64
+    transposed  whether it is of W^T: whose outputs are the inputs of values
     tiles    number of tiles
     units    int64 [nnzb * R * C / 256], place of each unit in the natural order of `fragments`
     rows     number of rows
@@ -35,6 +48,7 @@ class Layout:
     """
 
     row: int
+    transposed: bool
     rows: int
     tiles: int
     units: Tensor
@@ -47,15 +61,53 @@ class Layout:
         return starts, pieces, pieces + (len(self.units) // (self.row // UNIT) * 2 + 3) // 4 * 4
 
     def pack(self, values: Tensor) -> Tensor:
-        """uint8 [2 * nnzb * R * C + 4 * len(tables)]: weights, then tables."""
-        weights = fragments(values, self.row)[self.units]  # [units, 256]
-        return torch.cat([weights.view(torch.uint8).flatten(), self.tables.view(torch.uint8)])
+        """uint8 [2 * nnzb * R * C + 4 * len(tables)]: weights, then tables. Queued on the device, which is not waited for."""
+        size = 2 * values.numel()
+        packed = torch.empty(size + 4 * len(self.tables), dtype=torch.uint8, device=values.device)
+        weights = packed[:size].view(values.dtype).view(-1, UNIT * UNIT)  # [units, 256]
+        torch.index_select(fragments(values.mT if self.transposed else values, self.row), 0, self.units, out=weights)
+        packed[size:] = self.tables.view(torch.uint8)
+        return packed
 
 
-def make_layout(crow_indices: Tensor, col_indices: Tensor, block_columns: int, r: int, c: int) -> Layout:
-    """The layout of a weight of blocks r x c, sides in {16, 32, 64, 128}. Reads the index on the host, so a GPU is waited for."""
-    rows, row = crow_indices.numel() - 1, min(r, ROW)
-    slots = with_no_row(places(crow_indices, col_indices, block_columns)).long()  # [rows + 1, columns]
+def layout_of(
+    crow_indices: Tensor, col_indices: Tensor, block_columns: int, r: int, c: int, transposed: bool
+) -> Layout:
+    """make_layout's, made once for an index."""
+    key = ("layout", block_columns, r, c, transposed)
+    return _once(key, crow_indices, col_indices, lambda: make_layout(crow_indices, col_indices, *key[1:]))
+
+
+def jobs_of(crow_indices: Tensor, col_indices: Tensor, block_columns: int, r: int, c: int) -> Tensor:
+    """make_jobs', made once for an index."""
+    key = ("jobs", block_columns, r, c)
+    return _once(key, crow_indices, col_indices, lambda: make_jobs(crow_indices, col_indices, *key[1:]))
+
+
+def _once(key: tuple, crow: Tensor, col: Tensor, make: Callable[[], Made]) -> Made:
+    # An in-place write to an inference tensor leaves no trace: such an index must not change.
+    version = (crow.data_ptr(), *(-1 if index.is_inference() else index._version for index in (crow, col)))
+    known = _made.setdefault(col, {})
+    if key not in known or known[key][0] != version:
+        if col.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ArgumentError(
+                "col_indices", "an index that ran once before a CUDA graph is captured", "a new one", "call once before"
+            )
+        known[key] = (version, make())
+    return known[key][1]
+
+
+def make_layout(
+    crow_indices: Tensor, col_indices: Tensor, block_columns: int, r: int, c: int, transposed: bool = False
+) -> Layout:
+    """The layout of a weight of blocks r x c, sides in {16, 32, 64, 128}, or of its transpose. Reads the index on the host, so a
+    GPU is waited for.
+    """
+    slots = places(crow_indices, col_indices, block_columns)  # [block-rows, block-columns]
+    if transposed:
+        slots, r, c = slots.T, c, r
+    (rows, block_columns), row = slots.shape, min(r, ROW)
+    slots = with_no_row(slots).long()  # [rows + 1, columns]
     order = row_order(slots[:-1] >= 0, TILE_OUTPUTS // r)  # [T, merged block-rows]
     parts = r // row  # rows of a block-row
     part = torch.arange(parts).repeat(order.shape[1])  # [rows of a tile]
@@ -91,7 +143,50 @@ def make_layout(crow_indices: Tensor, col_indices: Tensor, block_columns: int, r
     starts = torch.searchsorted(owner[by_row], torch.arange(rows * parts + 1))  # [rows + 1]
     sections = [_whole_vectors(section.flatten()) for section in (heads, starts, pieces, table)]
     tables, device = torch.cat(sections).to(torch.int32), crow_indices.device
-    return Layout(row, rows * parts, len(order), units.to(device), tables.to(device))
+    return Layout(row, transposed, rows * parts, len(order), units.to(device), tables.to(device))
+
+
+def make_jobs(crow_indices: Tensor, col_indices: Tensor, block_columns: int, r: int, c: int) -> Tensor:
+    """int32 [jobs, JOB_INTS]: struct SddJob for the gradient of a weight of blocks r x c. Reads the index on the host.
+
+    Each tile of merged block-rows is cut across its columns into as few jobs as JOB_COLUMNS and JOB_UNITS allow, equal in units.
+    """
+    slots = places(crow_indices, col_indices, block_columns)
+    high = 2 if r > UNIT else 1  # units of a slot, one below the other
+    parts = r // (high * UNIT)
+    order = row_order(slots >= 0, TILE_OUTPUTS // r)  # [T, merged block-rows]
+    tables = []
+    for rows, blocks in zip(order, with_no_row(slots).long()[order], strict=True):
+        wide = blocks.repeat_interleave(c // UNIT, 1)  # [merged, columns of 16 inputs]
+        columns = (wide >= 0).any(0).nonzero()[:, 0]  # [E]
+        ends = (wide[:, columns] >= 0).sum(0).cumsum(0) * (r // UNIT)  # [E] units up to each column
+        units = int(ends[-1]) if len(ends) else 0
+        count, cuts = max(-(-units // JOB_UNITS), -(-len(columns) // JOB_COLUMNS)), torch.zeros(1, dtype=torch.int64)
+        while count:
+            last = torch.searchsorted(ends, (torch.arange(1, count + 1) * units + count - 1) // count)  # [count]
+            cuts = torch.cat([cuts[:1], last + 1])  # [count + 1]
+            if cuts.diff().max() <= JOB_COLUMNS and ends[last].diff(prepend=cuts[:1]).max() <= JOB_UNITS:
+                break
+            count += 1
+        numbers = torch.where(rows < 0, -1, rows * (r // UNIT))[:, None]  # [merged, 1]
+        numbers = torch.where(numbers < 0, -1, numbers + torch.arange(r // UNIT)).flatten()  # [units of a tile]
+        for mine in columns.tensor_split(cuts[1:-1]) if count else ():  # [at most JOB_COLUMNS]
+            if len(mine) == 0:
+                continue
+            row, column = (wide[:, mine].repeat_interleave(parts, 0) >= 0).nonzero(as_tuple=True)  # [P] each, by row
+            block, at = wide[row // parts, mine[column]], mine[column] % (c // UNIT)  # [P] each
+            table = torch.full((JOB_INTS,), -1)
+            table[: len(numbers)] = numbers
+            table[8 : 8 + len(mine)] = mine
+            dealt = torch.arange(len(row))
+            warp = dealt * WARPS // len(row)
+            place = dealt - torch.searchsorted(warp, warp)  # within the warp
+            slot = table[8 + JOB_COLUMNS :][: 2 * JOB_UNITS // high].view(WARPS, -1, 2)
+            slot[warp, place, 0] = row * high + 256 * column
+            slot[warp, place, 1] = block * (r * c // UNIT) + row % parts * (high * c) + at
+            tables.append(table)
+    jobs = torch.stack(tables) if tables else torch.zeros(0, JOB_INTS)
+    return jobs.to(torch.int32).to(crow_indices.device)
 
 
 def _whole_vectors(numbers: Tensor) -> Tensor:
