@@ -173,6 +173,10 @@ def extensions() -> dict:
                         raise
                     tell(what, error, instead)
                     every.remove(module)
+                    if self.inplace or getattr(
+                        self, "editable_mode", False
+                    ):  # what an earlier build left is not these sources
+                        (ROOT / self.get_ext_filename(module.name)).unlink(missing_ok=True)
             self.extensions = every
 
     return {

@@ -28,6 +28,7 @@ struct Plain {
   static inline void store_y(Y* y, F v) { V::store(y, v); }
   static inline void store_x(X* x, F v) { V::store(x, v); }
   static inline F exp_nonpositive(F v) { return V::exp_nonpositive(v); }
+  static inline F activate(F v, Activation activation) { return V::activate(v, activation); }
   template <int NV>
   static inline void store_row(Y* y, const F (&v)[NV], bool past_cache) {
     for (int j = 0; j < NV; ++j) past_cache ? V::stream(y + j * V::W, v[j]) : V::store(y + j * V::W, v[j]);
@@ -115,7 +116,7 @@ void finish(const typename Fmt::Vec::Elem* z, int64_t ldz, const typename Fmt::Y
     if (bias) b = whole ? Fmt::load_y(bias + n) : load_edge<Fmt>(bias + n, count);
     for (int64_t m = 0; m < f.rows; ++m) {
       typename V::F v = V::add(V::load(z + m * ldz + n), b);  // [W]
-      if (f.activation != Activation::none) v = V::activate(v, f.activation);
+      if (f.activation != Activation::none) v = Fmt::activate(v, f.activation);
       Y* to = y + m * f.ldy + n;
       if (residual) {
         const Y* from = residual + m * f.ldy + n;
