@@ -1,6 +1,6 @@
 """Lower bounds on the time of GPU kernels from the work they do: `sparse-prune bench gpu-bounds`.
 
-Our kernel, PyTorch's own for BSR weights and a dense product are compiled for GPUs that are not here, a sample of their programs
+Our kernels, PyTorch's own for BSR weights and a dense product are compiled for GPUs that are not here, a sample of their programs
 runs in the PTX emulator, its result is checked, and what was counted is divided by published peaks. A bound is not a time: nothing
 waits for anything else in it.
 """
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -44,9 +45,10 @@ def gpu_bounds(
 ) -> list[dict[str, Any]]:
     """One row per GPU, problem, blocksize, density and kernel; quick leaves out all but density .2 and two blocksizes.
 
-    Rows hold clocks of each resource ("tensor", "issue", "shared", "L2", "DRAM", "latency"), the largest ("bound") and its name
-    ("limit"), "e_bound" (the dense tensor-core ideal at that density over the bound), "speedup_bound" (an ideal dense kernel over
-    the bound) and "bytes_ratio" (bytes that must move between memory and the GPU over those of x, kept blocks and y).
+    Kernels are "cuda" (C++, where nvcc is on the path), "triton", "torch" and "dense". Rows hold clocks of each resource ("tensor",
+    "issue", "shared", "L2", "DRAM", "latency"), the largest ("bound") and its name ("limit"), "e_bound" (the dense tensor-core
+    ideal at that density over the bound), "speedup_bound" (an ideal dense kernel over the bound) and "bytes_ratio" (bytes that
+    must move between memory and the GPU over those of x, kept blocks and y).
     Raises SparsePruneError where Triton or the emulator is missing.
     """
     emulator = _emulator()
@@ -60,8 +62,10 @@ def gpu_bounds(
             candidates = (_dense(emulator, capability, *problem, *tiles) for tiles in _fitting(problem))
             rows.append(min(candidates, key=lambda row: row["bound"]))
             for block, density in grid:
-                packed = _weight(problem, block, density)
-                rows.append(_ours(emulator, capability, problem[0], packed))
+                packed = weight_of(problem, block, density)
+                if _cuda_kernels().unavailable() is None:
+                    rows.append(cuda_row(capability, problem[0], packed))
+                rows.append(_triton(emulator, capability, problem[0], packed))
                 rows.append(_torch(emulator, capability, problem[0], packed))
                 done += 1
                 report(done, of, f"{NAMES[capability]} M={problem[0]} {block[0]}x{block[1]} density {density}")
@@ -90,7 +94,12 @@ def _emulator():
     return emulator
 
 
-def _weight(problem: tuple[int, int, int], block: tuple[int, int], density: float) -> BsrWeight:
+def _cuda_kernels():
+    return importlib.import_module("cuda_kernels")  # beside the emulator
+
+
+def weight_of(problem: tuple[int, int, int], block: tuple[int, int], density: float) -> BsrWeight:
+    """The weight [N, K] of a problem (M, K, N), with a random mask."""
     _, k, n = problem
     generator = torch.Generator().manual_seed(0)
     mask = random_mask((n, k), block, density, generator)
@@ -98,7 +107,53 @@ def _weight(problem: tuple[int, int, int], block: tuple[int, int], density: floa
     return BsrWeight.from_dense(weight, mask, block)
 
 
-def _ours(emulator, capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
+def cuda_row(capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
+    """The row of the CUDA C++ kernel and grid that csrc/cuda/config.cpp chooses for M rows. Needs nvcc and the emulator."""
+    from sparse_prune_kernels import cuda
+    from sparse_prune_kernels.config import gpu_of
+
+    kernels, sms = _cuda_kernels(), gpu_of(capability).sms
+    (n, k), (r, c), blocks = packed.shape, packed.blocksize, tuple(packed.values.shape)
+    layout = cuda.make_layout(packed.crow_indices, packed.col_indices, -(-k // c), r, c)
+    at, launch = kernels.linear_launch(m, n, blocks, sms)
+    heads = layout.tables[: layout.tiles * cuda.TILE_INTS].view(layout.tiles, -1)
+    rows, some, outputs = min(m, launch.tokens), None, torch.arange(n)
+    if not launch.skinny:  # few rows are cheap: count all programs, and so the bytes that must move
+        by_length, sample = heads[:, 1].argsort(descending=True), min(SAMPLE, layout.tiles)
+        some = by_length[[int((place + 0.5) * layout.tiles / sample) for place in range(sample)]]
+        served = heads[some, 4 : 4 + cuda.TILE_OUTPUTS // layout.row].flatten()
+        outputs = (served[served >= 0][:, None] * layout.row + torch.arange(layout.row)).flatten()
+        outputs = outputs[outputs < n]
+    x, arch = _rows(rows, k), f"sm_{capability}"
+    tokens = None if launch.skinny else launch.tokens
+    emulated = {"tokens": tokens, "tiles": some, "arch": arch, "sms": sms, "mode": "early", "races": False}
+    y, counts = kernels.linear(x, layout.pack(packed.values), blocks, n, **emulated)
+    _check(y[:, outputs], x, packed.to_dense()[outputs], "CUDA")
+    bytes_moved, bytes_ratio = _compulsory(m, packed) + 4 * layout.tables.numel(), None
+    if launch.skinny:
+        programs, scale, stages = launch.blocks, 1.0, 2
+        bytes_moved = 32 * (counts.dram_load_sectors + counts.dram_store_sectors)
+        bytes_ratio = bytes_moved / _compulsory(m, packed)
+        # rounds of loads: pieces of a warp, a batch of which are on their way together
+        steps = at.pieces / at.rows / (launch.threads / 32) / (8 if launch.tokens == 16 else 2 / launch.units)
+    else:
+        assert some is not None
+        programs = len(some)
+        scale, stages = -(-m // launch.tokens) * layout.tiles / programs, 4 if launch.tokens == 256 else 3
+        steps = float(heads[:, 1].float().mean())
+    registers = kernels.registers("kernels_sm80.cu", arch)[kernels.entry(at, launch, torch.bfloat16)]
+    made = SimpleNamespace(registers=registers, shared=launch.shared_bytes)
+    row = _bound([(counts, made, programs, launch.threads)], [scale], capability, bytes_moved, steps, stages)
+    row |= {
+        "kernel": "cuda",
+        "config": {"tokens": launch.tokens, "threads": launch.threads},
+        "bytes_ratio": bytes_ratio,
+    }
+    row |= {"union": None, "tensor_share": counts.kinds["mma"] / counts.instructions}
+    return _headline(row, capability, m, packed)
+
+
+def _triton(emulator, capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
     from sparse_prune_kernels import config, launch, plan
 
     (n, k), (r, c) = packed.shape, packed.blocksize
@@ -116,7 +171,7 @@ def _ours(emulator, capability: int, m: int, packed: BsrWeight) -> dict[str, Any
     scales = [launches, 1.0]  # the second call adds all parts already
     served = some.table[: some.tiles, 1:].flatten()
     outputs = (served[served >= 0][:, None] * r + torch.arange(r)).flatten()
-    _check(y[:, outputs], x, packed.to_dense()[outputs], "ours")
+    _check(y[:, outputs], x, packed.to_dense()[outputs], "Triton")
     bytes_moved = _compulsory(m, packed) + 4 * whole.table.numel()
     bytes_ratio = None
     if every:  # parts stay in L2, which holds all of them many times over
@@ -126,7 +181,7 @@ def _ours(emulator, capability: int, m: int, packed: BsrWeight) -> dict[str, Any
         bytes_ratio = bytes_moved / _compulsory(m, packed)
     steps = whole.steps / whole.tiles / tiles.split * (c / tiles.block_k)
     row = _bound(counted, scales, capability, bytes_moved, steps, tiles.num_stages)
-    row |= {"kernel": "ours", "config": asdict(tiles), "union": whole.union, "bytes_ratio": bytes_ratio}
+    row |= {"kernel": "triton", "config": asdict(tiles), "union": whole.union, "bytes_ratio": bytes_ratio}
     return _headline(row, capability, m, packed)
 
 
@@ -288,23 +343,25 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             value = "speedup_bound" if small else "e_bound"
             lines += ["", f"## {gpu}, M = {m}, {k} -> {n}: {what}", ""]
             lines += [f"A dense Triton product: {dense[value]:.2f} ({dense['limit']}).", ""]
-            extra = "bytes/compulsory" if small else "merge x BM"
+            extra = "bytes/compulsory" if small else "CUDA's tokens, Triton's merge x BM"
             lines += [
-                f"| block | density | ours | PyTorch | ours/PyTorch | {extra} | wavefronts/ideal |",
-                "|---|---|---|---|---|---|---|",
+                f"| block | density | CUDA | Triton | PyTorch | best/PyTorch | {extra} | wavefronts/ideal |",
+                "|---|---|---|---|---|---|---|---|",
             ]
-            for row in own:
-                if row["kernel"] != "ours":
-                    continue
-                peer = next(
-                    r
-                    for r in own
-                    if r["kernel"] == "torch" and (r["block"], r["density"]) == (row["block"], row["density"])
-                )
-                c = row["config"]
-                more = f"{row['bytes_ratio']:.2f}" if small else f"{c['merge']} x {c['block_m']}"
+            for key in dict.fromkeys((row["block"], row["density"]) for row in own if row["kernel"] == "triton"):
+                mine = {row["kernel"]: row for row in own if (row["block"], row["density"]) == key}
+                bounds = {name: f"{row[value]:.2f} ({row['limit']})" for name, row in mine.items()}
+                ours = [mine[name] for name in ("cuda", "triton") if name in mine]
+                ratio = max(row[value] for row in ours) / mine["torch"][value]
+                if small:
+                    more = ", ".join(f"{row['bytes_ratio']:.2f}" for row in ours)
+                else:
+                    tiles = mine["triton"]["config"]
+                    more = f"{tiles['merge']} x {tiles['block_m']}"
+                    more = f"{mine['cuda']['config']['tokens']}, {more}" if "cuda" in mine else more
+                waves = ", ".join(f"{row['wavefronts_per_ideal']:.2f}" for row in ours)
                 lines.append(
-                    f"| {row['block']} | {row['density']:.2g} | {row[value]:.2f} ({row['limit']}) | {peer[value]:.2f} "
-                    f"({peer['limit']}) | {row[value] / peer[value]:.1f} | {more} | {row['wavefronts_per_ideal']:.2f} |"
+                    f"| {key[0]} | {key[1]:.2g} | {bounds.get('cuda', '')} | {bounds['triton']} | {bounds['torch']} "
+                    f"| {ratio:.1f} | {more} | {waves} |"
                 )
     return "\n".join(lines) + "\n"

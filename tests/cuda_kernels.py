@@ -6,8 +6,10 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import ptx_emulator
@@ -53,6 +55,18 @@ def ptx(source: str, arch: str, patch: tuple[tuple[str, str, str], ...] = ()) ->
         assert done.returncode == 0, done.stderr
         os.replace(cache / f"{os.getpid()}.ptx", cache / "out.ptx")
     return (cache / "out.ptx").read_text()
+
+
+@functools.cache
+def registers(source: str, arch: str) -> dict[str, int]:
+    """Registers of a thread of each kernel of csrc/cuda/`source`, by name, as ptxas gives them; an error if it spills any."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernels.ptx").write_text(ptx(source, arch))
+        command = ["nvcc", f"-arch={arch}", "-cubin", "-Xptxas=-v", "kernels.ptx", "-o", "kernels.cubin"]
+        told = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    text = told.stdout + told.stderr
+    assert set(re.findall(r"(\d+) bytes spill", text)) == {"0"}, text
+    return {name: int(count) for name, count in re.findall(r"entry function '(\w+)'.*?Used (\d+) reg", text, re.DOTALL)}
 
 
 @functools.cache
@@ -117,6 +131,13 @@ def linear_launch(m: int, n: int, blocks: tuple[int, int, int], sms: int = 108) 
     return layout, launch
 
 
+def entry(layout: Layout, launch: LinearLaunch, dtype: torch.dtype) -> str:
+    """The name of the kernel that launch_linear runs."""
+    if launch.skinny:
+        return f"bsr_linear_skinny_{NAMES[dtype]}_{launch.tokens}_{launch.units}"
+    return f"bsr_linear_sm80_{NAMES[dtype]}_{layout.row}_{launch.tokens}"
+
+
 def linear(
     x: Tensor,
     packed: Tensor,
@@ -129,6 +150,7 @@ def linear(
     tiles: Tensor | None = None,
     arch: str = "sm_80",
     patch: tuple[tuple[str, str, str], ...] = (),
+    sms: int = 108,
     **options,
 ) -> tuple[Tensor, ptx_emulator.Counts]:
     """y[M, n] of the kernel that launch_linear would run (with tokens: the one for many tokens, in blocks of so many), and counts.
@@ -138,7 +160,7 @@ def linear(
     """
     m, k = x.shape
     assert x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0, "the launcher copies other x"
-    at, launch = linear_launch(m, n, blocks)
+    at, launch = linear_launch(m, n, blocks, sms)
     if tokens is not None:
         shared = {128: 49152, 256: 98304}[tokens]
         launch = LinearLaunch(0, tokens, 0, 256, shared, -(-m // tokens) * at.tiles)
@@ -150,12 +172,10 @@ def linear(
         heads, count = heads.view(at.tiles, -1)[tiles].contiguous(), len(tiles)
         launch.blocks = launch.blocks // at.tiles * count
     vector = n % 8 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in (y, bias, residual))
-    name = NAMES[x.dtype]
+    tables, last = (heads, steps), count
     if launch.skinny:
-        entry, tables, last = f"skinny_{name}_{launch.tokens}_{launch.units}", (starts, pieces), at.row // 16
-    else:
-        entry, tables, last = f"sm80_{name}_{at.row}_{launch.tokens}", (heads, steps), count
-    code = program(ptx("kernels_sm80.cu", arch, patch), f"bsr_linear_{entry}")
+        tables, last = (starts, pieces), at.row // 16
+    code = program(ptx("kernels_sm80.cu", arch, patch), entry(at, launch, x.dtype))
     arguments = [x, weights if len(weights) else 0, *tables, *(0 if t is None else t for t in (bias, residual)), y]
     arguments += [m, n, k, x.stride(0), last, ACTIVATIONS.index(activation), int(vector)]
     counts = code.launch(launch.blocks, launch.threads, arguments, shared_bytes=launch.shared_bytes, **options)

@@ -268,3 +268,26 @@ def test_work_is_what_the_documentation_counts(block):
     loaded = 2 * 512 * 16 * columns + 2 * 2 * packed.values.numel()
     assert loaded <= 32 * counts.l2_load_sectors <= 1.02 * loaded + 2 * 4 * layout.tables.numel() + 4096
     assert counts.shared_wavefronts <= 1.01 * counts.shared_ideal
+
+
+# (M, K, N), blocksize, density, kind of bound, the least that the design promises: docs/gpu-performance.md.
+PROMISED = [
+    ((16, 4096, 4096), (16, 16), 0.1, "speedup_bound", 8.0),
+    ((16, 4096, 4096), (64, 64), 0.1, "speedup_bound", 8.0),
+    ((4096, 4096, 4096), (16, 16), 0.2, "e_bound", 0.6),
+    ((4096, 4096, 4096), (32, 32), 0.2, "e_bound", 0.85),
+    ((4096, 4096, 4096), (64, 64), 0.2, "e_bound", 0.95),
+]
+
+
+@pytest.mark.parametrize("promised", PROMISED, ids=str)
+def test_bounds_are_those_promised(promised):
+    pytest.importorskip("triton", reason="Triton, which bench gpu-bounds compares with, is not installed")
+    from sparse_prune import gpu_bounds
+
+    problem, block, density, kind, least = promised
+    packed = gpu_bounds.weight_of(problem, block, density)
+    row = gpu_bounds.cuda_row(80, problem[0], packed)
+    assert row[kind] >= least, row
+    if problem[0] <= 64:
+        assert row["bytes_ratio"] <= 1.05 and row["limit"] == "DRAM"

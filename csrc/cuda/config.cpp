@@ -23,10 +23,12 @@ LinearLaunch skinny_launch(int64_t M, const Layout& layout, int sms) {
   // x of 16 tokens is as large as a unit's weights, and L2 has the bandwidth; more tokens are read for 32 outputs together.
   launch.units = M > 16 && layout.row > 16 ? 2 : 1;
   launch.blocks = layout.rows * (layout.row / kUnit / launch.units);
-  // Enough warps that every multiprocessor has 16 with all their loads on the way; more share the pieces of a row in fewer rounds.
+  // More warps share the pieces of a row in fewer rounds of loads; more than the 16 of a multiprocessor, which are what registers
+  // allow, would make blocks wait for others. Few blocks, which leave multiprocessors idle, still draw all that memory gives: a
+  // multiprocessor takes 64 bytes a clock from L2, so 23 of an A100's 108 match the 1450 that its memory delivers.
   const int most = launch.tokens == 16 ? 16 : 8;
   int warps = 4;
-  while (warps < most && launch.blocks * warps < 16 * static_cast<int64_t>(sms)) warps *= 2;
+  while (warps < most && launch.blocks * warps * 2 <= 16 * static_cast<int64_t>(sms)) warps *= 2;
   launch.threads = 32 * warps;
   launch.shared_bytes = warps * launch.tokens * (16 * launch.units + 4) * static_cast<int>(sizeof(float));
   return launch;
