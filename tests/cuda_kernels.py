@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import ptx_emulator
@@ -85,7 +86,7 @@ def aligned(x: Tensor, apart: int = 0) -> Tensor:
 class Layout(ctypes.Structure):
     """As in csrc/cuda/config.h."""
 
-    _fields_ = [("row", ctypes.c_int)] + [
+    _fields_ = [("row", ctypes.c_int), ("order", ctypes.c_int)] + [
         (name, ctypes.c_int64)
         for name in ("rows", "tiles", "pieces", "tables", "starts", "piece_table", "steps", "least_bytes")
     ]
@@ -107,10 +108,37 @@ class SddLaunch(ctypes.Structure):
     ]
 
 
+class PackedSm90(ctypes.Structure):
+    """sm90::Packed of csrc/cuda/bsr_linear_sm90.h."""
+
+    _fields_ = [(name, ctypes.c_int) for name in ("block_rows", "block_columns", "cluster")] + [
+        (name, ctypes.c_int64) for name in ("nnzb", "groups", "steps")
+    ]
+
+
+class LaunchSm90(ctypes.Structure):
+    """sm90::Launch of csrc/cuda/bsr_linear_sm90.h."""
+
+    _fields_ = [(name, ctypes.c_int) for name in ("tokens", "step", "threads", "shared_bytes", "group_tokens")] + [
+        ("turns", ctypes.c_int64)
+    ]
+
+
+class TensorMapArguments(ctypes.Structure):
+    """As in csrc/cuda/bsr_linear_sm90.h."""
+
+    _fields_ = [
+        ("global_dim", ctypes.c_uint64 * 2),
+        ("global_stride", ctypes.c_uint64 * 1),
+        ("box_dim", ctypes.c_uint32 * 2),
+        ("swizzle", ctypes.c_uint32),
+    ]
+
+
 @functools.cache
 def _config() -> ctypes.CDLL:
     """csrc/cuda/config.cpp, compiled once by content."""
-    sources = [CSRC / "config.cpp", CSRC / "config.h", CSRC / "problem.h"]
+    sources = [CSRC / "config.cpp", CSRC / "config.h", CSRC / "problem.h", CSRC / "bsr_linear_sm90.h"]
     key = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:24]
     path = cache_folder() / f"config-{key}.so"
     if not path.exists():
@@ -119,7 +147,11 @@ def _config() -> ctypes.CDLL:
         compiler = os.environ.get("CXX", "c++").split()
         subprocess.run([*compiler, "-std=c++17", "-O1", "-shared", "-fPIC", sources[0], "-o", made], check=True)
         os.replace(made, path)
-    return ctypes.CDLL(str(path))
+    library = ctypes.CDLL(str(path))
+    library.sparse_prune_packed_bytes_sm90.restype = ctypes.c_int64
+    library.sparse_prune_x_map_arguments.restype = TensorMapArguments
+    library.sparse_prune_refusal_sm90.restype = ctypes.c_char_p
+    return library
 
 
 def linear_launch(m: int, n: int, blocks: tuple[int, int, int], sms: int = 108) -> tuple[Layout, LinearLaunch]:
@@ -172,12 +204,12 @@ def linear(
         heads, count = heads.view(at.tiles, -1)[tiles].contiguous(), len(tiles)
         launch.blocks = launch.blocks // at.tiles * count
     vector = n % 8 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in (y, bias, residual))
-    tables, last = (heads, steps), count
+    tables, last = (heads, steps), [count]
     if launch.skinny:
-        tables, last = (starts, pieces), at.row // 16
+        tables, last = (starts, pieces), [at.row // 16, at.order]
     code = program(ptx("kernels_sm80.cu", arch, patch), entry(at, launch, x.dtype))
     arguments = [x, weights if len(weights) else 0, *tables, *(0 if t is None else t for t in (bias, residual)), y]
-    arguments += [m, n, k, x.stride(0), last, ACTIVATIONS.index(activation), int(vector)]
+    arguments += [m, n, k, x.stride(0), *last, ACTIVATIONS.index(activation), int(vector)]
     counts = code.launch(launch.blocks, launch.threads, arguments, shared_bytes=launch.shared_bytes, **options)
     return y, counts
 
@@ -220,3 +252,72 @@ def sdd(
             program(text, f"sum_parts_{name}").launch(launch.sum_blocks, launch.threads, arguments, **options)
         )
     return dvalues, counts
+
+
+def refusal_sm90(x: int, m: int, n: int, k: int, row_bytes: int, weight: PackedSm90) -> str | None:
+    """Why the kernel for Hopper cannot run, as the launcher finds it; x is an address."""
+    numbers = [ctypes.c_int64(number) for number in (x, m, n, k, row_bytes)]
+    reason = _config().sparse_prune_refusal_sm90(*numbers, ctypes.byref(weight))
+    return None if reason is None else reason.decode()
+
+
+def launch_sm90(
+    m: int, n: int, weight: PackedSm90, tokens: int | None = None, sms: int = 132
+) -> tuple[Layout, LinearLaunch, LaunchSm90]:
+    """What csrc/cuda chooses for m rows on a Hopper: the layout for few tokens and its launch, and that of the kernel for many."""
+    made = Layout(), LinearLaunch(), LaunchSm90()
+    sizes = ctypes.c_int64(m), ctypes.c_int64(n), ctypes.byref(weight), sms, tokens or 0
+    _config().sparse_prune_linear_launch_sm90(*sizes, *(ctypes.byref(part) for part in made))
+    return made
+
+
+def linear_sm90(
+    x: Tensor,
+    packed: Tensor,
+    weight: PackedSm90,
+    n: int,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    tokens: int | None = None,
+    clusters: int = 2,
+    edit: Callable[[str, str], str] | None = None,
+    patch: tuple[tuple[str, str, str], ...] = (),
+    **options,
+) -> tuple[Tensor, ptx_emulator.Counts]:
+    """y[M, n] of the kernel that csrc/cuda launches on Hopper for a weight that cuda_sm90.Layout.pack packed, and counts.
+
+    tokens: the kernel for many tokens, in tiles of so many. clusters: how many of them a GPU runs at once. edit changes its PTX.
+    """
+    m, k = x.shape
+    refused = refusal_sm90(x.data_ptr(), m, n, k, 2 * x.stride(0), weight)
+    assert x.stride(1) == 1 and refused is None, refused
+    assert len(packed) == _config().sparse_prune_packed_bytes_sm90(ctypes.c_int64(n), ctypes.byref(weight))
+    few, few_launch, launch = launch_sm90(m, n, weight, tokens)
+    y, name = x.new_full((m, n), torch.nan), NAMES[x.dtype]
+    table = 2 * weight.nnzb * weight.block_rows * weight.block_columns
+    weights, table, starts, pieces = packed.tensor_split((table, few.starts, few.piece_table))
+    values = weights if len(weights) else 0
+    extras = [0 if t is None else t for t in (bias, residual)]
+    if few_launch.skinny and tokens is None:
+        vector = n % 8 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in (y, bias, residual))
+        entry = f"bsr_linear_skinny_{name}_{few_launch.tokens}_{few_launch.units}"
+        arguments = [x, values, starts, pieces, *extras, y, m, n, k, x.stride(0), few.row // 16, few.order]
+        arguments += [ACTIVATIONS.index(activation), int(vector)]
+        code = program(ptx("kernels_sm80.cu", "sm_90", patch), entry)
+        size = {"shared_bytes": few_launch.shared_bytes}
+        return y, code.launch(few_launch.blocks, few_launch.threads, arguments, **size, **options)
+    entry = f"bsr_linear_sm90_{name}_{launch.tokens}_{launch.step}"
+    text = ptx("kernels_sm90.cu", "sm_90a", patch)
+    code = program(edit(text, entry) if edit else text, entry)
+    described = _config().sparse_prune_x_map_arguments(
+        *(ctypes.c_int64(size) for size in (m, k, 2 * x.stride(0))), launch.tokens, launch.step
+    )
+    x_map = ptx_emulator.TensorMap(
+        x, described.box_dim, described.global_dim, described.global_stride, described.swizzle
+    )
+    arguments = [x_map, x, values, table, *extras, y, x.stride(0), n, m, n, k, weight.block_rows, weight.groups]
+    arguments += [weight.steps, launch.group_tokens, ACTIVATIONS.index(activation)]
+    blocks = min(clusters, launch.turns) * weight.cluster
+    options |= {"shared_bytes": launch.shared_bytes, "cluster": weight.cluster}
+    return y, code.launch(blocks, launch.threads, arguments, **options)

@@ -2,96 +2,36 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import re
 import subprocess
-import tempfile
 from pathlib import Path
 
 import cuda_kernels
 import ptx_emulator
 import pytest
 import torch
-from ptx_emulator import EmulationError, Program, TensorMap
+import torch.nn.functional as F
+from ptx_emulator import EmulationError
 from sparse_prune_kernels import config, cuda_sm90
 from triton_problems import assert_as_good_as_torch, exact_and_dense, make_problem
 
+import sparse_prune as sp
 from sparse_prune import reference
+from sparse_prune.masks import expand_mask
 
 pytestmark = pytest.mark.skipif(cuda_kernels.unavailable() is not None, reason=str(cuda_kernels.unavailable()))
 BF16, F16 = torch.bfloat16, torch.float16
 ACTIVATIONS = list(reference.ACTIVATIONS)
 
 
-def ptx() -> str:
-    return cuda_kernels.ptx("kernels_sm90.cu", "sm_90a")
-
-
-class XMap(ctypes.Structure):
-    _fields_ = [
-        ("global_dim", ctypes.c_uint64 * 2),
-        ("global_stride", ctypes.c_uint64 * 1),
-        ("box_dim", ctypes.c_uint32 * 2),
-        ("swizzle", ctypes.c_uint32),
-    ]
-
-
-@functools.cache
-def host() -> ctypes.CDLL:
-    """The functions of bsr_linear_sm90.h that the launcher calls."""
-    source = """#include "bsr_linear_sm90.h"
-using namespace sparse_prune::sm90;
-extern "C" TensorMapArguments x_map(int64_t m, int64_t k, int64_t row, int tokens, int step) {
-  return x_map_arguments(m, k, row, tokens, step);
-}
-extern "C" int shared(int tokens, int step) { return shared_bytes(tokens, step); }
-extern "C" int threads() { return THREADS; }
-extern "C" const char* refusal(uint64_t address, int64_t k, int64_t row) { return x_map_refusal(address, k, row); }
-"""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            *ptx_emulator._compiler(),
-            "-std=c++17",
-            "-shared",
-            "-fPIC",
-            f"-I{cuda_kernels.CSRC}",
-            "-x",
-            "c++",
-            "-",
-        ]
-        subprocess.run([*command, "-o", f"{folder}/host.so"], input=source, text=True, check=True)
-        library = ctypes.CDLL(f"{folder}/host.so")
-    library.x_map.restype, library.refusal.restype = XMap, ctypes.c_char_p
-    library.refusal.argtypes = [ctypes.c_uint64, ctypes.c_int64, ctypes.c_int64]
-    library.x_map.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 2
-    return library
-
-
-@functools.cache
-def program(dtype, tokens, step, edit=None) -> Program:
-    text = ptx()
-    name = f"bsr_linear_sm90_{cuda_kernels.NAMES[dtype]}_{tokens}_{step}"
-    return Program(edit(text, name) if edit else text, name)
-
-
-def product(
-    x, packed, bias=None, residual=None, activation="none", tokens=256, cluster=None, clusters=2, edit=None, **options
-):
+def product(x, packed, bias=None, residual=None, activation="none", cluster=None, **options):
     """act(x @ W^T + bias) + residual by `clusters` clusters that stay until all is done; y, counts and the plan."""
     (n, k), (r, c) = packed.shape, packed.blocksize
-    cluster, step = cluster or cuda_sm90.cluster_of(n), cuda_sm90.step_of(c)
-    plan = cuda_sm90.make_cluster_plan(packed.crow_indices, packed.col_indices, k, (r, c), cluster)
-    values = cuda_sm90.fragment_order(packed.values)
-    y = x.new_full((len(x), n), torch.nan)
-    described = host().x_map(len(x), k, x.stride(0) * 2, tokens, step)
-    x_map = TensorMap(x, described.box_dim, described.global_dim, described.global_stride, described.swizzle)
-    arguments = [x_map, values, plan.table, 0 if bias is None else bias, 0 if residual is None else residual, y]
-    arguments += [0 if residual is None else residual.stride(0), len(x), n, r, plan.groups, plan.steps, 2]
-    arguments += [ACTIVATIONS.index(activation)]
-    counts = program(x.dtype, tokens, step, edit).launch(
-        clusters * cluster, host().threads(), arguments, host().shared(tokens, step), cluster=cluster, **options
-    )
+    layout = cuda_sm90.make_layout(packed.crow_indices, packed.col_indices, n, k, r, c, cluster)
+    plan = layout.plan
+    weight = cuda_kernels.PackedSm90(r, c, plan.cluster, packed.nnzb, plan.groups, plan.steps)
+    packed = layout.pack(packed.values)
+    y, counts = cuda_kernels.linear_sm90(x, packed, weight, n, bias, activation, residual, **options)
     return y, counts, plan
 
 
@@ -150,7 +90,7 @@ def test_work_is_what_was_predicted(block):
     """Multiply-adds, bytes from L2 and bytes through shared memory, as predicted_clocks counts them, for a tile of a cluster."""
     m, n, k, tokens = 256, 512, 1024, 256
     packed, counts, plan = check(
-        (m, n, k, *block, 0.2), BF16, "none", (False, False), cluster=4, clusters=1, mode="early"
+        (m, n, k, *block, 0.2), BF16, "none", (False, False), tokens=tokens, cluster=4, clusters=1, mode="early"
     )
     gpu = config.gpu_of(90)
     nnz = packed.nnzb * block[0] * block[1]
@@ -167,11 +107,59 @@ def test_work_is_what_was_predicted(block):
     assert counts.kinds["store_global"] == m * n // 128  # 128 outputs an instruction: a sector of 16 for each of 8 rows
 
 
-def test_x_that_no_tensor_map_describes_is_refused_with_the_reason():
-    assert host().refusal(0x1000, 64, 128) is None
-    assert b"multiple of 16 bytes" in host().refusal(0x1002, 64, 128)
-    assert b"multiple of 16 bytes apart" in host().refusal(0x1000, 33, 66)
-    assert b"column" in host().refusal(0x1000, 0, 16)
+def poisoned(block, value, **options):
+    """y where x holds value at a block-column that block-row 0 lacks and row 1 has; what y should be; PyTorch's of zeros there."""
+    generator = torch.Generator().manual_seed(0)
+    r, c = block
+    n, k = 2 * r - 5, 6 * c - 3
+    mask = torch.rand(2, 6, generator=generator) < 0.6
+    mask[0, 2], mask[1, 2] = False, True
+    weight = torch.randn(n, k, generator=generator).bfloat16()
+    packed = sp.BsrWeight.from_dense(weight, mask, block)
+    x, bias = torch.randn(140, k, generator=generator).bfloat16(), torch.randn(n, generator=generator).bfloat16()
+    x[7, 2 * c + 1], x[130, 3 * c - 1] = value, -value
+    x = cuda_kernels.aligned(x)
+    y, *_ = product(x, packed, bias, tokens=128, clusters=1, **options)
+    sees = expand_mask(mask, block, (n, k))[:, None] & ~x.isfinite()[None]  # [N, M, K]
+    clean, dense = x.nan_to_num(0, 0, 0), packed.to_dense()
+    exact = F.linear(clean.double(), dense.double(), bias.double())
+    return y, torch.where(sees.any(2).T, torch.nan, exact), F.linear(clean, dense, bias)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("block", [(16, 16), (32, 32), (64, 64), (16, 128)], ids=str)
+def test_what_is_not_finite_reaches_only_rows_that_keep_its_column(block, value):
+    y, exact, dense = poisoned(block, value)
+    assert exact[7, : block[0]].isfinite().all() and not exact[7].isfinite().all()
+    assert torch.equal(y.isfinite(), exact.isfinite())
+    assert_as_good_as_torch(*(part.nan_to_num(0, 0, 0) for part in (y, exact, dense)))
+
+
+def test_what_the_kernel_cannot_run_is_refused_with_the_reason():
+    def refusal(x=0x1000, m=64, n=64, k=64, row_bytes=128, groups=1, steps=1):
+        return cuda_kernels.refusal_sm90(x, m, n, k, row_bytes, cuda_kernels.PackedSm90(32, 32, 4, 8, groups, steps))
+
+    assert refusal() is None
+    assert "begin at a multiple of 16 bytes" in refusal(x=0x1002)
+    assert "multiple of 16 bytes apart" in refusal(k=33, row_bytes=66)
+    assert "column" in refusal(k=0)
+    for size in ({"m": 1 << 31}, {"n": 1 << 31}, {"k": 1 << 31}, {"m": 1 << 22, "groups": 1 << 17}, {"steps": 1 << 27}):
+        assert refusal(**size) == "a size that int32 cannot number"
+
+
+@pytest.mark.parametrize("m", [1, 9, 64])
+@pytest.mark.parametrize("block", [(16, 16), (32, 32), (64, 64), (128, 16), (16, 128)], ids=str)
+def test_few_tokens_run_the_other_kernel_on_the_same_weights(m, block):
+    _, counts, _ = check((m, 300, 500, *block, 0.4), BF16, tokens=None)
+    assert counts.kinds["wgmma"] == 0 and counts.kinds["mma"] > 0
+
+
+def test_tiles_fill_the_gpu():
+    """Tiles of 256 rows of x where they leave no multiprocessors idle, else of 128; no more clusters than tiles."""
+    weight = cuda_kernels.PackedSm90(32, 32, 4, 0, 8, 8)  # 4096 outputs
+    chosen = [cuda_kernels.launch_sm90(m, 4096, weight)[2] for m in (65, 256, 512, 1024, 4096)]
+    assert [launch.tokens for launch in chosen] == [128, 128, 128, 256, 256]
+    assert [launch.turns for launch in chosen] == [8, 16, 32, 32, 128]
 
 
 # ---- what ptxas makes of it ----
@@ -188,7 +176,7 @@ def test_cubin(name, tmp_path):
     tools = pytest.importorskip("triton.backends.nvidia.compiler").__file__
     tokens, step = (int(part) for part in name.split("_")[-2:])
     text, cubin = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
-    text.write_text(ptx())
+    text.write_text(cuda_kernels.ptx("kernels_sm90.cu", "sm_90a"))
     ptxas = ["nvcc", "-arch=sm_90a", "-cubin", f"-Xptxas=-v,-e,{name}", str(text), "-o", str(cubin)]
     done = subprocess.run(ptxas, capture_output=True, text=True)
     report = done.stdout + done.stderr
@@ -198,7 +186,9 @@ def test_cubin(name, tmp_path):
     assert "C7510" not in report and "serialized" not in report, report
     # Of 65536: 168 for each of 384 threads when they start; then 56 for those that load and 224 for those that multiply.
     assert int(re.search(r"Used (\d+) registers", report)[1]) == 168 and 128 * 56 + 256 * 224 <= 65536
-    assert host().shared(tokens, step) <= 227 * 1024
+    weight = cuda_kernels.PackedSm90(16, step, 4, 0, 1, 1)
+    launch = cuda_kernels.launch_sm90(1, 16, weight, tokens)[2]
+    assert launch.step == step and launch.threads == 384 and launch.shared_bytes <= 227 * 1024
     disassemble = [str(Path(tools).with_name("bin") / "cuobjdump"), "-sass", "-fun", name, str(cubin)]
     sass = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout
     products = re.findall(rf"HGMMA\.64x{tokens}x16\.F32(?:\.BF16)? (R\d+), (R\d+), gdesc\[\w+\], R\d+(, gsb0)?", sass)
@@ -209,7 +199,8 @@ def test_cubin(name, tmp_path):
         [False] * (depth - 1) + [True]
     ) * 2  # ... and nothing waits between products of a step
     assert "UTMALDG.2D.MULTICAST" in sass and "UBLKCP" in sass and "USETMAXREG" in sass and "MOVM" in sass
-    assert not re.search(r"\b(STL|LDL|HMMA)\b", sass)
+    assert not re.search(r"\b(STL|LDL)\b", sass)
+    assert len(re.findall(r"\bHMMA\b", sass)) == 1  # of sums that are made again
 
 
 # ---- bugs planted in the compiled kernel: an error, or a wrong result ----
@@ -262,12 +253,6 @@ PLANTED = {
         replaced(r"barrier\.cluster\.(arrive|wait)\S*;", "", "", slice(0, 2)),
         "no mbarrier|a use at",
     ),
-    "stores beyond the last row of x": (
-        replaced(
-            r"and\.pred\s+(%p\d+), (%p\d+), %p\d+;(?=(?:(?!and\.pred)[\s\S])*?st\.global\.v2)", r"mov.pred \1, \2;"
-        ),
-        "in no tensor",
-    ),
     "stores beyond the last output": (
         replaced(r"@%p\d+ bra\s+\S+;(?=\s+(?:shr\.u32[^;]+;\s+)?st\.global\.u16)", ""),
         "in no tensor|between",
@@ -314,3 +299,34 @@ def test_planted_bug(bug, mode):
     else:
         with pytest.raises(EmulationError, match=message):
             check(problem, BF16, "none", (False, False), **options)
+
+
+# ---- bugs planted in the source ----
+
+ONE = (
+    (
+        "kernels_sm90.cu",
+        "KERNELS(bf16, __nv_bfloat16)\nKERNELS(f16, __half)\n",
+        "KERNEL(bf16, __nv_bfloat16, 128, 32)\n",
+    ),
+    ("kernels_sm90.cu", "{ENTRIES(bf16, true) ENTRIES(f16, false)}", "{ENTRY(bf16, true, 128, 32)}"),
+)
+
+
+def test_rows_beyond_the_last_one_of_x_would_be_written():
+    problem = (140, 264, 640, 32, 32, 0.3)
+    check(problem, BF16, tokens=128, patch=ONE)
+    bug = (
+        "bsr_linear_sm90.cuh",
+        "const bool inside = token + int(threadIdx.x) % 32 / 4 < a.m;",
+        "const bool inside = true;",
+    )
+    with pytest.raises(EmulationError, match="in no tensor"):
+        check(problem, BF16, tokens=128, patch=(*ONE, bug))
+
+
+def test_without_the_second_sums_what_is_not_finite_would_spread():
+    y, exact, _ = poisoned(
+        (32, 32), torch.nan, patch=(*ONE, ("bsr_linear_sm90.cuh", "if (a.block_rows < 64) {", "if (false) {"))
+    )
+    assert not torch.equal(y.isfinite(), exact.isfinite())

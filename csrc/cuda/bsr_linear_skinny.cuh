@@ -21,12 +21,14 @@ constexpr int kSkinnyStride = 16 * kUnits + 4;
 template <typename T, int kTokenTiles, int kUnits>
 __device__ __forceinline__ void bsr_linear_skinny(const T* __restrict__ x, const uint4* __restrict__ weights,
                                                   const int* __restrict__ starts, const Piece* __restrict__ pieces,
-                                                  const Epilogue<T>& epilogue, int M, int K, int64_t ldx, int row_units) {
+                                                  const Epilogue<T>& epilogue, int M, int K, int64_t ldx, int row_units,
+                                                  int order) {
   static_assert(sizeof(T) == 2, "fragments hold pairs of 16-bit numbers.");
   // Pieces whose loads are on their way together: as many as registers allow beside the sums, 128 a thread and none spilled.
   constexpr int kBatch = kTokenTiles == 2 ? 8 : 2 / kUnits;
   extern __shared__ __align__(16) float partial[];  // [warps, tokens, kSkinnyStride]
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const bool left = order == kLeftOrder;
   const int parts = row_units / kUnits, row = blockIdx.x / parts, first_unit = blockIdx.x % parts * kUnits;
   const int begin = starts[row], share = (starts[row + 1] - begin + warps - 1) / warps;
   const int from = begin + warp * share, to = min(from + share, starts[row + 1]);
@@ -71,7 +73,7 @@ __device__ __forceinline__ void bsr_linear_skinny(const T* __restrict__ x, const
         if (p + j >= count) break;
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
-          const uint32_t a[4] = {w[j][u].x, w[j][u].z, w[j][u].y, w[j][u].w};
+          const uint32_t y = w[j][u].y, z = w[j][u].z, a[4] = {w[j][u].x, left ? y : z, left ? z : y, w[j][u].w};
 #pragma unroll
           for (int i = 0; i < kTokenTiles; ++i) {
             if (8 * i >= M) break;
@@ -95,7 +97,6 @@ __device__ __forceinline__ void bsr_linear_skinny(const T* __restrict__ x, const
     }
   }
   __syncthreads();
-  const bool narrow = row_units == 1;  // rows of 16 and longer ones order their columns differently
   for (int run = threadIdx.x; run < M * 4 * kUnits; run += blockDim.x) {  // four adjacent outputs of one token
     const int m = run / (4 * kUnits), q = run % (4 * kUnits);
     float v[4] = {};
@@ -104,7 +105,7 @@ __device__ __forceinline__ void bsr_linear_skinny(const T* __restrict__ x, const
       v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
     }
     const int unit = first_unit + q / 4;
-    const int within = narrow ? q * 4 : unit / 2 * 32 + q % 4 * 8 + unit % 2 * 4;
+    const int within = order != kRightOrder ? first_unit * 16 + q * 4 : unit / 2 * 32 + q % 4 * 8 + unit % 2 * 4;
     epilogue.store(v, m, row * row_units * 16 + within);
   }
 }

@@ -12,6 +12,8 @@
 //   free    mbarrier of a stage, in the block that leads it: the consumer warps of all blocks have. x may be overwritten.
 //
 // A warpgroup whose rows have no block at a step passes it by; a row without a block beside one with a block is multiplied by zeros.
+// Zero times NaN or infinity is NaN, and x may hold them where the row has no block: a warp that finds NaN among its sums makes them again
+// from its own blocks alone.
 #pragma once
 
 #include "bsr_linear_sm90.h"
@@ -22,24 +24,36 @@ namespace sparse_prune::sm90 {
 
 // Parameters of the kernels, and what they are gathered into. They are plain so that a test can pass tensors for pointers.
 #define SPARSE_PRUNE_SM90_PARAMETERS                                                                                         \
-  const __grid_constant__ CUtensorMap x_map, const void *values, const int *table, const void *bias, const void *residual,   \
-      void *y, long long residual_row, int m, int n, int block_rows, int groups, int steps, int group_tokens, int activation
+  const __grid_constant__ CUtensorMap x_map, const void *x, const void *values, const int *table, const void *bias,          \
+      const void *residual, void *y, long long x_row, long long residual_row, int m, int n, int k, int block_rows, int groups, \
+      int steps, int group_tokens, int activation
 #define SPARSE_PRUNE_SM90_ARGUMENTS \
-  {values, table, bias, residual, y, residual_row, m, n, block_rows, groups, steps, group_tokens, activation}
+  {x, values, table, bias, residual, y, x_row, residual_row, m, n, k, block_rows, groups, steps, group_tokens, activation}
 
 struct Arguments {
+  const void* x;         // [m, k], rows x_row elements apart: what x_map describes
   const void* values;    // [nnzb * C / STEP, STEP / 16, R / 16, 32 lanes, 8]: fragments of wgmma, cuda_sm90.fragment_order
   const int* table;      // cuda_sm90.ClusterPlan
   const void* bias;      // [n] or null
   const void* residual;  // [m, n], rows residual_row elements apart, or null
   void* y;               // [m, n]
-  long long residual_row;
-  int m, n;
+  long long x_row, residual_row;
+  int m, n, k;
   int block_rows;        // R
   int groups;            // of block-rows: one for each cluster at a time
   int steps;             // of all groups
   int group_tokens;      // tiles of tokens that pass over all groups together, so that their x stays in L2
   int activation;
+};
+
+// The parts of the table.
+struct Table {
+  const int* begins;  // [groups + 1] first step of each group
+  const int* rows;    // [groups, size, places] block-row, or -1
+  const int* heads;   // [steps, 2] first input; which blocks of the cluster need x, and LAST
+  const int* slots;   // [steps, size, places] chunk of values, or -1
+  __device__ Table(const Arguments& a, int size, int places)
+      : begins(a.table), rows(begins + a.groups + 1), heads(rows + a.groups * size * places), slots(heads + 2 * a.steps) {}
 };
 
 // Which tile of tokens and which group a cluster makes at its turn: groups in order (long ones first) within a band of tokens.
@@ -80,16 +94,16 @@ __device__ void load(const CUtensorMap* x_map, const Arguments& a, char* shared,
   const uint32_t lane = threadIdx.x % 32, rank = cluster_rank(), size = cluster_size();
   const int places = ROWS / a.block_rows, batch = 32 / places, j = lane / places, p = lane % places;
   const int chunk = a.block_rows * STEP * 2;  // bytes of W that a block brings to a step
-  const int* heads = a.table + a.groups + 1 + a.groups * size * places;  // [steps, 2]: first input; blocks that need x, and LAST
-  const int* slots = heads + 2 * a.steps;                                // [steps, size, places]: chunk of values, or -1
+  const Table table(a, size, places);
   for (int turn = blockIdx.x / size; turn < token_tiles * a.groups; turn += gridDim.x / size) {
     Tile tile = tile_of(turn, token_tiles, a);
-    int step = a.table[tile.group], end = a.table[tile.group + 1];
+    int step = table.begins[tile.group], end = table.begins[tile.group + 1];
     int column = 0, flags = 0, slot = -1;
     auto look = [&](int first) {
       int at = first + j;
       if (at >= end) return;
-      column = __ldg(heads + 2 * at), flags = __ldg(heads + 2 * at + 1), slot = __ldg(slots + (at * size + rank) * places + p);
+      column = __ldg(table.heads + 2 * at), flags = __ldg(table.heads + 2 * at + 1);
+      slot = __ldg(table.slots + (at * size + rank) * places + p);
     };
     look(step);
     for (; step < end; step += batch) {
@@ -115,29 +129,37 @@ __device__ void load(const CUtensorMap* x_map, const Arguments& a, char* shared,
   }
 }
 
-// What a warp does with its 16 outputs and the tile's tokens: lane 4 g + t holds output rows g and g + 8 of the fragment, which are outputs
-// 4 (g / 2) + g % 2 and two more, at tokens 8 j + 2 t and one more. Transposed by eights, it holds outputs 4 t to 4 t + 3 of token 8 j + g.
-template <class T, int TOKENS>
-__device__ void finish(const float (&sums)[TOKENS / 2], const Arguments& a, int first_output, int first_token) {
-  using namespace hopper;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const T* bias = static_cast<const T*>(a.bias);
-  float b[2] = {0, 0};
-  for (int h = 0; h < 2; ++h) {
-    int n = first_output + g / 2 * 4 + h * 2 + g % 2;
-    if (bias && n < a.n) b[h] = float(bias[n]);
+// What becomes of sums: those of a warp's 16 outputs and of eight tokens at a time. Lane 4 g + t holds output rows g and g + 8 of the
+// fragment, which are outputs 4 (g / 2) + g % 2 and two more, at tokens 2 t and one more. Transposed, it holds outputs 4 t to 4 t + 3 of
+// token g.
+template <class T>
+struct Finish {
+  const Arguments& a;
+  int outputs;  // from this lane's first on, once transposed; none or less: beyond the edge
+  float bias[2] = {0, 0};
+  bool y_whole, r_whole;
+  uint16_t* to;
+  const uint16_t* from;
+
+  __device__ Finish(const Arguments& a, int first_output, int first_token) : a(a) {
+    const int lane = threadIdx.x % 32, g = lane / 4, n = first_output + lane % 4 * 4;
+    for (int h = 0; h < 2; ++h) {
+      const int output = first_output + g / 2 * 4 + h * 2 + g % 2;
+      if (a.bias && output < a.n) bias[h] = device::to_float(static_cast<const T*>(a.bias)[output]);
+    }
+    outputs = a.n - n;
+    y_whole = outputs >= 4 && a.n % 4 == 0 && reinterpret_cast<uintptr_t>(a.y) % 8 == 0;
+    r_whole = outputs >= 4 && a.residual_row % 4 == 0 && reinterpret_cast<uintptr_t>(a.residual) % 8 == 0;
+    to = static_cast<uint16_t*>(a.y) + (long long)(first_token + g) * a.n + n;
+    from = static_cast<const uint16_t*>(a.residual) + (first_token + g) * a.residual_row + n;
   }
-  const int n = first_output + 4 * t, outputs = a.n - n;  // from this lane's first on, once transposed; none or less: beyond the edge
-  const bool y_whole = outputs >= 4 && a.n % 4 == 0 && reinterpret_cast<uintptr_t>(a.y) % 8 == 0;
-  const bool r_whole = outputs >= 4 && a.residual_row % 4 == 0 && reinterpret_cast<uintptr_t>(a.residual) % 8 == 0;
-  uint16_t* to = static_cast<uint16_t*>(a.y) + (long long)(first_token + g) * a.n + n;
-  const uint16_t* from = static_cast<const uint16_t*>(a.residual) + (first_token + g) * a.residual_row + n;
-#pragma unroll
-  for (int j = 0; j < TOKENS / 8; ++j, to += 8 * (long long)a.n, from += 8 * a.residual_row) {
-    if (first_token + 8 * j >= a.m) break;
-    const bool inside = first_token + 8 * j + g < a.m;
+
+  // The next eight tokens, from `token` on.
+  __device__ void store(const float* sums, int token) {
+    using namespace hopper;
+    const bool inside = token + int(threadIdx.x) % 32 / 4 < a.m;
     float v[4];
-    for (int e = 0; e < 4; ++e) v[e] = sums[4 * j + e] + b[e / 2];
+    for (int e = 0; e < 4; ++e) v[e] = sums[e] + bias[e / 2];
     device::activate(v, a.activation);
     if (a.residual) {
       uint32_t r[2] = {0, 0};
@@ -160,6 +182,32 @@ __device__ void finish(const float (&sums)[TOKENS / 2], const Arguments& a, int 
       for (int e = 0; e < 4; ++e)
         if (e < outputs) to[e] = uint16_t(out[e / 2] >> 16 * (e % 2));
     }
+    to += 8 * (long long)a.n, from += 8 * a.residual_row;
+  }
+};
+
+// The sums of a warp for eight tokens from `token` on, of the blocks of its own block-row alone: that of the group's place `place` of
+// `places`, 16 outputs `fragment` of it. By mma.sync, whose sums lie as those of wgmma do.
+template <class T, int STEP>
+__device__ void sum_own(float (&sums)[4], const Arguments& a, const Table& table, int group, int place, int places, int fragment,
+                        int token) {
+  const int lane = threadIdx.x % 32, fragments = a.block_rows / 16, row = token + lane / 4;
+  const uint16_t* x = static_cast<const uint16_t*>(a.x) + row * a.x_row;
+  for (float& sum : sums) sum = 0;
+  for (int step = table.begins[group]; step < table.begins[group + 1]; ++step) {
+    const int slot = table.slots[step * places + place];
+    if (slot < 0) continue;
+#pragma unroll 1
+    for (int depth = 0; depth < STEP / 16; ++depth) {
+      const uint4 w = static_cast<const uint4*>(a.values)[(((long long)slot * (STEP / 16) + depth) * fragments + fragment) * 32 + lane];
+      const uint32_t left[4] = {w.x, w.y, w.z, w.w};
+      uint32_t right[2] = {0, 0};
+      for (int e = 0; e < 4; ++e) {
+        const int input = table.heads[2 * step] + depth * 16 + lane % 4 * 2 + e / 2 * 8 + e % 2;
+        if (row < a.m && input < a.k) right[e / 2] |= uint32_t(x[input]) << 16 * (e % 2);
+      }
+      device::multiply_add<T>(sums, left, right[0], right[1]);
+    }
   }
 }
 
@@ -173,7 +221,7 @@ __device__ void multiply(const Arguments& a, char* shared, Ring<TOKENS, STEP> ri
   // The places whose rows this warpgroup multiplies.
   const uint32_t ours = places == 1 ? 1 : ((1u << places / 2) - 1) << (warp / 4 * places / 2);
   const uint32_t fragment = place * a.block_rows * STEP * 2 + warp % fragments * 512 + lane * 16;  // within the stage's W
-  const int* rows = a.table + a.groups + 1;  // [groups, size, places]: block-row, or -1
+  const Table table(a, size, places);
 
   auto release = [&](uint32_t stage) {
     __syncwarp();
@@ -184,7 +232,7 @@ __device__ void multiply(const Arguments& a, char* shared, Ring<TOKENS, STEP> ri
   };
   for (int turn = blockIdx.x / size; turn < token_tiles * a.groups; turn += gridDim.x / size) {
     Tile tile = tile_of(turn, token_tiles, a);
-    const int row = rows[(tile.group * size + rank) * places + place];
+    const int row = table.rows[(tile.group * size + rank) * places + place];
     float sums[TOKENS / 2];
 #pragma unroll
     for (float& sum : sums) sum = 0;
@@ -241,7 +289,30 @@ __device__ void multiply(const Arguments& a, char* shared, Ring<TOKENS, STEP> ri
     }
     wgmma_wait<0>();
     if (pending) release(busy);
-    if (row >= 0) finish<T, TOKENS>(sums, a, row * a.block_rows + warp % fragments * 16, tile.token * TOKENS);
+    if (row < 0) continue;
+    Finish<T> finish(a, row * a.block_rows + warp % fragments * 16, tile.token * TOKENS);
+    const int end = min(a.m, (tile.token + 1) * TOKENS);
+    bool again = false;
+    if (a.block_rows < 64) {
+      float all[4] = {};
+#pragma unroll
+      for (int i = 0; i < TOKENS / 2; ++i) all[i % 4] += sums[i];
+      again = __any_sync(~0u, isnan(all[0] + all[1] + all[2] + all[3]));
+    }
+    if (again) {
+#pragma unroll 1
+      for (int token = tile.token * TOKENS; token < end; token += 8) {
+        float own[4];
+        sum_own<T, STEP>(own, a, table, tile.group, rank * places + place, size * places, warp % fragments, token);
+        finish.store(own, token);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < TOKENS / 8; ++j) {
+        if (tile.token * TOKENS + 8 * j >= end) break;
+        finish.store(sums + 4 * j, tile.token * TOKENS + 8 * j);
+      }
+    }
   }
 }
 

@@ -39,6 +39,7 @@ LinearLaunch skinny_launch(int64_t M, const Layout& layout, int sms) {
 Layout layout_of(int64_t out_features, int64_t nnzb, int block_rows, int block_cols) {
   Layout l = {};
   l.row = std::min(block_rows, 64);
+  l.order = l.row == 16 ? kRightOrder16 : kRightOrder;
   const int64_t block_row_count = ceil_div(out_features, block_rows);
   l.rows = block_row_count * (block_rows / l.row);
   l.tiles = ceil_div(block_row_count, kTileOutputs / block_rows);
@@ -48,6 +49,14 @@ Layout layout_of(int64_t out_features, int64_t nnzb, int block_rows, int block_c
   l.piece_table = l.starts + ceil_div(l.rows + 1, 4) * 16;
   l.steps = l.piece_table + ceil_div(2 * l.pieces, 4) * 16;
   l.least_bytes = l.steps + 16;
+  return l;
+}
+
+Layout layout_of_sm90(int64_t out_features, const sm90::Packed& weight) {
+  Layout l = {};
+  l.row = weight.row(), l.order = kLeftOrder;
+  l.rows = weight.rows(out_features);
+  l.starts = weight.starts(), l.piece_table = weight.pieces(out_features);
   return l;
 }
 
@@ -81,16 +90,35 @@ SddLaunch sdd_launch(int64_t M, int64_t jobs, int64_t nnzb, int block_rows, int 
 }  // namespace sparse_prune
 
 // For tests and tools, through ctypes.
-extern "C" __attribute__((visibility("default"))) void sparse_prune_linear_launch(int64_t M, int64_t out_features, int64_t nnzb,
-                                                                                 int block_rows, int block_cols, int sms,
-                                                                                 sparse_prune::Layout* layout,
-                                                                                 sparse_prune::LinearLaunch* launch) {
+#define SPARSE_PRUNE_EXPORT extern "C" __attribute__((visibility("default")))
+namespace sm90 = sparse_prune::sm90;
+
+SPARSE_PRUNE_EXPORT void sparse_prune_linear_launch(int64_t M, int64_t out_features, int64_t nnzb, int block_rows, int block_cols,
+                                                    int sms, sparse_prune::Layout* layout, sparse_prune::LinearLaunch* launch) {
   *layout = sparse_prune::layout_of(out_features, nnzb, block_rows, block_cols);
   *launch = sparse_prune::linear_launch(M, *layout, sms);
 }
 
-extern "C" __attribute__((visibility("default"))) void sparse_prune_sdd_launch(int64_t M, int64_t jobs, int64_t nnzb, int block_rows,
-                                                                              int block_cols, int sms,
-                                                                              sparse_prune::SddLaunch* launch) {
+SPARSE_PRUNE_EXPORT void sparse_prune_sdd_launch(int64_t M, int64_t jobs, int64_t nnzb, int block_rows, int block_cols, int sms,
+                                                 sparse_prune::SddLaunch* launch) {
   *launch = sparse_prune::sdd_launch(M, jobs, nnzb, block_rows, block_cols, sms);
+}
+
+// The layout for few tokens and its launch, and the launch of the kernel for Hopper: in tiles of so many tokens, or 0 for the better one.
+SPARSE_PRUNE_EXPORT void sparse_prune_linear_launch_sm90(int64_t M, int64_t out_features, const sm90::Packed* weight, int sms,
+                                                         int tokens, sparse_prune::Layout* few, sparse_prune::LinearLaunch* few_launch,
+                                                         sm90::Launch* launch) {
+  *few = sparse_prune::layout_of_sm90(out_features, *weight);
+  *few_launch = sparse_prune::linear_launch(M, *few, sms);
+  *launch = tokens ? sm90::launch_with(M, *weight, tokens) : sm90::launch_of(M, *weight, sms);
+}
+SPARSE_PRUNE_EXPORT int64_t sparse_prune_packed_bytes_sm90(int64_t out_features, const sm90::Packed* weight) {
+  return weight->bytes(out_features);
+}
+SPARSE_PRUNE_EXPORT sm90::TensorMapArguments sparse_prune_x_map_arguments(int64_t M, int64_t K, int64_t row_bytes, int tokens, int step) {
+  return sm90::x_map_arguments(M, K, row_bytes, tokens, step);
+}
+SPARSE_PRUNE_EXPORT const char* sparse_prune_refusal_sm90(uint64_t x, int64_t M, int64_t N, int64_t K, int64_t row_bytes,
+                                                          const sm90::Packed* weight) {
+  return sm90::refusal(x, M, N, K, row_bytes, *weight);
 }

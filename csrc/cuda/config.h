@@ -4,11 +4,14 @@
 
 #include <stdint.h>
 
+#include "bsr_linear_sm90.h"
+
 namespace sparse_prune {
 
 // The layout of a weight, as kernels/sparse_prune_kernels/cuda.py makes it: weights, then tables. Offsets are in bytes.
 struct Layout {
   int row;          // outputs of a row: 16, 32 or 64
+  int order;        // of a unit: kRightOrder16, kRightOrder or kLeftOrder
   int64_t rows;     // of the weight
   int64_t tiles;    // of merged rows
   int64_t pieces;   // of a row at 16 inputs
@@ -18,6 +21,9 @@ struct Layout {
 
 // Sides in {16, 32, 64, 128}.
 Layout layout_of(int64_t out_features, int64_t nnzb, int block_rows, int block_cols);
+
+// What bsr_linear_skinny needs of a weight packed for sm_90a; the rest is zero.
+Layout layout_of_sm90(int64_t out_features, const sm90::Packed& weight);
 
 struct LinearLaunch {
   int skinny;        // whether bsr_linear_skinny runs, else bsr_linear_sm80

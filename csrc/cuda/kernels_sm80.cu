@@ -24,9 +24,9 @@ using namespace sparse_prune::device;
   extern "C" __global__ void __launch_bounds__(TOKENS == 16 ? 512 : 256, TOKENS == 16 ? 1 : 2)                                    \
       bsr_linear_skinny_##NAME##_##TOKENS##_##UNITS(const T* x, const uint4* weights, const int* starts, const Piece* pieces,     \
                                                     const T* bias, const T* residual, T* y, int M, int N, int K, int64_t ldx,     \
-                                                    int row_units, int activation, int vector) {                                  \
+                                                    int row_units, int order, int activation, int vector) {                       \
     const Epilogue<T> epilogue{bias, residual, y, M, N, activation, vector != 0};                                                  \
-    bsr_linear_skinny<T, TOKENS / 8, UNITS>(x, weights, starts, pieces, epilogue, M, K, ldx, row_units);                           \
+    bsr_linear_skinny<T, TOKENS / 8, UNITS>(x, weights, starts, pieces, epilogue, M, K, ldx, row_units, order);                    \
   }
 #define SKINNIES(NAME, T) SKINNY(NAME, T, 16, 1) SKINNY(NAME, T, 64, 1) SKINNY(NAME, T, 64, 2)
 
@@ -87,10 +87,10 @@ const char* sparse_prune::launch_linear(const LinearProblem& p, void* stream) {
   const void *steps = packed + p.layout.steps, *x = p.x, *bias = p.bias, *residual = p.residual;
   void* y = p.y;
   int M = p.M, N = p.N, K = p.K, tile_count = p.layout.tiles, row_units = p.layout.row / kUnit, activation = p.activation;
-  int vector = N % 8 == 0 && aligned(bias) && aligned(residual) && aligned(y);
+  int order = p.layout.order, vector = N % 8 == 0 && aligned(bias) && aligned(residual) && aligned(y);
   int64_t ldx = p.ldx;
   void* wide[] = {&x, &packed, &tiles, &steps, &bias, &residual, &y, &M, &N, &K, &ldx, &tile_count, &activation, &vector};
-  void* skinny[] = {&x, &packed, &starts, &pieces, &bias, &residual, &y, &M, &N, &K, &ldx, &row_units, &activation, &vector};
+  void* skinny[] = {&x, &packed, &starts, &pieces, &bias, &residual, &y, &M, &N, &K, &ldx, &row_units, &order, &activation, &vector};
   cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
   if (error == cudaSuccess)
     error = cudaLaunchKernel(function, dim3(launch.blocks), dim3(launch.threads), launch.skinny ? skinny : wide, launch.shared_bytes,

@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include "bsr_linear_sm90.h"
 #include "config.h"
 
 namespace sparse_prune {
@@ -14,7 +15,7 @@ struct LinearProblem {
   const void* x;  // [M, K], rows ldx elements apart; both multiples of 16 bytes
   int64_t ldx;
   const void* packed;  // the layout
-  Layout layout;
+  Layout layout;       // of launch_linear alone
   const void* bias;    // [N] or null
   const void* residual;  // [M, N] or null
   void* y;
@@ -44,6 +45,12 @@ const char* launch_sdd(const SddProblem& problem, const SddLaunch& launch, void*
 
 // Multiprocessors of the current device; 0 where it cannot be asked.
 int multiprocessors();
+
+// The same by the kernel for Hopper, whose layout is another.
+const char* launch_linear_sm90(const LinearProblem& problem, const sm90::Packed& weight, void* stream);
+
+// Null where that kernel runs on the current device, else the reason.
+const char* device_problem_sm90();
 
 // Null where a GPU that these kernels are built for is the current device, else the reason.
 const char* device_problem();

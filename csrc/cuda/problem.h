@@ -9,6 +9,9 @@ namespace sparse_prune {
 enum : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
 
 constexpr int kTileOutputs = 128;  // outputs of a tile of merged block-rows
+// How a unit orders its numbers (cuda.fragments, cuda_sm90.fragment_order): as right operands of two mma.sync, outputs of rows of 16 or
+// of longer ones; or as the left operand of one wgmma, outputs as in rows of 16.
+enum : int { kRightOrder16 = 0, kRightOrder = 1, kLeftOrder = 2 };
 constexpr int kUnit = 16;          // a unit is 16 outputs x 16 inputs in the order of one mma's fragments: 512 bytes
 
 constexpr int kJobInts = 160;      // of struct SddJob

@@ -141,7 +141,7 @@ def make_layout(
     by_row = (owner * (block_columns * c // UNIT) + column[entry]).argsort()  # [P]
     pieces = torch.stack([column[entry], torch.arange(len(entry)) * len(per_row)], 1)[by_row]  # [P, 2]
     starts = torch.searchsorted(owner[by_row], torch.arange(rows * parts + 1))  # [rows + 1]
-    sections = [_whole_vectors(section.flatten()) for section in (heads, starts, pieces, table)]
+    sections = [whole_vectors(section.flatten()) for section in (heads, starts, pieces, table)]
     tables, device = torch.cat(sections).to(torch.int32), crow_indices.device
     return Layout(row, transposed, rows * parts, len(order), units.to(device), tables.to(device))
 
@@ -189,7 +189,7 @@ def make_jobs(crow_indices: Tensor, col_indices: Tensor, block_columns: int, r: 
     return jobs.to(torch.int32).to(crow_indices.device)
 
 
-def _whole_vectors(numbers: Tensor) -> Tensor:
+def whole_vectors(numbers: Tensor) -> Tensor:
     """numbers with zeros to a multiple of 16 bytes of int32."""
     return torch.nn.functional.pad(numbers, (0, -len(numbers) % 4))
 

@@ -1,6 +1,7 @@
-"""How the sm_90a kernel of csrc/cuda wants a weight: block-rows in the order that a cluster meets them, values as wgmma reads them.
+"""The layout that the CUDA C++ kernels read on Hopper: block-rows in the order of a cluster's tiles, values as wgmma reads them.
 
-Derived from the index and the values, on the host or the device that they are on; never saved.
+One flat tensor of bytes, derived from the index and the values on the device of the weight; never saved. It serves the kernel for
+sm_90a (csrc/cuda/bsr_linear_sm90.cuh) and, up to 64 tokens, the one of the sm_80 family that is for few (bsr_linear_skinny.cuh).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .config import Gpu
+from .cuda import whole_vectors
 from .plan import places, row_order, with_no_row
 
 ROWS = 128  # outputs that a block of the grid makes: two warpgroups of 64
@@ -42,6 +44,46 @@ class ClusterPlan:
     steps: int
     table: Tensor
     filled: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a weight is packed with, for every set of values with this index.
+
+    plan     for clusters of blocks
+    tables   int32, flat: plan.table; [rows + 1] where each row's pieces begin, a row being min(R, 64) outputs; struct Piece
+             [nnzb * R * C / (16 * row)]: column of 16 inputs, first unit. Each of these begins at a multiple of 16 bytes.
+    """
+
+    plan: ClusterPlan
+    tables: Tensor
+
+    def pack(self, values: Tensor) -> Tensor:
+        """uint8 [2 * nnzb * R * C + 4 * len(tables)]: weights, then tables."""
+        return torch.cat([fragment_order(values).reshape(-1).view(torch.uint8), self.tables.view(torch.uint8)])
+
+
+def make_layout(
+    crow_indices: Tensor, col_indices: Tensor, n: int, k: int, r: int, c: int, cluster: int | None = None
+) -> Layout:
+    """The layout of a weight [n, k] of blocks r x c, sides in {16, 32, 64, 128}, for cluster_of(n) blocks unless given.
+
+    Reads the index on the host, so a GPU is waited for.
+    """
+    plan = make_cluster_plan(crow_indices, col_indices, k, (r, c), cluster or cluster_of(n))
+    crow, col = crow_indices.cpu().long(), col_indices.cpu().long()
+    row = min(r, 64)
+    parts, units = r // row, c // 16  # rows of a block-row, columns of 16 inputs of a block
+    column = col[:, None] * units + torch.arange(units)  # [nnzb, units]
+    first = torch.arange(len(col) * units).view(-1, units) * (r // 16)  # [nnzb, units]
+    first = first + torch.arange(parts)[:, None, None] * (row // 16)  # [parts, nnzb, units]
+    owner = torch.repeat_interleave(torch.arange(len(crow) - 1), crow.diff(), output_size=len(col)) * parts  # [nnzb]
+    owner = owner[:, None] + torch.arange(parts)[:, None, None]  # [parts, nnzb, 1]
+    order = owner.expand(first.shape).flatten().argsort(stable=True)
+    pieces = torch.stack([column.expand(first.shape).flatten(), first.flatten()], 1)[order]
+    starts = torch.cat([crow.new_zeros(1), crow.diff().repeat_interleave(parts).cumsum(0) * units])
+    sections = (whole_vectors(plan.table), whole_vectors(starts), pieces.flatten())
+    return Layout(plan, torch.cat([part.to(crow_indices.device, torch.int32) for part in sections]))
 
 
 def step_of(c: int) -> int:
