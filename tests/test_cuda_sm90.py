@@ -27,7 +27,7 @@ ACTIVATIONS = list(reference.ACTIVATIONS)
 def product(x, packed, bias=None, residual=None, activation="none", cluster=None, **options):
     """act(x @ W^T + bias) + residual by `clusters` clusters that stay until all is done; y, counts and the plan."""
     (n, k), (r, c) = packed.shape, packed.blocksize
-    layout = cuda_sm90.make_layout(packed.crow_indices, packed.col_indices, n, k, r, c, cluster)
+    layout = cuda_sm90.make_layout(packed.crow_indices, packed.col_indices, k, r, c, cluster=cluster)
     plan = layout.plan
     weight = cuda_kernels.PackedSm90(r, c, plan.cluster, packed.nnzb, plan.groups, plan.steps)
     packed = layout.pack(packed.values)

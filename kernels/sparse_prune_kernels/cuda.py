@@ -75,16 +75,17 @@ def layout_of(
 ) -> Layout:
     """make_layout's, made once for an index."""
     key = ("layout", block_columns, r, c, transposed)
-    return _once(key, crow_indices, col_indices, lambda: make_layout(crow_indices, col_indices, *key[1:]))
+    return once(key, crow_indices, col_indices, lambda: make_layout(crow_indices, col_indices, *key[1:]))
 
 
 def jobs_of(crow_indices: Tensor, col_indices: Tensor, block_columns: int, r: int, c: int) -> Tensor:
     """make_jobs', made once for an index."""
     key = ("jobs", block_columns, r, c)
-    return _once(key, crow_indices, col_indices, lambda: make_jobs(crow_indices, col_indices, *key[1:]))
+    return once(key, crow_indices, col_indices, lambda: make_jobs(crow_indices, col_indices, *key[1:]))
 
 
-def _once(key: tuple, crow: Tensor, col: Tensor, make: Callable[[], Made]) -> Made:
+def once(key: tuple, crow: Tensor, col: Tensor, make: Callable[[], Made]) -> Made:
+    """What make() gives for key and an index: kept until the index goes or is written to."""
     # An in-place write to an inference tensor leaves no trace: such an index must not change.
     version = (crow.data_ptr(), *(-1 if index.is_inference() else index._version for index in (crow, col)))
     known = _made.setdefault(col, {})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .config import Gpu
-from .cuda import whole_vectors
+from .cuda import once, whole_vectors
 from .plan import places, row_order, with_no_row
 
 ROWS = 128  # outputs that a block of the grid makes: two warpgroups of 64
@@ -50,40 +50,61 @@ class ClusterPlan:
 class Layout:
     """What a weight is packed with, for every set of values with this index.
 
+    transposed  whether it is of W^T: whose outputs are the inputs of values
     plan     for clusters of blocks
     tables   int32, flat: plan.table; [rows + 1] where each row's pieces begin, a row being min(R, 64) outputs; struct Piece
              [nnzb * R * C / (16 * row)]: column of 16 inputs, first unit. Each of these begins at a multiple of 16 bytes.
     """
 
+    transposed: bool
     plan: ClusterPlan
     tables: Tensor
 
     def pack(self, values: Tensor) -> Tensor:
-        """uint8 [2 * nnzb * R * C + 4 * len(tables)]: weights, then tables."""
-        return torch.cat([fragment_order(values).reshape(-1).view(torch.uint8), self.tables.view(torch.uint8)])
+        """uint8 [2 * nnzb * R * C + 4 * len(tables)]: weights, then tables. Queued on the device, which is not waited for."""
+        size = 2 * values.numel()
+        packed = torch.empty(size + 4 * len(self.tables), dtype=torch.uint8, device=values.device)
+        ordered = fragment_order(values.mT if self.transposed else values)
+        packed[:size].view(values.dtype).view(ordered.shape).copy_(ordered)
+        packed[size:] = self.tables.view(torch.uint8)
+        return packed
+
+
+def layout_of(crow_indices: Tensor, col_indices: Tensor, k: int, r: int, c: int, transposed: bool) -> Layout:
+    """make_layout's, made once for an index."""
+    key = ("sm_90", k, r, c, transposed)
+    return once(key, crow_indices, col_indices, lambda: make_layout(crow_indices, col_indices, *key[1:]))
 
 
 def make_layout(
-    crow_indices: Tensor, col_indices: Tensor, n: int, k: int, r: int, c: int, cluster: int | None = None
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    k: int,
+    r: int,
+    c: int,
+    transposed: bool = False,
+    cluster: int | None = None,
 ) -> Layout:
-    """The layout of a weight [n, k] of blocks r x c, sides in {16, 32, 64, 128}, for cluster_of(n) blocks unless given.
-
-    Reads the index on the host, so a GPU is waited for.
+    """The layout of a weight of k inputs in blocks r x c, sides in {16, 32, 64, 128}, or of its transpose, for clusters of as many
+    blocks as it fills unless given. Reads the index on the host, so a GPU is waited for.
     """
-    plan = make_cluster_plan(crow_indices, col_indices, k, (r, c), cluster or cluster_of(n))
-    crow, col = crow_indices.cpu().long(), col_indices.cpu().long()
+    slots = places(crow_indices, col_indices, -(-k // c))  # [block-rows, block-columns]
+    if transposed:
+        slots, k, r, c = slots.T, len(slots) * r, c, r
+    plan = make_cluster_plan(slots, k, (r, c), cluster or cluster_of(len(slots) * r))
     row = min(r, 64)
     parts, units = r // row, c // 16  # rows of a block-row, columns of 16 inputs of a block
-    column = col[:, None] * units + torch.arange(units)  # [nnzb, units]
-    first = torch.arange(len(col) * units).view(-1, units) * (r // 16)  # [nnzb, units]
-    first = first + torch.arange(parts)[:, None, None] * (row // 16)  # [parts, nnzb, units]
-    owner = torch.repeat_interleave(torch.arange(len(crow) - 1), crow.diff(), output_size=len(col)) * parts  # [nnzb]
-    owner = owner[:, None] + torch.arange(parts)[:, None, None]  # [parts, nnzb, 1]
-    order = owner.expand(first.shape).flatten().argsort(stable=True)
-    pieces = torch.stack([column.expand(first.shape).flatten(), first.flatten()], 1)[order]
-    starts = torch.cat([crow.new_zeros(1), crow.diff().repeat_interleave(parts).cumsum(0) * units])
-    sections = (whole_vectors(plan.table), whole_vectors(starts), pieces.flatten())
-    return Layout(plan, torch.cat([part.to(crow_indices.device, torch.int32) for part in sections]))
+    rows, columns = (slots >= 0).nonzero(as_tuple=True)  # [nnzb] each, by row
+    column = columns[:, None] * units + torch.arange(units)  # [nnzb, units]
+    first = (slots[rows, columns, None].long() * units + torch.arange(units)) * (r // 16)  # [nnzb, units]
+    part = torch.arange(parts)[:, None, None]
+    owner = ((rows * parts)[:, None] + part).expand(parts, *first.shape).flatten()  # [parts * nnzb * units]
+    pieces = torch.stack([column.expand(parts, *first.shape), first + part * (row // 16)], 3).view(-1, 2)
+    order = owner.argsort(stable=True)
+    starts = torch.searchsorted(owner[order], torch.arange(len(slots) * parts + 1))
+    sections = (whole_vectors(plan.table), whole_vectors(starts), pieces[order].flatten())
+    tables = torch.cat([section.to(torch.int32) for section in sections])
+    return Layout(transposed, plan, tables.to(crow_indices.device))
 
 
 def step_of(c: int) -> int:
@@ -103,17 +124,16 @@ def fragment_order(values: Tensor) -> Tensor:
     four adjacent outputs: output 4 q + 2 h + e is row 2 q + e of half h.
     """
     b, r, c = values.shape
-    split = values.view(b, r // 16, 4, 2, 2, c // 16, 2, 4, 2)  # nnzb, R/16, q, h, e, C/16, half of k, t, pair
-    return split.permute(0, 5, 1, 2, 4, 7, 6, 3, 8).reshape(b, c // 16, r // 16, 32, 8)
+    split = values.unflatten(2, (c // 16, 2, 4, 2)).unflatten(
+        1, (r // 16, 4, 2, 2)
+    )  # R/16, q, h, e, C/16, half of k, t, pair
+    return split.permute(0, 5, 1, 2, 4, 7, 6, 3, 8).flatten(6).flatten(3, 5)
 
 
-def make_cluster_plan(
-    crow_indices: Tensor, col_indices: Tensor, k: int, blocksize: tuple[int, int], cluster: int
-) -> ClusterPlan:
-    """crow_indices int32 [rows + 1], col_indices int32 [nnzb], k inputs. Reads the indices on the host."""
-    r, c = blocksize
-    rows, columns, p = crow_indices.numel() - 1, -(-k // c), ROWS // r
-    slots = with_no_row(places(crow_indices, col_indices, columns))  # [rows + 1, columns]
+def make_cluster_plan(slots: Tensor, k: int, blocksize: tuple[int, int], cluster: int) -> ClusterPlan:
+    """slots int32 [rows, columns] on the host: the place in values of each block, -1 where there is none; k inputs."""
+    (rows, columns), (r, c) = slots.shape, blocksize
+    slots, p = with_no_row(slots), ROWS // r  # [rows + 1, columns]
     warpgroups = _merged(torch.arange(rows)[:, None], slots, max(1, p // 2))  # [., P / 2] what 64 outputs are
     blocks = _merged(warpgroups, slots, min(2, p))  # [., P]
     units = _merged(blocks, slots, cluster).view(-1, cluster, p)  # [T, G, P]
@@ -140,7 +160,7 @@ def make_cluster_plan(
         cluster,
         len(units),
         len(group),
-        table.to(torch.int32).to(crow_indices.device),
+        table.to(torch.int32),
         (union.float().mean().item(), of_blocks.item(), of_warpgroups.item()),
     )
 
