@@ -6,7 +6,7 @@ SPARSE_PRUNE_CPU = auto (default): build the CPU kernels where torch and a C++ c
 SPARSE_PRUNE_CUDA, the same for the CUDA kernels. They need nvcc (CUDA_HOME, or on the path), neither a GPU nor a CUDA build of
 torch; but auto leaves them out beside a torch without CUDA, which has no tensors that they could read.
 SPARSE_PRUNE_CUDA_ARCHS: architectures, "80;90;100;120+PTX" by default (those that nvcc knows); code for 80 also runs on 86 and 89,
-and +PTX lets younger GPUs compile for themselves. MAX_JOBS: compilers side by side.
+90 brings the kernel for sm_90a, and +PTX lets younger GPUs compile for themselves. MAX_JOBS: compilers side by side.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden", "-Wno-maybe-uninitialized", "-g0"]
 ARCHS = "80;90;100;120+PTX"
-CUDA_SOURCES = ("csrc/cuda/kernels_sm80.cu", "csrc/cuda/kernels_sdd.cu")  # not kernels_sm90.cu: nothing launches it yet
+CUDA_SOURCES = ("csrc/cuda/kernels_sm80.cu", "csrc/cuda/kernels_sdd.cu", "csrc/cuda/kernels_sm90.cu")
 COMPILER_BYTES = 3 << 30  # memory that one nvcc may take: cicc and ptxas stay below 1 GB here
 
 
@@ -84,18 +84,41 @@ def no_cuda() -> str | None:
     return None
 
 
-def architectures(home: Path) -> list[str]:
-    """nvcc's flags for SPARSE_PRUNE_CUDA_ARCHS, or for those of ARCHS that it knows."""
+def architectures(home: Path, source: str) -> list[str]:
+    """What of SPARSE_PRUNE_CUDA_ARCHS, or of those of ARCHS that nvcc knows, a source is compiled for: "80", "120+PTX".
+
+    kernels_sm90.cu uses instructions that one GPU alone has: it is compiled for "90a" where 90 is asked for, else for nothing.
+    """
     asked = os.environ.get("SPARSE_PRUNE_CUDA_ARCHS", "")
     known = subprocess.run([home / "bin" / "nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
+    names = [
+        name for name in (asked or ARCHS).split(";") if asked or f"compute_{name.removesuffix('+PTX')}" in known.split()
+    ]
+    if source.endswith("kernels_sm90.cu"):
+        return ["90a"] * any(name.startswith("90") for name in names)
+    return names
+
+
+def nvcc_flags(home: Path, source: str) -> list[str]:
+    """nvcc's flags for the architectures of a source."""
     flags = []
-    for name in (asked or ARCHS).split(";"):
+    for name in architectures(home, source):
         arch = name.removesuffix("+PTX")
-        if not asked and f"compute_{arch}" not in known:
-            continue
         codes = [f"sm_{arch}", *([f"compute_{arch}"] if name.endswith("+PTX") else [])]
         flags.append(f"-gencode=arch=compute_{arch},code=[{','.join(codes)}]")
-    return flags
+    return flags or ["-DSPARSE_PRUNE_WITHOUT_SM90A"]  # its launcher alone, which then says so
+
+
+def contents(home: Path) -> str:
+    """What is compiled for what, for `sparse-prune doctor`: one line for each source."""
+    lines = []
+    for source in CUDA_SOURCES:
+        names = [f"sm_{name.replace('+', ' and ')}" for name in architectures(home, source)]
+        lines.append(f"{Path(source).stem} for {', '.join(names) or 'nothing'}")
+    version = re.search(
+        r"V([\d.]+)", subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+    )
+    return f"nvcc {version[1] if version else 'of unknown version'}; {'; '.join(lines)}"
 
 
 def jobs() -> int:
@@ -143,7 +166,7 @@ def extensions() -> dict:
             "sparse_prune._C_cuda",
             ["csrc/cuda_ops.cpp", *found("csrc/cuda/*.cpp")],
             depends=["csrc/checks.h", *found("csrc/cuda/*")],
-            define_macros=MACROS,
+            define_macros=[*MACROS, ("SPARSE_PRUNE_CUDA_CONTENTS", f'"{contents(cuda_home())}"')],
             extra_compile_args=FLAGS,
             # The runtime goes in: what is left to find at run time is the driver, and torch.
             extra_link_args=[
@@ -199,7 +222,7 @@ def compile_cuda(folder: Path) -> list[str]:
 
     def build(source: Path) -> str:
         made = folder / f"{source.stem}.o"
-        command = [home / "bin" / "nvcc", *flags, *architectures(home), "-c", source, "-o", made]
+        command = [home / "bin" / "nvcc", *flags, *nvcc_flags(home, str(source)), "-c", source, "-o", made]
         written = made.with_suffix(".command")
         text = " ".join(map(str, command))
         current = made.exists() and made.stat().st_mtime > newest and written.exists() and written.read_text() == text

@@ -66,36 +66,46 @@ void* stream_of(int32_t device) {
   return stream;
 }
 
-Tensor cuda_linear(const Tensor& x_any, const Tensor& packed, int64_t nnzb, int64_t block_rows, int64_t block_cols, int64_t out_features,
-                   std::optional<Tensor> bias, std::string activation, std::optional<Tensor> residual) {
-  check_matrix(x_any, "x");
-  check_cuda(x_any, "x", x_any, "x");
+// The arguments of a product, checked.
+sp::LinearProblem problem_of(const Tensor& x, const Tensor& packed, int64_t nnzb, int64_t block_rows, int64_t block_cols,
+                             int64_t out_features, std::optional<Tensor>& bias, const std::string& activation,
+                             std::optional<Tensor>& residual) {
+  check_matrix(x, "x");
+  check_cuda(x, "x", x, "x");
   check_sides(block_rows, block_cols);
   sp::LinearProblem p = {};
-  p.bfloat16 = is_bfloat16(x_any, "x");
-  p.M = x_any.size(0), p.N = out_features, p.K = x_any.size(1);
+  p.bfloat16 = is_bfloat16(x, "x");
+  p.M = x.size(0), p.N = out_features, p.K = x.size(1);
   STD_TORCH_CHECK(p.N > 0 && p.K > 0 && nnzb >= 0, "out_features, in_features: expected numbers from 1, got ", p.N, " and ", p.K);
-  p.layout = sp::layout_of(p.N, nnzb, static_cast<int>(block_rows), static_cast<int>(block_cols));
-  check_cuda(packed, "packed", x_any, "x");
-  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous() &&
-                      packed.size(0) >= p.layout.least_bytes,
-                  "packed: expected the layout of this weight, at least ", p.layout.least_bytes, " bytes, got shape ", shape_of(packed));
+  check_cuda(packed, "packed", x, "x");
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(),
+                  "packed: expected contiguous bytes, got shape ", shape_of(packed));
   p.packed = packed.const_data_ptr();
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p.packed) % 16 == 0, "packed: expected an address that is a multiple of 16");
   if (bias) {
-    check_same(*bias, "bias", x_any);
+    check_same(*bias, "bias", x);
     check_shape(*bias, "bias", {p.N});
     bias = torch::stable::contiguous(*bias);
     p.bias = bias->const_data_ptr();
   }
   if (residual) {
-    check_same(*residual, "residual", x_any);
+    check_same(*residual, "residual", x);
     check_shape(*residual, "residual", {p.M, p.N});
     residual = torch::stable::contiguous(*residual);
     p.residual = residual->const_data_ptr();
   }
   p.activation = static_cast<int>(activation_of(activation));
+  return p;
+}
 
+void check_size(const Tensor& packed, int64_t least) {
+  STD_TORCH_CHECK(packed.size(0) >= least, "packed: expected the layout of this weight, at least ", least, " bytes, got shape ",
+                  shape_of(packed));
+}
+
+// y of a product: launch(problem, stream) queues it and returns null, or why it cannot.
+template <class Launch>
+Tensor run(const Tensor& x_any, sp::LinearProblem p, const Launch& launch) {
   const int32_t device = x_any.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   Tensor y = torch::stable::new_empty(x_any, {p.M, p.N});
@@ -103,9 +113,32 @@ Tensor cuda_linear(const Tensor& x_any, const Tensor& packed, int64_t nnzb, int6
   const Tensor x = with_aligned_rows(x_any);
   p.x = x.const_data_ptr(), p.ldx = p.M > 1 ? x.stride(0) : 0;
   p.y = y.mutable_data_ptr();
-  const char* reason = sp::launch_linear(p, stream_of(device));
+  const char* reason = launch(p, stream_of(device));
   STD_TORCH_CHECK(reason == nullptr, "cuda_linear: the launch failed: ", reason);
   return y;
+}
+
+Tensor cuda_linear(const Tensor& x, const Tensor& packed, int64_t nnzb, int64_t block_rows, int64_t block_cols, int64_t out_features,
+                   std::optional<Tensor> bias, std::string activation, std::optional<Tensor> residual) {
+  sp::LinearProblem p = problem_of(x, packed, nnzb, block_rows, block_cols, out_features, bias, activation, residual);
+  p.layout = sp::layout_of(p.N, nnzb, static_cast<int>(block_rows), static_cast<int>(block_cols));
+  check_size(packed, p.layout.least_bytes);
+  return run(x, p, [](const sp::LinearProblem& p, void* stream) { return sp::launch_linear(p, stream); });
+}
+
+Tensor cuda_linear_sm90(const Tensor& x, const Tensor& packed, int64_t nnzb, int64_t block_rows, int64_t block_cols,
+                        int64_t out_features, int64_t cluster, int64_t groups, int64_t steps, std::optional<Tensor> bias,
+                        std::string activation, std::optional<Tensor> residual) {
+  sp::LinearProblem p = problem_of(x, packed, nnzb, block_rows, block_cols, out_features, bias, activation, residual);
+  STD_TORCH_CHECK((cluster == 1 || cluster == 2 || cluster == 4) && groups > 0 && steps >= groups,
+                  "cluster, groups, steps: expected those of this weight's layout, got ", cluster, ", ", groups, " and ", steps);
+  const sp::sm90::Packed weight = {
+      static_cast<int>(block_rows), static_cast<int>(block_cols), static_cast<int>(cluster), nnzb, groups, steps};
+  p.layout = sp::layout_of_sm90(p.N, weight);
+  check_size(packed, weight.bytes(p.N));
+  return run(x, p, [&](const sp::LinearProblem& p, void* stream) {
+    return p.M <= sp::kSkinnyTokens ? sp::launch_linear(p, stream) : sp::launch_linear_sm90(p, weight, stream);
+  });
 }
 
 Tensor cuda_sdd(const Tensor& dy_any, const Tensor& x_any, const Tensor& jobs, int64_t nnzb, int64_t block_rows, int64_t block_cols) {
@@ -154,11 +187,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparse_prune, m) {
   m.def(
       "cuda_linear(Tensor x, Tensor packed, int nnzb, int block_rows, int block_cols, int out_features, Tensor? bias, str activation, "
       "Tensor? residual) -> Tensor");
+  m.def(
+      "cuda_linear_sm90(Tensor x, Tensor packed, int nnzb, int block_rows, int block_cols, int out_features, int cluster, int groups, "
+      "int steps, Tensor? bias, str activation, Tensor? residual) -> Tensor");
   m.def("cuda_sdd(Tensor dy, Tensor x, Tensor jobs, int nnzb, int block_rows, int block_cols) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_prune, CUDA, m) {
   m.impl("cuda_linear", TORCH_BOX(&cuda_linear));
+  m.impl("cuda_linear_sm90", TORCH_BOX(&cuda_linear_sm90));
   m.impl("cuda_sdd", TORCH_BOX(&cuda_sdd));
 }
 
@@ -167,3 +204,11 @@ extern "C" __attribute__((visibility("default"))) const char* sparse_prune_cuda_
   if (current_stream() == nullptr) return "this torch was built without CUDA, or is older than 2.10";
   return sp::device_problem();
 }
+
+// The same of the kernel for Hopper and its layout.
+extern "C" __attribute__((visibility("default"))) const char* sparse_prune_cuda_problem_sm90() {
+  return current_stream() == nullptr ? sparse_prune_cuda_problem() : sp::device_problem_sm90();
+}
+
+// What was compiled for which architectures, as setup.py knows it.
+extern "C" __attribute__((visibility("default"))) const char* sparse_prune_cuda_contents() { return SPARSE_PRUNE_CUDA_CONTENTS; }

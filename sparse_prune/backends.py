@@ -124,12 +124,17 @@ def _load_cuda() -> tuple[ctypes.CDLL | None, str]:
     try:
         torch.ops.load_library(str(files[0]))
         library = ctypes.CDLL(str(files[0]))
-        library.sparse_prune_cuda_problem.restype = ctypes.c_char_p
+        for told in ("sparse_prune_cuda_problem", "sparse_prune_cuda_problem_sm90", "sparse_prune_cuda_contents"):
+            getattr(library, told).restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
         return None, f"the CUDA extension {files[0].name} does not load: {error}"
 
     @torch.library.register_fake("sparse_prune::cuda_linear")
     def _(x, packed, nnzb, block_rows, block_cols, out_features, bias, activation, residual):
+        return x.new_empty(x.shape[0], out_features)
+
+    @torch.library.register_fake("sparse_prune::cuda_linear_sm90")
+    def _(x, packed, nnzb, block_rows, block_cols, out_features, *others):
         return x.new_empty(x.shape[0], out_features)
 
     @torch.library.register_fake("sparse_prune::cuda_sdd")
@@ -139,17 +144,66 @@ def _load_cuda() -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
+def cuda_contents() -> str:
+    """By which compiler, and for which architectures, the CUDA extension was built; "" without one."""
+    library, _ = _load_cuda()
+    return "" if library is None else f"built by {library.sparse_prune_cuda_contents().decode()}"
+
+
+@functools.cache
+def cuda_sm90_unavailable(device: torch.device) -> str | None:
+    """None where products on that device run by the kernel for Hopper and its layout, else the reason in words."""
+    library, reason = _load_cuda()
+    if library is None:
+        return reason
+    if device.type != "cuda":
+        return f"the kernel for Hopper runs on CUDA devices, not on {device.type}"
+    with torch.cuda.device(device):
+        problem = library.sparse_prune_cuda_problem_sm90()
+    return None if problem is None else problem.decode()
+
+
 def cuda_layout(
     crow: torch.Tensor, col: torch.Tensor, values: torch.Tensor, in_features: int, transposed: bool = False
 ) -> torch.Tensor:
-    """values[nnzb, R, C] and their index in one uint8 tensor, as the operator cuda_linear reads them: W, or W^T for dx = dy @ W.
+    """values[nnzb, R, C] and their index in one uint8 tensor, as `cuda_linear` reads them on their device: W, or W^T for dx.
 
     Waits for the GPU where the index is new.
     """
-    from sparse_prune_kernels import cuda
+    from sparse_prune_kernels import cuda, cuda_sm90
 
     r, c = values.shape[1:]
+    if cuda_sm90_unavailable(values.device) is None:
+        return cuda_sm90.layout_of(crow, col, in_features, r, c, transposed).pack(values)
     return cuda.layout_of(crow, col, -(-in_features // c), r, c, transposed).pack(values)
+
+
+def cuda_linear(
+    x: torch.Tensor,
+    crow: torch.Tensor,
+    col: torch.Tensor,
+    values: torch.Tensor,
+    shape: tuple[int, int],
+    packed: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
+    transposed: bool = False,
+) -> torch.Tensor:
+    """act(x @ W^T + bias) + residual by the CUDA C++ kernels; packed is cuda_layout's. transposed: x @ W.
+
+    W[N, K] of that shape: values[nnzb, R, C] with their index.
+    """
+    from sparse_prune_kernels import cuda_sm90
+
+    nnzb, r, c = values.shape
+    sides = (nnzb, c, r, shape[1]) if transposed else (nnzb, r, c, shape[0])
+    extras = (bias, activation, residual)
+    if cuda_sm90_unavailable(x.device) is not None:
+        return torch.ops.sparse_prune.cuda_linear(x, packed, *sides, *extras)
+    plan = cuda_sm90.layout_of(crow, col, shape[1], r, c, transposed).plan
+    sizes = (plan.cluster, plan.groups, plan.steps)
+    return torch.ops.sparse_prune.cuda_linear_sm90(x, packed, *sides, *sizes, *extras)
 
 
 def cuda_jobs(crow: torch.Tensor, col: torch.Tensor, in_features: int, r: int, c: int) -> torch.Tensor:
@@ -249,8 +303,11 @@ def status() -> list[BackendStatus]:
     )
     triton = triton_unavailable(torch.device("cuda"), torch.float16, (32, 32))
     cuda = cuda_unavailable(torch.device("cuda"), torch.float16, (32, 32))
+    built = cuda_contents()
+    cuda_detail = "; ".join(part for part in ('by backend="cuda" only, not under "auto"', built) if part)
+    cuda_reason = "; ".join(part for part in (cuda, built) if part)
     return [
-        BackendStatus("cuda", cuda is None, cuda or "", "" if cuda else 'by backend="cuda" only, not under "auto"'),
+        BackendStatus("cuda", cuda is None, cuda_reason if cuda else "", "" if cuda else cuda_detail),
         BackendStatus("triton", triton is None, triton or "", "" if triton else torch.cuda.get_device_name()),
         BackendStatus("cpu", _library is not None, _reason and f"{_reason}; encoders run unfused", detail),
         BackendStatus("reference", True, "", f"plain PyTorch {torch.__version__}, any device"),

@@ -79,14 +79,14 @@ def _reference_int8(
 def _cuda_linear(x, crow_indices, col_indices, values, prepacked, out_features, bias, activation, residual):
     if prepacked is None:
         prepacked = backends.cuda_layout(crow_indices, col_indices, values, x.shape[1])
-    nnzb, r, c = values.shape
-    return torch.ops.sparse_prune.cuda_linear(x, prepacked, nnzb, r, c, out_features, bias, activation, residual)
+    bsr, shape = (crow_indices, col_indices, values), (out_features, x.shape[1])
+    return backends.cuda_linear(x, *bsr, shape, prepacked, bias, activation, residual)
 
 
 def _cuda_linear_dx(dy, crow_indices, col_indices, values, in_features):
     transposed = backends.cuda_layout(crow_indices, col_indices, values, in_features, transposed=True)
-    nnzb, r, c = values.shape
-    return torch.ops.sparse_prune.cuda_linear(dy, transposed, nnzb, c, r, in_features, None, "none", None)
+    bsr, shape = (crow_indices, col_indices, values), (dy.shape[1], in_features)
+    return backends.cuda_linear(dy, *bsr, shape, transposed, transposed=True)
 
 
 def _cuda_sdd(dy, x, crow_indices, col_indices, block_rows, block_cols):

@@ -304,7 +304,7 @@ def linear_sm90(
         entry = f"bsr_linear_skinny_{name}_{few_launch.tokens}_{few_launch.units}"
         arguments = [x, values, starts, pieces, *extras, y, m, n, k, x.stride(0), few.row // 16, few.order]
         arguments += [ACTIVATIONS.index(activation), int(vector)]
-        code = program(ptx("kernels_sm80.cu", "sm_90", patch), entry)
+        code = program(ptx("kernels_sm80.cu", "sm_80", patch), entry)
         size = {"shared_bytes": few_launch.shared_bytes}
         return y, code.launch(few_launch.blocks, few_launch.threads, arguments, **size, **options)
     entry = f"bsr_linear_sm90_{name}_{launch.tokens}_{launch.step}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -73,14 +74,21 @@ def test_code_for_every_architecture(library):
         elif match := re.search(r"REG:(\d+) STACK:(\d+)", line):
             assert int(match[2]) == 0, f"{name} for {arch} keeps {match[2]} bytes of registers in memory"
             seen.setdefault(arch, set()).add(name)
-    assert {"sm_80", "sm_90", "sm_100", "sm_120"} <= set(seen)
+    assert {"sm_80", "sm_90", "sm_90a", "sm_100", "sm_120"} <= set(seen)
     for arch, names in seen.items():
-        assert len(names) >= 24, arch
-        assert all(re.match("bsr_linear_s(m80|kinny)_|bsr_sdd_|sum_parts_", name) for name in names), arch
+        hopper = arch == "sm_90a"
+        ours = "bsr_linear_sm90_" if hopper else "bsr_linear_s(m80|kinny)_|bsr_sdd_|sum_parts_"
+        assert len(names) == 12 if hopper else len(names) >= 24, arch
+        assert all(re.match(ours, name) for name in names), arch
         code = subprocess.run(
             [tool("cuobjdump"), "-sass", "-arch", arch, library], capture_output=True, text=True
         ).stdout
-        assert re.search(r"\bHMMA\b", code) and re.search(r"\bLDGSTS\b", code)
+        for instruction in ("HGMMA", "UTMALDG", "UBLKCP") if hopper else ("HMMA", "LDGSTS"):
+            assert re.search(rf"\b{instruction}\b", code), f"no {instruction} for {arch}"
+    told = ctypes.CDLL(str(library)).sparse_prune_cuda_contents
+    told.restype = ctypes.c_char_p
+    contents = told().decode()
+    assert set(re.findall(r"sm_\w+", contents)) == set(seen) and "sm_120 and PTX" in contents
     listed = subprocess.run([tool("cuobjdump"), "--list-ptx", library], capture_output=True, text=True).stdout
     assert "sm_120" in listed
 
@@ -90,13 +98,15 @@ def test_code_for_every_architecture(library):
 def test_it_loads_beside_any_torch_and_says_why_it_cannot_run(library):
     program = (
         "import ctypes, sys, torch; torch.ops.load_library(sys.argv[1]);"
-        "torch.ops.sparse_prune.cuda_linear, torch.ops.sparse_prune.cuda_sdd;"
-        "f = ctypes.CDLL(sys.argv[1]).sparse_prune_cuda_problem; f.restype = ctypes.c_char_p; print(f())"
+        "print(*(getattr(torch.ops.sparse_prune, name) for name in ('cuda_linear', 'cuda_linear_sm90', 'cuda_sdd')));"
+        "library = ctypes.CDLL(sys.argv[1])\n"
+        "for name in ('sparse_prune_cuda_problem', 'sparse_prune_cuda_problem_sm90'):\n"
+        "    told = getattr(library, name); told.restype = ctypes.c_char_p; print(told())"
     )
     done = subprocess.run([sys.executable, "-c", program, str(library)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     if torch.version.cuda is None:
-        assert "this torch was built without CUDA" in done.stdout
+        assert done.stdout.count("this torch was built without CUDA") == 2
     elif not torch.cuda.is_available():
         assert "CUDA" in done.stdout and "None" not in done.stdout
 
@@ -114,17 +124,27 @@ def test_reasons():
             backend_for("cuda", torch.float16, "cuda")
 
 
-@pytest.fixture
-def emulated(monkeypatch):
+@pytest.fixture(params=["A100", "H100"])
+def emulated(monkeypatch, request):
     """The operators of csrc/cuda_ops.cpp on CPU tensors, by the emulator, which runs what nvcc made of the kernels; their calls."""
+    hopper = request.param == "H100"
     source = (ROOT / "csrc" / "cuda_ops.cpp").read_text()
     schemas = ["".join(re.findall(r'"([^"]*)"', d)) for d in re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', source)]
     calls = []
 
     def cuda_linear(x, packed, nnzb, block_rows, block_cols, out_features, bias, activation, residual):
+        assert not hopper
         calls.append(("linear", packed.data_ptr()))
         blocks = (nnzb, block_rows, block_cols)
         return cuda_kernels.linear(cuda_kernels.aligned(x), packed, blocks, out_features, bias, activation, residual)[0]
+
+    def cuda_linear_sm90(x, packed, nnzb, r, c, out_features, cluster, groups, steps, bias, activation, residual):
+        assert hopper
+        calls.append(("linear", packed.data_ptr()))
+        weight = cuda_kernels.PackedSm90(r, c, cluster, nnzb, groups, steps)
+        return cuda_kernels.linear_sm90(
+            cuda_kernels.aligned(x), packed, weight, out_features, bias, activation, residual
+        )[0]
 
     def cuda_sdd(dy, x, jobs, nnzb, block_rows, block_cols):
         calls.append(("sdd", jobs.data_ptr()))
@@ -132,7 +152,7 @@ def emulated(monkeypatch):
         return cuda_kernels.sdd(dy, x, jobs, (nnzb, block_rows, block_cols))[0]
 
     scope = torch.library.Library("sparse_prune", "FRAGMENT")
-    played = {"cuda_linear": cuda_linear, "cuda_sdd": cuda_sdd}
+    played = {"cuda_linear": cuda_linear, "cuda_linear_sm90": cuda_linear_sm90, "cuda_sdd": cuda_sdd}
     assert sorted(schema.partition("(")[0] for schema in schemas) == sorted(played)
     for schema in schemas:
         name = schema.partition("(")[0]
@@ -140,6 +160,7 @@ def emulated(monkeypatch):
             scope.define(schema)
         scope.impl(name, played[name], "CPU")
     monkeypatch.setattr(backends, "cuda_unavailable", lambda *_: None)
+    monkeypatch.setattr(backends, "cuda_sm90_unavailable", lambda _: None if hopper else "no Hopper")
     yield calls
     scope._destroy()
 

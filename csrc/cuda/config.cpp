@@ -10,9 +10,6 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Up to 64 tokens the bytes of the weight are the wall.
-constexpr int64_t kSkinnyTokens = 64;
-
 // Parts of the tokens in bsr_sdd at most.
 constexpr int64_t kMostParts = 8;
 

@@ -25,6 +25,9 @@ Layout layout_of(int64_t out_features, int64_t nnzb, int block_rows, int block_c
 // What bsr_linear_skinny needs of a weight packed for sm_90a; the rest is zero.
 Layout layout_of_sm90(int64_t out_features, const sm90::Packed& weight);
 
+// Up to so many tokens the bytes of the weight are the wall.
+constexpr int64_t kSkinnyTokens = 64;
+
 struct LinearLaunch {
   int skinny;        // whether bsr_linear_skinny runs, else bsr_linear_sm80
   int tokens;        // which instantiation: most tokens of a block

@@ -15,7 +15,7 @@ struct LinearProblem {
   const void* x;  // [M, K], rows ldx elements apart; both multiples of 16 bytes
   int64_t ldx;
   const void* packed;  // the layout
-  Layout layout;       // of launch_linear alone
+  Layout layout;
   const void* bias;    // [N] or null
   const void* residual;  // [M, N] or null
   void* y;
@@ -46,7 +46,7 @@ const char* launch_sdd(const SddProblem& problem, const SddLaunch& launch, void*
 // Multiprocessors of the current device; 0 where it cannot be asked.
 int multiprocessors();
 
-// The same by the kernel for Hopper, whose layout is another.
+// The same of many tokens by the kernel for Hopper, whose layout is another.
 const char* launch_linear_sm90(const LinearProblem& problem, const sm90::Packed& weight, void* stream);
 
 // Null where that kernel runs on the current device, else the reason.
