@@ -294,22 +294,21 @@ def linear_sm90(
     assert x.stride(1) == 1 and refused is None, refused
     assert len(packed) == _config().sparse_prune_packed_bytes_sm90(ctypes.c_int64(n), ctypes.byref(weight))
     few, few_launch, launch = launch_sm90(m, n, weight, tokens)
-    y, name = x.new_full((m, n), torch.nan), NAMES[x.dtype]
+    y = x.new_full((m, n), torch.nan)  # [M, N]
     table = 2 * weight.nnzb * weight.block_rows * weight.block_columns
     weights, table, starts, pieces = packed.tensor_split((table, few.starts, few.piece_table))
     values = weights if len(weights) else 0
     extras = [0 if t is None else t for t in (bias, residual)]
     if few_launch.skinny and tokens is None:
         vector = n % 8 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in (y, bias, residual))
-        entry = f"bsr_linear_skinny_{name}_{few_launch.tokens}_{few_launch.units}"
         arguments = [x, values, starts, pieces, *extras, y, m, n, k, x.stride(0), few.row // 16, few.order]
         arguments += [ACTIVATIONS.index(activation), int(vector)]
-        code = program(ptx("kernels_sm80.cu", "sm_80", patch), entry)
+        code = program(ptx("kernels_sm80.cu", "sm_80", patch), entry(few, few_launch, x.dtype))
         size = {"shared_bytes": few_launch.shared_bytes}
         return y, code.launch(few_launch.blocks, few_launch.threads, arguments, **size, **options)
-    entry = f"bsr_linear_sm90_{name}_{launch.tokens}_{launch.step}"
+    name = f"bsr_linear_sm90_{NAMES[x.dtype]}_{launch.tokens}_{launch.step}"
     text = ptx("kernels_sm90.cu", "sm_90a", patch)
-    code = program(edit(text, entry) if edit else text, entry)
+    code = program(edit(text, name) if edit else text, name)
     described = _config().sparse_prune_x_map_arguments(
         *(ctypes.c_int64(size) for size in (m, k, 2 * x.stride(0))), launch.tokens, launch.step
     )
