@@ -81,6 +81,8 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size
   return Tensor(handle);
 }
 
+constexpr auto kLastActivation = static_cast<int64_t>(sp::Activation::silu);
+
 inline sp::Activation activation_of(const std::string& name) {
   if (name == "none") return sp::Activation::none;
   if (name == "relu") return sp::Activation::relu;

@@ -2,8 +2,11 @@
 // bsr_sdd are defined in Python (sparse_prune/ops.py); here are their CPU implementations.
 #include <algorithm>
 #include <limits>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "checks.h"
 #include "cpu/roofline.h"
@@ -191,21 +194,15 @@ Tensor cpu_prepack_int8(const Tensor& values, const Tensor& crow_indices) {
   return prepacked_int8(values, checked_crow(crow_indices, rows, values.size(0)), rows);
 }
 
-// y = act((round(x / x_scales) @ W^T) * scales * x_scales + bias) + residual, the sums in int32.
-Tensor bsr_linear_int8(const Tensor& x_any, const Tensor& crow_indices, const Tensor& col_indices, const Tensor& values,
-                       const Tensor& scales_any, std::optional<Tensor> packed, int64_t out_features, std::optional<Tensor> bias,
-                       std::string activation, std::optional<Tensor> residual, std::optional<double> x_scale) {
-  check_int8_values(values);
-  check_matrix(x_any, "x");
-  STD_TORCH_CHECK(x_any.is_cpu(), "x: expected a CPU tensor, got one on another device");
-  const sp::DType dtype = dtype_of(x_any, "x");
-  STD_TORCH_CHECK(dtype != sp::DType::f64, "x: expected dtype float32, bfloat16 or float16 beside int8 values, got Double");
-  const Tensor x = with_dense_rows(x_any);
-  sp::Int8Args a = {};
-  a.dtype = dtype;
-  a.M = x.size(0), a.N = out_features, a.K = x.size(1);
+// What an int8 product has kept, like Kept.
+struct Int8Kept {
+  Tensor prepacked, scales;
+};
+
+// The part of an int8 product that is its weight's; a.N and a.K are set.
+Int8Kept set_int8_weight(sp::Int8Args& a, const Tensor& crow_indices, const Tensor& col_indices, const Tensor& values,
+                         const Tensor& scales, const std::optional<Tensor>& packed) {
   a.R = values.size(1), a.C = values.size(2);
-  STD_TORCH_CHECK(a.N >= 0, "out_features: expected a number from 0, got ", a.N);
   const int64_t rows = blocks_along(a.N, a.R);
   const Index index = checked_index(crow_indices, col_indices, rows, blocks_along(a.K, a.C));
   check_shape(values, "values", {index.nnzb, a.R, a.C});
@@ -214,18 +211,46 @@ Tensor bsr_linear_int8(const Tensor& x_any, const Tensor& crow_indices, const Te
   for (int64_t i = 0; i < rows; ++i) most = std::max<int64_t>(most, a.crow[i + 1] - a.crow[i]);
   STD_TORCH_CHECK(most * a.C <= sp::kInt8MaxInputs, "crow_indices: expected at most ", sp::kInt8MaxInputs / a.C, " blocks of ", a.C,
                   " inputs in a block-row, since sums are int32, got ", most);
-  a.activation = activation_of(activation);
-  STD_TORCH_CHECK(scales_any.is_cpu(), "scales: expected a CPU tensor, got one on another device");
-  STD_TORCH_CHECK(scales_any.scalar_type() == ScalarType::Float, "scales: expected dtype float32, got ",
-                  torch::headeronly::toString(scales_any.scalar_type()));
-  check_shape(scales_any, "scales", {a.N});
-  const Tensor scales = torch::stable::contiguous(scales_any);
-  a.w_scales = static_cast<const float*>(scales.const_data_ptr());
+  STD_TORCH_CHECK(scales.is_cpu(), "scales: expected a CPU tensor, got one on another device");
+  STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Float, "scales: expected dtype float32, got ",
+                  torch::headeronly::toString(scales.scalar_type()));
+  check_shape(scales, "scales", {a.N});
   if (packed) {
     check_like(*packed, "prepacked", values, "values");
     check_shape(*packed, "prepacked", {sp::int8_prepacked_bytes(index.nnzb, rows, a.R, a.C)});
     STD_TORCH_CHECK(packed->is_contiguous(), "prepacked: expected what cpu_prepack_int8 gives, got a strided view");
   }
+  Int8Kept kept = {packed ? *packed : prepacked_int8(values, index.crow, rows), torch::stable::contiguous(scales)};
+  a.w = kept.prepacked.const_data_ptr();
+  a.w_scales = static_cast<const float*>(kept.scales.const_data_ptr());
+  a.offsets = reinterpret_cast<const int32_t*>(static_cast<const char*>(a.w) + sp::int8_offsets_at(index.nnzb, a.R, a.C));
+  return kept;
+}
+
+// Rounds the rows of a.x by `scale` (0: each by its own) and writes a.y.
+void run_int8(sp::Int8Args a, const Tensor& values, float scale) {
+  // One temporary for both: q [M, ldq] in whole cache lines, then a scale per row.
+  const int64_t ldq = sp::int8_row_bytes(a.K, a.C);
+  const Tensor rounded = new_tensor(values, {a.M * (ldq + static_cast<int64_t>(sizeof(float)))});
+  auto* q = static_cast<uint8_t*>(rounded.mutable_data_ptr());
+  auto* x_scales = reinterpret_cast<float*>(q + a.M * ldq);
+  sp::run_quantize({a.dtype, a.K, a.x, a.ldx, scale, q, ldq, x_scales}, a.M, threads(), parallel);
+  a.x = q, a.ldx = ldq, a.x_scales = x_scales;
+  sp::run_linear_int8(a, threads(), parallel);
+}
+
+// y = act((round(x / x_scales) @ W^T) * scales * x_scales + bias) + residual, the sums in int32.
+Tensor bsr_linear_int8(const Tensor& x_any, const Tensor& crow_indices, const Tensor& col_indices, const Tensor& values,
+                       const Tensor& scales, std::optional<Tensor> packed, int64_t out_features, std::optional<Tensor> bias,
+                       std::string activation, std::optional<Tensor> residual, std::optional<double> x_scale) {
+  check_int8_values(values);
+  check_matrix(x_any, "x");
+  STD_TORCH_CHECK(x_any.is_cpu(), "x: expected a CPU tensor, got one on another device");
+  STD_TORCH_CHECK(dtype_of(x_any, "x") != sp::DType::f64,
+                  "x: expected dtype float32, bfloat16 or float16 beside int8 values, got Double");
+  const Tensor x = with_dense_rows(x_any);
+  sp::Int8Args a = {product_of(x, out_features, activation)};
+  const Int8Kept kept = set_int8_weight(a, crow_indices, col_indices, values, scales, packed);
   if (bias) {
     check_like(*bias, "bias", x, "x");
     check_shape(*bias, "bias", {a.N});
@@ -241,21 +266,165 @@ Tensor bsr_linear_int8(const Tensor& x_any, const Tensor& crow_indices, const Te
   const float scale = x_scale ? static_cast<float>(*x_scale) : 0.0f;
   STD_TORCH_CHECK(!x_scale || (scale > 0 && scale < std::numeric_limits<float>::infinity()),
                   "x_scale: expected a finite positive number, got ", x_scale.value_or(0));
-  const Tensor weights = packed ? *packed : prepacked_int8(values, index.crow, rows);
-  a.w = weights.const_data_ptr();
-  a.offsets = reinterpret_cast<const int32_t*>(static_cast<const char*>(a.w) + sp::int8_offsets_at(index.nnzb, a.R, a.C));
-  // One temporary for both: q [M, ldx] in whole cache lines, then a scale per row.
-  a.ldx = sp::int8_row_bytes(a.K, a.C);
-  const Tensor rounded = new_tensor(values, {a.M * (a.ldx + static_cast<int64_t>(sizeof(float)))});
-  auto* q = static_cast<uint8_t*>(rounded.mutable_data_ptr());
-  auto* x_scales = reinterpret_cast<float*>(q + a.M * a.ldx);
-  a.x = q, a.x_scales = x_scales;
-  sp::run_quantize({dtype, a.K, x.const_data_ptr(), row_stride(x), scale, q, a.ldx, x_scales}, a.M, threads(), parallel);
   Tensor y = new_tensor(x, {a.M, a.N});
   a.y = y.mutable_data_ptr();
-  sp::run_linear_int8(a, threads(), parallel);
+  run_int8(a, values, scale);
   return y;
 }
+
+// A layer whose tensors were checked once, so that a call brings only x: what a call costs is mostly code and data that it finds outside
+// the caches, and this is a third of it. Calls still check what a write in place could have spoilt, and refuse where a tensor has moved.
+struct Ready {
+  Tensor crow, col, values, packed;
+  std::optional<Tensor> scales, bias;  // scales: of int8 values
+  sp::Int8Args a;                      // what calls have in common; of int8 values without the dtype
+  const void* values_at;
+  int64_t nnzb;
+};
+
+// Layers by numbers, which a caller may make up, and not by addresses, which it must not: the place in the low half, above it a count
+// that tells a layer from its successor there.
+struct ReadyLayers {
+  std::mutex mutex;
+  std::vector<std::shared_ptr<const Ready>> at;
+  std::vector<int64_t> number, unused;
+  int64_t count = 0;
+};
+
+ReadyLayers& ready_layers() {
+  static auto* layers = new ReadyLayers;  // never destroyed: Python's layers may go after static objects do
+  return *layers;
+}
+
+std::shared_ptr<const Ready> ready_layer(int64_t number) {
+  ReadyLayers& layers = ready_layers();
+  const std::lock_guard<std::mutex> lock(layers.mutex);
+  const auto place = static_cast<uint32_t>(number);
+  return place < layers.at.size() && layers.number[place] == number ? layers.at[place] : nullptr;
+}
+
+// The number of a layer with these tensors, to be given back by sparse_prune_drop_ready.
+int64_t cpu_ready(Tensor crow_indices, Tensor col_indices, Tensor values, Tensor packed, std::optional<Tensor> scales,
+                  std::optional<Tensor> bias, int64_t out_features, int64_t in_features) {
+  check_values(values);
+  STD_TORCH_CHECK(out_features >= 0 && in_features >= 0, "out_features, in_features: expected numbers from 0, got ", out_features,
+                  " and ", in_features);
+  if (scales) scales = torch::stable::contiguous(*scales);
+  auto ready = std::make_shared<Ready>(Ready{crow_indices, col_indices, values, packed, scales, bias});
+  sp::Int8Args& a = ready->a;
+  a.N = out_features, a.K = in_features;
+  if (scales) {
+    check_int8_values(values);
+    set_int8_weight(a, crow_indices, col_indices, values, *scales, packed);
+  } else {
+    a.dtype = dtype_of(values, "values");
+    set_weight(a, kOnly, crow_indices, col_indices, values, packed, std::nullopt);
+  }
+  ready->values_at = values.const_data_ptr(), ready->nnzb = col_indices.size(0);
+  ReadyLayers& layers = ready_layers();
+  const std::lock_guard<std::mutex> lock(layers.mutex);
+  if (layers.unused.empty()) {
+    layers.unused.push_back(static_cast<int64_t>(layers.at.size()));
+    layers.at.emplace_back();
+    layers.number.push_back(-1);
+  }
+  const int64_t place = layers.unused.back();
+  layers.unused.pop_back();
+  layers.at[place] = std::move(ready);
+  return layers.number[place] = layers.count++ << 32 | place;
+}
+
+// The part of a product that is the layer's, as it is now; false where the layer has changed.
+bool set_ready(sp::Int8Args& a, const Ready& r, const Tensor& x) {
+  a = r.a;
+  const ScalarType type = x.scalar_type();
+  if (r.scales) {
+    if (type != ScalarType::Float && type != ScalarType::BFloat16 && type != ScalarType::Half) return false;
+    if (r.scales->numel() != a.N) return false;
+    a.dtype = dtype_of(x, "x");
+    a.w_scales = static_cast<const float*>(r.scales->const_data_ptr());
+  } else if (type != r.values.scalar_type()) {
+    return false;
+  }
+  const Index index = checked_index(r.crow, r.col, blocks_along(a.N, a.R), blocks_along(a.K, a.C));
+  a.crow = index.crow, a.col = index.col;
+  if (r.bias) {
+    if (r.bias->scalar_type() != type || r.bias->numel() != a.N || !r.bias->is_contiguous()) return false;
+    a.bias = r.bias->const_data_ptr();
+  }
+  return index.nnzb == r.nnzb && r.values.const_data_ptr() == r.values_at;
+}
+
+constexpr int64_t kMostDims = 8;
+
+// The part of a product that is x's; false where its rows are not laid out as the kernels read them.
+bool set_rows(sp::LinearArgs& a, const Tensor& x) {
+  const int64_t dims = x.dim();
+  if (dims < 1 || dims > kMostDims || x.size(dims - 1) != a.K || !x.is_cpu()) return false;
+  a.M = 1;
+  for (int64_t d = 0; d + 1 < dims; ++d) a.M *= x.size(d);
+  a.ldx = dims == 2 ? row_stride(x) : a.K;
+  a.x = x.const_data_ptr();
+  return dims == 2 ? (a.K <= 1 || x.stride(1) == 1) && a.ldx >= a.K : x.is_contiguous();
+}
+
+// A new tensor like x, with a.N in place of its last size.
+Tensor new_rows(const Tensor& x, int64_t features) {
+  int64_t sizes[kMostDims], strides[kMostDims], step = 1;
+  const int64_t dims = x.dim();
+  for (int64_t d = dims; d-- > 0; step *= std::max<int64_t>(1, sizes[d])) {
+    sizes[d] = d + 1 < dims ? x.size(d) : features;
+    strides[d] = step;
+  }
+  int32_t dtype;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// y[..., N] = act(x[..., K] @ W^T + b) + residual of a ready layer, or nothing where that is for the long way to do or to refuse in
+// words, as where gradients are on, unless the caller knows that none is owed. (Autograd's key falls through to here.)
+std::optional<Tensor> cpu_linear_ready(const Tensor& x, int64_t number, int64_t activation, const std::optional<Tensor>& residual,
+                                       bool nothing_owed) {
+  if (!nothing_owed && aoti_torch_grad_mode_is_enabled()) return std::nullopt;
+  const std::shared_ptr<const Ready> layer = ready_layer(number);
+  sp::Int8Args a;
+  if (!layer || !set_ready(a, *layer, x) || !set_rows(a, x) || activation < 0 || activation > kLastActivation) return std::nullopt;
+  a.activation = static_cast<sp::Activation>(activation);
+  Tensor y = new_rows(x, a.N);
+  if (residual) {
+    if (residual->scalar_type() != x.scalar_type() || residual->dim() != y.dim() || !residual->is_contiguous() || !residual->is_cpu())
+      return std::nullopt;
+    for (int64_t d = 0; d < y.dim(); ++d)
+      if (residual->size(d) != y.size(d)) return std::nullopt;
+    a.residual = residual->const_data_ptr();
+  }
+  a.y = y.mutable_data_ptr();
+  if (layer->scales)
+    run_int8(a, layer->values, 0.0f);
+  else
+    sp::run_linear(a, threads(), parallel);
+  return y;
+}
+
+// y = act(x @ Wg^T + bg) * (x @ Wu^T + bu) of two ready layers, or nothing, likewise.
+std::optional<Tensor> cpu_glu_ready(const Tensor& x, int64_t gate_number, int64_t up_number, int64_t activation) {
+  if (aoti_torch_grad_mode_is_enabled()) return std::nullopt;
+  const std::shared_ptr<const Ready> gate_layer = ready_layer(gate_number), up_layer = ready_layer(up_number);
+  sp::Int8Args gate, up;
+  if (!gate_layer || !up_layer || gate_layer->scales || up_layer->scales) return std::nullopt;
+  if (!set_ready(gate, *gate_layer, x) || !set_ready(up, *up_layer, x) || !set_rows(gate, x) || !set_rows(up, x)) return std::nullopt;
+  if (gate.N != up.N || gate.R != up.R || activation < 0 || activation > kLastActivation) return std::nullopt;
+  gate.activation = static_cast<sp::Activation>(activation);
+  Tensor y = new_rows(x, gate.N);
+  gate.y = up.y = y.mutable_data_ptr();
+  sp::run_linear_glu(gate, up, threads(), parallel);
+  return y;
+}
+
+std::optional<Tensor> no_linear(const Tensor&, int64_t, int64_t, const std::optional<Tensor>&, bool) { return std::nullopt; }
+std::optional<Tensor> no_glu(const Tensor&, int64_t, int64_t, int64_t) { return std::nullopt; }
 
 // dx[M, K] = dy[M, N] @ W[N, K]: the same product, with W^T described by a transposed index over the same blocks.
 Tensor bsr_linear_dx(const Tensor& dy_any, const Tensor& crow_indices, const Tensor& col_indices, const Tensor& values,
@@ -325,11 +494,19 @@ Tensor bsr_sdd(const Tensor& dy_any, const Tensor& x_any, const Tensor& crow_ind
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_prune, m) {
   m.def("cpu_prepack(Tensor values) -> Tensor");
+  m.def("cpu_ready(Tensor crow_indices, Tensor col_indices, Tensor values, Tensor prepacked, Tensor? scales, Tensor? bias, "
+        "int out_features, int in_features) -> int");
+  m.def("cpu_linear_ready(Tensor x, int ready, int activation=0, Tensor? residual=None, bool nothing_owed=False) "
+        "-> Tensor?");
+  m.def("cpu_glu_ready(Tensor x, int gate, int up, int activation=0) -> Tensor?");
   m.def("cpu_prepack_int8(Tensor values, Tensor crow_indices) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_prune, CPU, m) {
   m.impl("cpu_prepack", TORCH_BOX(&cpu_prepack));
+  m.impl("cpu_ready", TORCH_BOX(&cpu_ready));
+  m.impl("cpu_linear_ready", TORCH_BOX(&cpu_linear_ready));
+  m.impl("cpu_glu_ready", TORCH_BOX(&cpu_glu_ready));
   m.impl("cpu_prepack_int8", TORCH_BOX(&cpu_prepack_int8));
   m.impl("bsr_linear", TORCH_BOX(&bsr_linear));
   m.impl("bsr_linear_glu", TORCH_BOX(&bsr_linear_glu));
@@ -337,6 +514,19 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_prune, CPU, m) {
   m.impl("bsr_linear_dx", TORCH_BOX(&bsr_linear_dx));
   m.impl("bsr_sdd", TORCH_BOX(&bsr_sdd));
 }
+
+// Other devices, and whoever has to see what a layer does: autocast, transforms of torch.func, dispatch modes, tracing.
+#define SPARSE_PRUNE_REFUSE(key)                             \
+  STABLE_TORCH_LIBRARY_IMPL(sparse_prune, key, m) {          \
+    m.impl("cpu_linear_ready", TORCH_BOX(&no_linear));       \
+    m.impl("cpu_glu_ready", TORCH_BOX(&no_glu));             \
+  }
+SPARSE_PRUNE_REFUSE(CompositeExplicitAutograd)
+SPARSE_PRUNE_REFUSE(AutocastCPU)
+SPARSE_PRUNE_REFUSE(FuncTorchDynamicLayerFrontMode)
+SPARSE_PRUNE_REFUSE(Functionalize)
+SPARSE_PRUNE_REFUSE(Python)
+SPARSE_PRUNE_REFUSE(Tracer)
 
 // For sparse_prune/backends.py, through ctypes.
 #define SPARSE_PRUNE_EXPORT extern "C" __attribute__((visibility("default")))
@@ -357,4 +547,15 @@ SPARSE_PRUNE_EXPORT double sparse_prune_peak_flops(const char* isa) { return sp:
 
 SPARSE_PRUNE_EXPORT double sparse_prune_read_bytes_per_second(const char* isa, const void* data, int64_t bytes) {
   return sp::read_bytes_per_second(isa, data, bytes);
+}
+
+SPARSE_PRUNE_EXPORT void sparse_prune_drop_ready(int64_t number) {
+  std::shared_ptr<const Ready> dropped;  // its tensors go after the lock does
+  ReadyLayers& layers = ready_layers();
+  const std::lock_guard<std::mutex> lock(layers.mutex);
+  const auto place = static_cast<uint32_t>(number);
+  if (place >= layers.at.size() || layers.number[place] != number) return;
+  dropped = std::move(layers.at[place]);
+  layers.number[place] = -1;
+  layers.unused.push_back(place);
 }

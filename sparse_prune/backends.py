@@ -53,6 +53,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(files[0]))
         library.sparse_prune_cpu_isas.restype = ctypes.c_char_p
         library.sparse_prune_cpu_isa.restype = ctypes.c_char_p
+        library.sparse_prune_drop_ready.argtypes = (ctypes.c_int64,)
+        library.sparse_prune_drop_ready.restype = None
         library.sparse_prune_peak_flops.restype = ctypes.c_double
         library.sparse_prune_read_bytes_per_second.restype = ctypes.c_double
         library.sparse_prune_read_bytes_per_second.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64)
@@ -236,6 +238,11 @@ def cpu_isa(dtype: torch.dtype) -> str:
     if reason is not None or _library is None:
         raise SparsePruneError("dtype", "one that the CPU kernels run", dtype, reason or _reason)
     return _library.sparse_prune_cpu_isa(_DTYPES[dtype]).decode()
+
+
+def drop_ready(number: int) -> None:
+    """Forget the layer that the operator cpu_ready gave that number."""
+    _library.sparse_prune_drop_ready(number)
 
 
 def cpu_name() -> str:

@@ -44,19 +44,18 @@ class Derived:
     """What was made from a weight's values for the kernels of this machine: kept beside the weight, never copied or saved with it.
 
     key         says which values it was made from; None: nothing yet
-    source      those values, where ops.serves may ask whether they are still the same: floating-point ones on a CPU; else None
+    ready       ops.Ready, where a CPU kernel runs a layer; else None
     prepacked   the values in the order that the CPU kernels read, or None
     cuda        values and index as the CUDA kernels read them, made when they are first asked for; else None
     plan        planner.Plan, or None where the sparse operator always runs
     dense       the dense weight by form (planner.DENSE_FORMS), made when the plan first asks for it: N * K elements of memory each
     """
 
-    __slots__ = ("key", "prepacked", "plan", "dense", "source", "state", "cuda")
+    __slots__ = ("key", "prepacked", "plan", "dense", "ready", "cuda")
 
     def __init__(self, key: object = None, prepacked: Tensor | None = None, plan: Any = None) -> None:
         self.key, self.prepacked, self.plan = key, prepacked, plan
-        self.source: Tensor | None = None
-        self.state: tuple[int, int, int] | None = None
+        self.ready: tuple | None = None
         self.dense: dict[str, Tensor] = {}
         self.cuda: Tensor | None = None
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import backends, ops
 from .bsr import BsrWeight, Derived
 from .errors import SparsePruneError
 from .linears import as_matrix, is_linear
 from .masks import check_blocksize, grid_shape
-from .ops import INT8_INPUTS, Activation, bsr_linear, flatten_rows
+from .ops import ACTIVATION_NUMBERS, INT8_INPUTS, Activation, bsr_linear, flatten_rows, run_glu_ready, run_ready
 from .reference import ACTIVATIONS
 
 is_compiling = torch.compiler.is_dynamo_compiling
@@ -185,45 +185,69 @@ class SparseLinear(nn.Module):
         """x [..., K] -> act(x @ W^T + b) + residual, [..., N]."""
         if is_compiling():
             return self._forward_any(x, activation, residual)
-        # Straight to the dicts: nn.Module's attribute lookup costs more than a small product, and there are several of them.
-        parameters, derived = self._parameters, self._derived
-        values, bias = parameters["values"], parameters["bias"]
-        shape, features = x.shape, self.out_features
-        # Inference on a CPU with what an earlier call derived is most calls, and at M = 1 each step here costs like a product.
-        if (
-            ops.serves(derived, values)
-            and x.is_cpu
-            and x.dtype is values.dtype
-            and shape
-            and shape[-1] == self.in_features
-            and not torch.is_autocast_enabled("cpu")
-            and not ops.owes_gradient(x, values, bias, residual)
-        ):
-            flat = len(shape) == 2
-            rows = x if flat else x.reshape(-1, self.in_features)
-            if residual is not None and not flat:
-                residual = residual.reshape(-1, features)
-            form = ops.dense_form(derived, rows.shape[0]) if self.planned and derived.plan is not None else ""
-            if not form:
-                buffers = self._buffers
-                crow_indices, col_indices = buffers["crow_indices"], buffers["col_indices"]
-                y = ops.infer(
-                    ops.run_linear,
-                    rows,
-                    crow_indices,
-                    col_indices,
-                    values,
-                    derived.prepacked,
-                    features,
-                    bias,
-                    activation,
-                    residual,
-                )
-                return y if flat else y.view(*shape[:-1], features)
-            if form in derived.dense:
-                y = ops.dense_linear(derived.dense[form], form, rows, bias, activation, residual)
-                return y if flat else y.view(*shape[:-1], features)
+        # The short way: at M = 1, and among a model's other data at any M, each step of Python costs like a product.
+        ready = self._ready()
+        if ready is not None:
+            form = ""
+            if ready.plan is not None and self.planned:
+                form = ops.dense_form(self._derived, x.numel() // self.in_features)
+            if form:
+                y = self._run_dense(form, x, activation, residual)
+            elif residual is None and activation == "none":
+                y = run_ready(x, ready.number)
+            else:
+                y = run_ready(x, ready.number, ACTIVATION_NUMBERS.get(activation, -1), residual)
+            if y is not None:
+                return y
         return self._forward_any(x, activation, residual)
+
+    def _ready(self) -> ops.Ready | None:
+        """The number by which the C++ kernels know this layer and what goes with it, unless something was replaced since."""
+        ready = self._derived.ready
+        if ready is None:
+            return None
+        # Straight to the dicts: nn.Module's attribute lookup costs more than a small product, and there are several of them.
+        _, values, version, epoch, crow_indices, col_indices, scales, bias, _, _ = ready
+        parameters, buffers = self._parameters, self._buffers
+        same = (
+            parameters["values"] is values
+            and values._version == version
+            and parameters["bias"] is bias
+            and buffers["crow_indices"] is crow_indices
+            and buffers["col_indices"] is col_indices
+            and (scales is None or buffers["scales"] is scales)
+            and epoch == backends.epoch
+        )
+        return ready if same else None
+
+    def _run_dense(self, form: str, x: Tensor, activation: Activation, residual: Tensor | None) -> Tensor | None:
+        """The dense product in that form, or None where the long way has to make its weight, or to say what is wrong."""
+        weight, shape, bias = self._derived.dense.get(form), x.shape, self._parameters["bias"]
+        if (
+            weight is None
+            or not x.is_cpu
+            or x.dtype is not weight.dtype
+            or not shape
+            or shape[-1] != self.in_features
+            or torch.is_autocast_enabled("cpu")
+            or ops.owes_gradient(x, self._parameters["values"], bias, residual)
+        ):
+            return None
+        if len(shape) == 2:
+            return ops.dense_linear(weight, form, x, bias, activation, residual)
+        flat = None if residual is None else residual.reshape(-1, self.out_features)
+        y = ops.dense_linear(weight, form, x.reshape(-1, self.in_features), bias, activation, flat)
+        return y.view(*shape[:-1], self.out_features)
+
+    def _run_below_autograd(
+        self, derived: Derived, x: Tensor, activation: Activation, residual: Tensor | None
+    ) -> Tensor | None:
+        """The kernel on rows x[M, K], past torch.library's autograd in Python, or None where that has to run."""
+        if self._ready() is None:
+            derived.ready = ops.make_ready(self.packed, derived, self.bias)
+        if derived.ready is None or ops.owes_gradient(x, self.values, self.bias, residual):
+            return None
+        return run_ready(x, derived.ready.number, ACTIVATION_NUMBERS.get(activation, -1), residual, True)
 
     def _forward_any(self, x: Tensor, activation: Activation, residual: Tensor | None) -> Tensor:
         parameters, buffers = self._parameters, self._buffers
@@ -242,7 +266,7 @@ class SparseLinear(nn.Module):
         changing = values is not own or (own.requires_grad and torch.is_grad_enabled())
         if residual is not None:
             residual = residual.reshape(-1, self.out_features).contiguous()
-        x, prepacked = flatten_rows(x), None
+        x, prepacked, y = flatten_rows(x), None, None
         compiling = torch.compiler.is_compiling()
         # In training a compiled graph would keep the values that it was traced with.
         if not changing and not (compiling and self.training):
@@ -257,17 +281,19 @@ class SparseLinear(nn.Module):
                     y = ops.dense_linear(weight, form, x, bias, activation, residual)
                     return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
             prepacked = derived.prepacked
-        y = torch.ops.sparse_prune.bsr_linear(
-            x,
-            buffers["crow_indices"],
-            buffers["col_indices"],
-            values,
-            prepacked,
-            self.out_features,
-            bias,
-            activation,
-            residual,
-        )
+            y = None if compiling else self._run_below_autograd(derived, x, activation, residual)
+        if y is None:
+            y = torch.ops.sparse_prune.bsr_linear(
+                x,
+                buffers["crow_indices"],
+                buffers["col_indices"],
+                values,
+                prepacked,
+                self.out_features,
+                bias,
+                activation,
+                residual,
+            )
         return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
 
     def _forward_int8(self, x: Tensor, bias: Tensor | None, activation: Activation, residual: Tensor | None) -> Tensor:
@@ -279,23 +305,23 @@ class SparseLinear(nn.Module):
         derived = None if torch.compiler.is_compiling() and self.training else self._current(values)
         if residual is not None:
             residual = residual.reshape(-1, self.out_features).contiguous()
-        arguments = (
-            flatten_rows(x),
-            self.crow_indices,
-            self.col_indices,
-            values,
-            self.scales,
-            None if derived is None else derived.prepacked,
-            self.out_features,
-            bias,
-            activation,
-            residual,
-            None,
-        )
-        if is_compiling() or not x.is_cpu or ops.owes_gradient(x, values, bias, residual):
-            y = torch.ops.sparse_prune.bsr_linear_int8(*arguments)
-        else:
-            y = ops.infer(ops.run_int8, *arguments)
+        x, y = flatten_rows(x), None
+        if derived is not None and not torch.compiler.is_compiling():
+            y = self._run_below_autograd(derived, x, activation, residual)
+        if y is None:
+            y = torch.ops.sparse_prune.bsr_linear_int8(
+                x,
+                self.crow_indices,
+                self.col_indices,
+                values,
+                self.scales,
+                None if derived is None else derived.prepacked,
+                self.out_features,
+                bias,
+                activation,
+                residual,
+                None,
+            )
         return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
 
     def _current(self, values: Tensor) -> Derived:
@@ -359,43 +385,11 @@ def fused_glu(gate: nn.Module, up: nn.Module, x: Tensor, activation: Activation 
     runs either dense; not in the first call, which derives what later ones use. See bsr_linear_glu for one with gradients.
     """
     if type(gate) is SparseLinear and type(up) is SparseLinear and not is_compiling():
-        of_gate, of_up, own_gate, own_up = gate._derived, up._derived, gate._parameters, up._parameters
-        gate_values, up_values = own_gate["values"], own_up["values"]
-        gate_bias, up_bias = own_gate["bias"], own_up["bias"]
-        shape, features = x.shape, gate.out_features
-        if (
-            ops.serves(of_gate, gate_values)
-            and ops.serves(of_up, up_values)
-            and x.is_cpu
-            and x.dtype is gate_values.dtype
-            and x.dtype is up_values.dtype
-            and gate_values.shape[1] == up_values.shape[1]
-            and shape
-            and shape[-1] == gate.in_features == up.in_features
-            and features == up.out_features
-            and not torch.is_autocast_enabled("cpu")
-            and not ops.owes_gradient(x, gate_values, gate_bias, up_bias)
-            and not (up_values.requires_grad and torch.is_grad_enabled())
-        ):
-            flat = len(shape) == 2
-            rows = x if flat else x.reshape(-1, gate.in_features)
-            plans = [of for of, layer in ((of_gate, gate), (of_up, up)) if of.plan is not None and layer.planned]
-            if not any(ops.dense_form(of, rows.shape[0]) for of in plans):
-                y = ops.infer(
-                    ops.run_glu,
-                    rows,
-                    gate._buffers["crow_indices"],
-                    gate._buffers["col_indices"],
-                    gate_values,
-                    of_gate.prepacked,
-                    up._buffers["crow_indices"],
-                    up._buffers["col_indices"],
-                    up_values,
-                    of_up.prepacked,
-                    features,
-                    gate_bias,
-                    up_bias,
-                    activation,
-                )
-                return y if flat else y.view(*shape[:-1], features)
+        of_gate, of_up = gate._ready(), up._ready()
+        if of_gate is not None and of_up is not None:
+            plans = [layer._derived for layer, of in ((gate, of_gate), (up, of_up)) if of.plan and layer.planned]
+            if not any(ops.dense_form(of, x.numel() // gate.in_features) for of in plans):
+                y = run_glu_ready(x, of_gate.number, of_up.number, ACTIVATION_NUMBERS.get(activation, -1))
+                if y is not None:
+                    return y
     return fused_linear(gate, x, activation) * up(x)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -237,12 +237,54 @@ def _backward_glu(ctx, dy):
 torch.library.register_autograd("sparse_prune::bsr_linear_glu", _backward_glu, setup_context=_save_glu, lib=_library)
 
 
-# OpOverload.__call__ without its frame of Python, and the guard under which torch.library calls kernels that owe no gradient. What
-# it does around that, in Python, costs as much as all the rest of a call.
-run_linear = torch.ops.sparse_prune.bsr_linear.default._op
-run_glu = torch.ops.sparse_prune.bsr_linear_glu.default._op
-run_int8 = torch.ops.sparse_prune.bsr_linear_int8.default._op
-_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+class Ready(NamedTuple):
+    """A layer that the C++ kernels can run by its number, and the tensors that it must still have for that."""
+
+    number: int
+    values: Tensor
+    version: int
+    epoch: int
+    crow_indices: Tensor
+    col_indices: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+    plan: planner.Plan | None
+    owner: object  # gives the number back when nobody holds it any more
+
+
+class _Owner:
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self, drop: Callable[[int], None] = backends.drop_ready) -> None:
+        drop(self.number)
+
+
+def make_ready(packed: BsrWeight, derived: Derived, bias: Tensor | None) -> Ready | None:
+    """The layer with that weight, what was derived from it and a bias, or None where only the long way runs it."""
+    values = packed.values
+    if derived.prepacked is None or values.is_inference():
+        return None
+    tensors = (packed.crow_indices, packed.col_indices)
+    n, k = packed.shape
+    with torch.no_grad():
+        number = torch.ops.sparse_prune.cpu_ready(*tensors, values, derived.prepacked, packed.scales, bias, n, k)
+    plan = derived.plan if derived.plan is not None and any(choice.dense for choice in derived.plan.choices) else None
+    version = values._version
+    return Ready(number, values, version, backends.epoch, *tensors, packed.scales, bias, plan, _Owner(number))
+
+
+run_ready = run_glu_ready = None  # without the C++ extension no layer is ever ready
+if backends.cpu_isas():
+    # OpOverload.__call__ without its frame of Python. Both give None where a layer has changed, where gradients may be
+    # owed, and where autocast, a transform of torch.func, a dispatch mode or a trace has to see what happens.
+    run_ready = torch.ops.sparse_prune.cpu_linear_ready.default._op
+    run_glu_ready = torch.ops.sparse_prune.cpu_glu_ready.default._op
+    for _name in ("cpu_linear_ready", "cpu_glu_ready"):
+        _library.impl(_name, torch.library.fallthrough_kernel, "AutogradCPU")
+ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}  # of the C++ enum Activation
 
 
 def owes_gradient(x: Tensor, values: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
@@ -255,14 +297,6 @@ def owes_gradient(x: Tensor, values: Tensor, bias: Tensor | None, residual: Tens
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     )
-
-
-def infer(run: Callable[..., Tensor], *arguments: object) -> Tensor:
-    """run(*arguments) for run_linear, run_glu or run_int8 where no gradient is owed (owes_gradient)."""
-    if torch.is_inference_mode_enabled():
-        return run(*arguments)
-    with _BelowAutograd():
-        return run(*arguments)
 
 
 def _no_backward(ctx, dy):
@@ -486,15 +520,7 @@ def current(derived: Derived, packed: BsrWeight) -> Derived:
     values = packed.values.detach()
     rows, cols = grid_shape(packed.shape, packed.blocksize)
     plan = planner.plan(values.device, values.dtype, packed.blocksize, packed.nnzb / (rows * cols), packed.shape)
-    derived = Derived(key, prepack(values, packed.crow_indices), plan)
-    if derived.prepacked is not None and values.is_floating_point() and not packed.values.is_inference():
-        derived.source, derived.state = packed.values, key[:3]
-    return derived
-
-
-def serves(derived: Derived, values: Tensor) -> bool:
-    """Whether derived holds what a call on a CPU needs, made from these values as they are now; False also where that is unsure."""
-    return derived.source is values and derived.state == (backends.epoch, values._version, values.data_ptr())
+    return Derived(key, prepack(values, packed.crow_indices), plan)
 
 
 def values_key(values: Tensor) -> tuple:

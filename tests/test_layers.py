@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_prune as sp
-from sparse_prune import backends, ops, planner
+from sparse_prune import backends, layers, ops, planner
 from sparse_prune.masks import expand_mask, grid_shape
 
 
@@ -152,8 +154,15 @@ def short_calls(monkeypatch):
     if backends.cpu_unavailable(torch.device("cpu"), torch.float32):
         pytest.skip("the C++ kernels were not built")
     calls = []
-    infer = ops.infer
-    monkeypatch.setattr(ops, "infer", lambda *arguments: calls.append(1) or infer(*arguments))
+    run = layers.run_ready
+
+    def counted(*arguments):
+        y = run(*arguments)
+        if y is not None:
+            calls.append(1)
+        return y
+
+    monkeypatch.setattr(layers, "run_ready", counted)
     with planner.using_table("off"):
         yield calls
 
@@ -165,10 +174,10 @@ def test_calls_that_owe_no_gradient_go_past_autograd(short_calls):
     expected = F.gelu(F.linear(x, layer.weight, layer.bias)) + residual
     for _ in range(2):
         torch.testing.assert_close(layer(x, "gelu", residual), expected)
-    assert len(short_calls) == 1, "the first call derives"
+    assert len(short_calls) == 2
     with torch.inference_mode():
         torch.testing.assert_close(layer(x[0, 0], "gelu", residual[0, 0]), expected[0, 0])
-    assert len(short_calls) == 2
+    assert len(short_calls) == 3
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
     with pytest.raises(sp.SparsePruneError, match="x: expected a last dimension of 64"):
@@ -179,7 +188,7 @@ def test_calls_that_owe_no_gradient_go_past_autograd(short_calls):
         layer(x.double())
     with pytest.raises(sp.SparsePruneError, match="x: expected device cpu"):
         layer(x.to("meta"))
-    assert len(short_calls) == 2
+    assert len(short_calls) == 3
 
 
 @pytest.mark.parametrize("wants", ["x", "values", "bias", "residual"])
@@ -194,7 +203,7 @@ def test_each_wish_for_a_gradient_is_met_after_short_calls(short_calls, wants):
     got, wanted.grad = wanted.grad, None
     (F.silu(F.linear(x, layer.weight, layer.bias)) + residual).square().sum().backward()
     torch.testing.assert_close(got, wanted.grad)
-    assert len(short_calls) == 1
+    assert len(short_calls) == 2
 
 
 def test_function_transforms_never_lose_a_gradient_in_a_frozen_layer(short_calls):
@@ -208,7 +217,7 @@ def test_function_transforms_never_lose_a_gradient_in_a_frozen_layer(short_calls
         pytest.raises(RuntimeError, match="functorch transforms"),
     ):  # which torch.library does not support
         torch.func.grad(lambda x: layer(x).sum())(x)
-    assert len(short_calls) == 1
+    assert len(short_calls) == 2
 
 
 def test_short_calls_see_every_change_of_the_weight(short_calls):
@@ -229,27 +238,94 @@ def test_short_calls_see_every_change_of_the_weight(short_calls):
     check()
     layer.col_indices = 1 - layer.col_indices
     check()
+    layer.bias = nn.Parameter(layer.bias + 1, requires_grad=False)
+    check()
+    layer.bias.sub_(3)
+    layer.col_indices.copy_(1 - layer.col_indices)
+    check()
+    layer.crow_indices = layer.crow_indices.clone()
+    check()
     with backends.force_isa("portable"):
         check()
-    assert len(short_calls) == 7, "the second of each two, and both where only the index changed"
+    assert len(short_calls) == 2 * 9
+
+
+def test_short_calls_see_what_surrounds_them(short_calls):
+    """Dispatch modes, traces and transforms are shown the operator that anyone may know."""
+    _, layer, _ = make()
+    layer.requires_grad_(False)
+    x = torch.randn(3, 64)
+    expected = layer(x)
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            names.append(str(function))
+            return function(*arguments, **(named or {}))
+
+    names = []
+    with torch.no_grad():
+        with Seen():
+            torch.testing.assert_close(layer(x), expected)
+        torch.testing.assert_close(torch.vmap(layer)(x), expected)
+        graph = str(torch.jit.trace(layer, x, check_trace=False).graph)
+        names += [str(node.target) for node in make_fx(layer)(x).graph.nodes]
+    assert names.count("sparse_prune.bsr_linear.default") == 2 and not any("ready" in name for name in names)
+    assert "sparse_prune::bsr_linear" in graph and "ready" not in graph
+
+
+def test_numbers_of_layers_are_given_back_and_never_stand_for_another(short_calls):
+    _, layer, _ = make()
+    layer.requires_grad_(False)
+    x = torch.randn(3, 64)
+    expected = layer(x)
+    number = layer._derived.ready.number
+    with torch.no_grad():
+        torch.testing.assert_close(ops.run_ready(x, number), expected)
+        for made_up in (-1, number + 1, number + (1 << 32), 1 << 62):
+            assert ops.run_ready(x, made_up) is None
+        twin = copy.deepcopy(layer)
+        assert twin._derived.ready is None
+        twin(x)
+        del layer
+        assert ops.run_ready(x, number) is None, "given back with the layer"
+        other = make()[1].requires_grad_(False)
+        other(x)
+        assert other._derived.ready.number != number and ops.run_ready(x, number) is None
+        torch.testing.assert_close(twin(x), expected)
+
+
+def test_an_index_that_was_spoilt_in_place_is_told(short_calls):
+    _, layer, _ = make()
+    layer.requires_grad_(False)
+    x = torch.randn(3, 64)
+    layer(x)
+    layer.col_indices.fill_(9)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"col_indices: expected entries in \[0, 2\)"):
+        layer(x)
 
 
 def test_cat_gives_the_outputs_side_by_side():
-    layers = [make(n=n, bias=bias)[1] for n, bias in ((64, True), (96, False), (45, True))]
+    parts = [make(n=n, bias=bias)[1] for n, bias in ((64, True), (96, False), (45, True))]
     x = torch.randn(5, 64)
-    joined = sp.SparseLinear.cat(layers)
-    torch.testing.assert_close(joined(x), torch.cat([layer(x) for layer in layers], 1))
+    joined = sp.SparseLinear.cat(parts)
+    torch.testing.assert_close(joined(x), torch.cat([layer(x) for layer in parts], 1))
     assert not joined.training and not any(p.requires_grad for p in joined.parameters())
     assert sp.SparseLinear.cat([make(bias=False)[1]] * 2).bias is None
     with pytest.raises(sp.SparsePruneError, match="weights: expected outputs in multiples of 32"):
-        sp.SparseLinear.cat(layers[::-1])
+        sp.SparseLinear.cat(parts[::-1])
 
 
 @pytest.mark.parametrize("tuning", ["off", "shipped"])
 def test_fused_glu_is_the_product_of_both_layers(monkeypatch, tuning):
     (dense, gate, _), (_, up, _), (_, other, _) = make(n=96), make(n=96, bias=False), make(n=96, blocksize=(16, 32))
-    x, calls, infer = torch.randn(2, 5, 64), [], ops.infer
-    monkeypatch.setattr(ops, "infer", lambda *arguments: calls.append(arguments[0]) or infer(*arguments))
+    x, calls, run = torch.randn(2, 5, 64), [], layers.run_glu_ready
+
+    def counted(*arguments):
+        y = run(*arguments)
+        calls.append(y is not None)
+        return y
+
+    monkeypatch.setattr(layers, "run_glu_ready", counted)
     with planner.using_table(tuning):
         for first, second in ((gate, up), (gate, other), (dense, up), (gate, copy.deepcopy(gate).quantize_())):
             expected = F.gelu(first(x)) * second(x)
@@ -266,4 +342,4 @@ def test_fused_glu_is_the_product_of_both_layers(monkeypatch, tuning):
         with pytest.raises(sp.SparsePruneError, match="x: expected a last dimension of 64"):
             sp.fused_glu(gate, up, x[..., :32])
     if tuning == "off" and backends.cpu_isas():
-        assert calls.count(ops.run_glu) == 1, "blocks of one height, no gradients, derived by the call before"
+        assert calls.count(True) == 1, "blocks of one height, no gradients, derived by the call before"
