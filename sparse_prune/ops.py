@@ -100,6 +100,7 @@ for _name, _function in _CUDA.items():
 
 _REFERENCE: dict[str, Callable] = {
     "bsr_linear": _reference_linear,
+    "bsr_linear_int8": _reference_int8,
     "bsr_linear_dx": reference.bsr_linear_dx,
     "bsr_sdd": reference.bsr_sdd,
     "attention": reference.attention,
@@ -108,7 +109,6 @@ _REFERENCE: dict[str, Callable] = {
 for _name, _function in _REFERENCE.items():
     _library.impl(_name, _function, "CompositeExplicitAutograd")
 backends.register_triton(_library, _REFERENCE)
-_library.impl("bsr_linear_int8", _reference_int8, "CompositeExplicitAutograd")
 
 
 def _two_linears(
@@ -585,7 +585,10 @@ def _check_linear(
     dtype, like = (x.dtype, "x") if quantized else (packed.values.dtype, "the weight")
     _require(not quantized or dtype in INT8_INPUTS, "x", "float32, bfloat16 or float16 beside an int8 weight", dtype)
     _require(
-        not quantized or backend != "dense", "backend", "auto, cpu or reference beside an int8 weight", repr(backend)
+        not quantized or backend != "dense",
+        "backend",
+        "auto, cpu, triton or reference beside an int8 weight",
+        repr(backend),
     )
     _require(x_scale is None or quantized, "x_scale", f"None beside a weight of {packed.values.dtype}", x_scale)
     _require(x_scale is None or 0 < x_scale < math.inf, "x_scale", "a finite positive number", x_scale)

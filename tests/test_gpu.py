@@ -8,7 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from triton_problems import ACTIVATIONS, DTYPES, PROBLEMS, assert_as_good_as_torch, exact_and_dense, make_problem
+from triton_problems import (
+    ACTIVATIONS,
+    DTYPES,
+    PROBLEMS,
+    assert_as_good_as_torch,
+    exact_and_dense,
+    exact_and_reference_int8,
+    make_problem,
+)
 
 import sparse_prune as sp
 from sparse_prune import SparsePruneError, reference
@@ -109,11 +117,15 @@ def test_a_layer_trains_as_its_masked_twin():
     torch.testing.assert_close(layer.bias, twin.bias, atol=1e-5, rtol=1e-4)
 
 
-def test_int8():
-    packed, x, bias, residual = make_problem(33, 96, 128, 32, 32, 0.5, torch.float32, DEVICE)
-    y = sp.bsr_linear(x, packed.quantize(), bias, "gelu", residual)
-    dense = F.gelu(F.linear(x, packed.to_dense(), bias)) + residual
-    assert (y - dense).norm() <= 0.03 * dense.norm()
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("problem", [*PROBLEMS, (16, 768, 768, 32, 32, 0.3), (300, 768, 768, 64, 16, 0.3)], ids=str)
+def test_int8(problem, backend):
+    need(backend, torch.int8, problem[3:5])
+    for dtype, x_scale in ((torch.bfloat16, None), (torch.float16, 0.03), (torch.float32, None)):
+        packed, x, bias, residual = make_problem(*problem, dtype, DEVICE)
+        packed = packed.to(torch.float32).quantize()
+        got = sp.bsr_linear(x, packed, bias, "gelu", residual, backend, x_scale)
+        assert_as_good_as_torch(got, *exact_and_reference_int8(x, packed, bias, "gelu", residual, x_scale))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU: graphs are CUDA's")

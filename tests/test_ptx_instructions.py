@@ -353,6 +353,22 @@ def test_min_max_prefer_numbers_to_nan():
     assert per_thread("min.NaN.f32 $d, $a, $b", [(32, [nan]), (32, [one])], 32) == [0x7FC00000]
 
 
+def test_min_max_of_magnitudes():
+    """.xorsign.abs clamps to +-b: the sign is the exclusive or of both, NaN stays NaN."""
+    nan, one, two, minus = 0x7FC00000, 0x3F800000, 0x40000000, 0x80000000
+    a, b = [two, two | minus, one | minus, one | minus, nan | minus], [one, one, two, two | minus, one]
+    arguments = [(32, a), (32, b)]
+    assert per_thread("min.xorsign.abs.f32 $d, $a, $b", arguments, 32) == [
+        one,
+        one | minus,
+        one | minus,
+        one,
+        one | minus,
+    ]
+    assert per_thread("max.xorsign.abs.f32 $d, $a, $b", arguments, 32)[:4] == [two, two | minus, two | minus, two]
+    assert per_thread("max.NaN.xorsign.abs.f32 $d, $a, $b", [(32, [nan]), (32, [one])], 32) == [0x7FC00000]
+
+
 @pytest.mark.parametrize(
     "name, definition, error",
     [

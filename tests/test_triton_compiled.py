@@ -9,7 +9,14 @@ import mmap
 import ptx_emulator
 import pytest
 import torch
-from triton_problems import PROBLEMS, arrays, assert_as_good_as_torch, exact_and_dense, make_problem
+from triton_problems import (
+    PROBLEMS,
+    arrays,
+    assert_as_good_as_torch,
+    exact_and_dense,
+    exact_and_reference_int8,
+    make_problem,
+)
 
 from sparse_prune import reference
 
@@ -157,6 +164,79 @@ def test_rows_that_lie_apart(capability):
     view.copy_(x)
     y, _ = product(view, packed, None, None, "none", capability)
     assert_as_good_as_torch(y, x.double() @ packed.to_dense().double().T, x @ packed.to_dense().T)
+
+
+def check_int8(problem, dtype, capability, activation="silu", x_scale=None, config=None, mode="late"):
+    """Rounding of x, bit for bit, and the product, by what a launch would run; returns its counts."""
+    from sparse_prune_kernels import launch
+    from sparse_prune_kernels.config import linear_config
+
+    packed, x, bias, residual = make_problem(*problem, dtype)
+    packed = packed.to(torch.float32).quantize()
+    (n, k), (r, c) = packed.shape, packed.blocksize
+    crow, col, values = arrays(packed)
+    plans = launch.plans_of(crow, col, n, k, r, c, 1, transposed=False)
+    unions = {merge: plan.union for merge, plan in plans.items()}
+    config = config or linear_config(len(x), n, k, r, c, 1, capability, packed.density, unions)
+    q = torch.full((len(x), -(-k // c) * c), 99, dtype=torch.int8)
+    x_scales, y = torch.full((len(x),), torch.nan), x.new_full((len(x), n), torch.nan)
+    run([launch.round_call(x, q, x_scales, x_scale)], capability, mode)
+    expected, of_rows = reference.quantize_rows(x, x_scale)
+    assert torch.equal(q[:, :k], expected) and torch.equal(x_scales, of_rows) and not q[:, k:].any()
+    plan = plans[config.merge]
+    calls = launch.linear_calls(
+        q, plan, values, bias, residual, y, r, c, c, 1, activation, config, "ieee", packed.scales, x_scales
+    )
+    counts = run(calls, capability, mode)
+    assert_as_good_as_torch(y, *exact_and_reference_int8(x, packed, bias, activation, residual, x_scale))
+    return packed, plan, config, counts
+
+
+# mma.sync's and wgmma's int8, and on sm_120 what a younger compiler makes of it; M = 5 and 33 go through sum_parts_kernel.
+@pytest.mark.parametrize("capability", [80, 90, 120])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        (5, 45, 200, 16, 32, 0.5),
+        (130, 70, 96, 16, 16, 0.4),
+        (33, 128, 640, 64, 64, 0.4),
+        (300, 200, 300, 128, 128, 0.7),
+    ],
+    ids=str,
+)
+def test_int8(problem, capability):
+    dtype, x_scale = {80: (BF16, None), 90: (F16, 0.03), 120: (F32, None)}[capability]
+    check_int8(problem, dtype, capability, x_scale=x_scale)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("mode", ["early", "random"])
+def test_int8_whenever_copies_end(mode, capability):
+    check_int8((260, 128, 640, 32, 32, 0.4), BF16, capability, mode=mode)
+
+
+def test_int8_rounds_the_smallest_numbers_too():
+    """bfloat16 below its normal numbers, which Triton's interpreter gets wrong."""
+    from sparse_prune_kernels import launch
+
+    x = (torch.randn(3, 64) * torch.tensor([[1e-38], [1e-39], [1e-36]])).bfloat16()
+    q, scales = torch.empty(3, 64, dtype=torch.int8), torch.empty(3)
+    run([launch.round_call(x, q, scales, None)], 80)
+    expected, of_rows = reference.quantize_rows(x)
+    assert torch.equal(q, expected) and torch.equal(scales, of_rows)
+
+
+def test_work_of_int8_is_what_config_counts():
+    from sparse_prune_kernels.config import LinearConfig
+
+    config = LinearConfig(2, 256, 32, 8, 1, False, 8, 3)
+    packed, plan, _, (counts,) = check_int8((512, 256, 1024, 32, 32, 0.2), BF16, 80, config=config)
+    assert counts.tensor_fma == 512 * 2 * 32 * plan.steps * 32
+    loaded = (
+        32 * (512 * plan.steps + 2 * 32 * packed.nnzb) + 2 * 512 * 256 + 2 * 4 * 256
+    )  # residual, bias and scales too
+    assert loaded <= 32 * counts.l2_load_sectors <= 1.05 * loaded + 64 * 4 * plan.table.numel()
+    assert counts.shared_wavefronts <= 1.1 * counts.shared_ideal
 
 
 def lazy(*shape):

@@ -91,6 +91,10 @@ LINEAR_GATES = [
     (32, 32, 4096, "float32", 80, "ieee", False),
     (128, 128, 4096, "float32", 90, "ieee", False),
     (32, 32, 4096, "float32", 80, "tf32", False),
+    (32, 128, 4096, "int8", 80, "ieee", False),
+    (64, 64, 16, "int8", 90, "ieee", False),
+    (64, 64, 4096, "int8", 90, "ieee", False),
+    (16, 16, 512, "int8", 120, "ieee", False),
 ]
 SIDES = (16, 32, 64, 128)
 UNIONS = {1: 0.2, 2: 0.34, 4: 0.53, 8: 0.76}  # of a random mask of density .2
@@ -99,6 +103,14 @@ ALL_LINEAR_GATES = (
     + [(r, r, m, "bfloat16", capability, "ieee", False) for capability in (80, 90) for r in SIDES for m in (1, 64, 512)]
     + [(r, r, 4096, "float16", capability, "ieee", False) for capability in (86, 89, 100, 120) for r in SIDES]
     + [(r, c, 4096, "float32", 80, "ieee", r > c) for r in SIDES for c in SIDES]
+    + [(r, c, 4096, "int8", 80, "ieee", False) for r in SIDES for c in SIDES]
+    + [
+        (r, r, m, "int8", capability, "ieee", False)
+        for capability in (86, 89, 90, 100, 120)
+        for r in SIDES
+        for m in (16, 512)
+    ]
+    + [(16, 128, m, "int8", capability, "ieee", False) for capability in (86, 90, 100, 120) for m in (512, 4096)]
 )
 SDD_GATES = [
     (32, 32, "bfloat16", 80, "ieee"),
@@ -128,19 +140,21 @@ def check_gates(made, dtype, capability, precision, instruction, bytes_per_stage
     # on a load.
     assert (num_stages - 1) * bytes_per_stage <= made.shared <= gpu_of(capability).shared
     assert "cp.async" in made.ptx
-    products = set(re.findall(r"\b(mma\.sync|wgmma\.mma_async)\S*?\.f32\.(\w+)\.\w+", made.ptx))
+    products = set(re.findall(r"\b(mma\.sync|wgmma\.mma_async)\S*?\.[fs]32\.(\w+)\.\w+", made.ptx))
     if dtype == "float32" and precision == "ieee":
         assert not products and "tf32" not in made.ptx and "fma.rn.f32" in made.ptx
     elif instruction == "tcgen05.mma":
         assert instruction in made.ptx and not products
     else:
-        assert products == {(instruction, {"bfloat16": "bf16", "float16": "f16", "float32": "tf32"}[dtype])}
+        assert products == {
+            (instruction, {"bfloat16": "bf16", "float16": "f16", "float32": "tf32", "int8": "s8"}[dtype])
+        }
 
 
 def check_linear_gates(side_n, side_k, m, dtype, capability, precision, transposed, even_k):
     from sparse_prune_kernels import config, offline
 
-    itemsize = 4 if dtype == "float32" else 2
+    itemsize = getattr(torch, dtype).itemsize
     tiles = tiling(m, side_n, side_k, itemsize, capability)
     made, *then = offline.compile_linear(
         tiles, side_n, side_k, dtype, capability, precision, transposed=transposed, even_k=even_k
@@ -153,7 +167,7 @@ def check_linear_gates(side_n, side_k, m, dtype, capability, precision, transpos
     bytes_per_stage = (tiles.block_m + tiles.merge * side_n) * tiles.block_k * itemsize
     check_gates(made, dtype, capability, precision, instruction, bytes_per_stage, tiles.num_stages)
     # What config.py counts on: one program of eight warps on an SM, two of four, three of the small ones.
-    programs = 3 if m <= config.SMALL_M and itemsize == 2 else 1 if tiles.num_warps == 8 else 2
+    programs = 3 if m <= config.SMALL_M and itemsize <= 2 else 1 if tiles.num_warps == 8 else 2
     assert programs * 32 * tiles.num_warps * made.registers <= 65536
     assert programs * (made.shared + 1024) <= config.gpu_of(capability).shared + 1024 * programs
     assert len(then) == (tiles.split > 1) and all(kernel.stack == 0 for kernel in then)
@@ -164,6 +178,19 @@ def check_linear_gates(side_n, side_k, m, dtype, capability, precision, transpos
 @pytest.mark.parametrize("gate", LINEAR_GATES, ids=str)
 def test_compiled_linear(gate, even_k):
     check_linear_gates(*gate, even_k)
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90, 120])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_compiled_rounding_of_rows(dtype, capability):
+    """No spills, and rows of whole lines are read and written 8 bytes at a time at least."""
+    from sparse_prune_kernels import launch, offline
+
+    x, q = (torch.empty(4096, 4096, dtype=d, device="meta") for d in (getattr(torch, dtype), torch.int8))
+    made = offline.compile_call(launch.round_call(x, q, x.new_empty(4096, dtype=torch.float32), None), capability)
+    assert made.stack == 0 and made.registers <= 128
+    assert re.search(r"ld\.global\S*\.v4\.b32", made.ptx) and re.search(r"st\.global\S*\.v[24]\.b32", made.ptx)
 
 
 @needs_triton
@@ -261,7 +288,7 @@ def test_prediction_is_what_the_text_counts():
 
     tiles = tiling(4096, 64, 64, 2, 90)
     assert (tiles.merge, tiles.block_m) == (2, 256)
-    cycles = predicted_cycles(tiles, 4096, 4096, 64, 0.2, 0.34, 90)
+    cycles = predicted_cycles(tiles, 4096, 4096, 64, 64, 0.2, 0.34, 90)
     assert cycles["L2"] == pytest.approx(16 * 32 * 2 * (256 * 0.34 + 128 * 0.2) / 5120)
     assert cycles["tensor"] == pytest.approx(-(-16 * 32 // GPUS[90].sms) * 256 * 128 * 0.34 / 2048)
 
@@ -309,7 +336,7 @@ def test_rows_that_share_columns_share_a_tile():
     "device, dtype, blocksize, reason",
     [
         (torch.device("cpu"), torch.float32, (32, 32), "run on CUDA devices, not on cpu"),
-        (CUDA, torch.float64, (32, 32), "take float16, bfloat16 and float32, not float64"),
+        (CUDA, torch.float64, (32, 32), "take float16, bfloat16, float32 and int8, not float64"),
         (CUDA, torch.float32, (4, 8), "take blocks with sides 16, 32, 64 or 128, not 4x8"),
         (CUDA, torch.float32, (32, 256), "not 32x256"),
     ],
@@ -351,15 +378,17 @@ def test_triton_version(gpu, monkeypatch, number, reason):
 
 def test_registered_operators_fall_back_where_a_reason_stands():
     library, called = Library(), []
-    names = ("bsr_linear", "bsr_linear_dx", "bsr_sdd")
+    names = ("bsr_linear", "bsr_linear_int8", "bsr_linear_dx", "bsr_sdd")
     fallbacks = {name: lambda *arguments, name=name: called.append((name, len(arguments))) for name in names}
     support.register(library, fallbacks)
     assert set(library.implementations) == {(name, "CUDA") for name in names}
     x, values, index = torch.zeros(4, 8), torch.zeros(1, 4, 8), torch.zeros(2, dtype=torch.int32)
     library.implementations["bsr_linear", "CUDA"](x, index, index, values, None, 4, None, "none", None)
+    scaled = (values.char(), torch.ones(4))
+    library.implementations["bsr_linear_int8", "CUDA"](x, index, index, *scaled, None, 4, None, "none", None, None)
     library.implementations["bsr_linear_dx", "CUDA"](x, index, index, values, 8)
     library.implementations["bsr_sdd", "CUDA"](x, x, index, index, 4, 8)
-    assert called == [("bsr_linear", 9), ("bsr_linear_dx", 5), ("bsr_sdd", 6)]
+    assert called == [("bsr_linear", 9), ("bsr_linear_int8", 11), ("bsr_linear_dx", 5), ("bsr_sdd", 6)]
 
 
 def registered(monkeypatch, fallbacks=None):
@@ -377,6 +406,7 @@ def test_tensors_on_the_cpu(monkeypatch):
     crow, col, values = arrays(packed)
     calls = {
         "bsr_linear": (x, crow, col, values, None, 45, bias, "gelu", residual),
+        "bsr_linear_int8": (x, crow, col, values.char(), bias.float(), None, 45, bias, "gelu", residual, None),
         "bsr_linear_dx": (residual, crow, col, values, 70),
         "bsr_sdd": (residual, x, crow, col, 16, 32),
     }

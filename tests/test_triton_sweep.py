@@ -27,6 +27,7 @@ from triton_problems import (
     arrays,
     assert_as_good_as_torch,
     exact_and_dense,
+    exact_and_reference_int8,
     make_problem,
 )
 
@@ -108,11 +109,105 @@ def test_registered_operators_run_the_kernels(monkeypatch):
     packed, x, bias, residual = make(7, 45, 70, 16, 32, 0.5, torch.float32)
     crow, col, values = arrays(packed)
     y = implementations["bsr_linear"](x, crow, col, values, None, 45, bias, "relu", residual)
-    torch.testing.assert_close(y, F.relu(F.linear(x, packed.to_dense(), bias)) + residual)
+    weight = packed.to_dense()
+    torch.testing.assert_close(y, F.relu(F.linear(x, weight, bias)) + residual)
+    packed = packed.quantize()
+    y = implementations["bsr_linear_int8"](
+        x, crow, col, packed.values, packed.scales, None, 45, bias, "relu", residual, None
+    )
+    exact, _ = exact_and_reference_int8(x, packed, bias, "relu", residual)
+    torch.testing.assert_close(y, exact.float())
     dx = implementations["bsr_linear_dx"](residual, crow, col, values, 70)
-    torch.testing.assert_close(dx, residual @ packed.to_dense())
+    torch.testing.assert_close(dx, residual @ weight)
     dvalues = implementations["bsr_sdd"](residual, x, crow, col, 16, 32)
     torch.testing.assert_close(dvalues, reference.bsr_sdd(residual, x, crow, col, 16, 32))
+
+
+def check_int8(packed, x, bias, residual, activation, x_scale=None, config=None):
+    exact, rounded = exact_and_reference_int8(x, packed, bias, activation, residual, x_scale)
+    got = launch.bsr_linear_int8(
+        x, *arrays(packed), packed.scales, packed.shape[0], bias, activation, residual, x_scale, config
+    )
+    assert_as_good_as_torch(got, exact, rounded)
+
+
+def make_int8(*problem_and_dtype):
+    packed, *tensors = make(*problem_and_dtype)
+    return packed.to(torch.float32).quantize(), *tensors
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_int8(problem):
+    for dtype, x_scale in ((torch.bfloat16, None), (torch.float16, 0.03)):
+        packed, x, bias, residual = make_int8(*problem, dtype)
+        check_int8(packed, x, bias, residual, "gelu", x_scale)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_int8_epilogues(activation):
+    packed, x, bias, residual = make_int8(7, 45, 70, 16, 32, 0.5, torch.bfloat16)
+    for b, r in ((bias, None), (None, residual), (None, None)):
+        check_int8(packed, x, b, r, activation)
+    check_int8(packed, 100 * x[:, :70].t().contiguous().t(), bias, residual, activation)  # columns that lie apart
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("x_scale", [None, 0.5])
+def test_rounding_of_rows(x_scale, dtype):
+    """Bit for bit as the reference: halves to even, saturation, zeros, the smallest numbers, and rows that are not finite."""
+    largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
+    if dtype is torch.bfloat16 and DEVICE == "cpu":
+        smallest *= 2**10  # the interpreter is wrong about bfloat16 below the normal numbers
+    x = torch.cat(
+        [
+            (torch.arange(-128, 128) / 2).view(1, -1),  # halves: of the static scale these are whole quarters
+            torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 63.5, 127.0, -126.5]]).repeat(1, 32),
+            torch.zeros(1, 256),
+            torch.randn(4, 256) * torch.tensor([[1.0], [smallest], [largest / 8], [1e-3]]),
+            torch.randn(3, 256),
+        ]
+    ).to(DEVICE, dtype)
+    for row, bad in enumerate((torch.nan, torch.inf, -torch.inf)):
+        x[-1 - row, 200 + row] = bad
+    for width in (256, 288):
+        q = torch.full((len(x), width), 99, dtype=torch.int8, device=DEVICE)
+        scales = torch.full((len(x),), torch.nan, device=DEVICE)
+        launch.round_call(x, q, scales, x_scale).run()
+        expected, of_rows = reference.quantize_rows(x, x_scale)
+        assert torch.equal(q[:, :256], expected) and not q[:, 256:].any()
+        torch.testing.assert_close(scales, of_rows, rtol=0, atol=0, equal_nan=True)
+
+
+def test_int8_rows_that_are_not_finite():
+    packed, x, bias, _ = make_int8(20, 64, 64, 32, 32, 1.0, torch.float32)
+    x[3, 5], x[8, 0] = torch.nan, torch.inf
+    y = launch.bsr_linear_int8(x, *arrays(packed), packed.scales, 64, bias, "relu")
+    bad = torch.zeros(20, dtype=torch.bool, device=DEVICE).index_fill(0, torch.tensor([3, 8], device=DEVICE), True)
+    assert y[bad].isnan().all() and not y[~bad].isnan().any()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            dict(x=torch.zeros(7, 70, dtype=torch.float64)),
+            "x: expected float16, bfloat16 or float32 beside int8 values",
+        ),
+        (dict(scales=torch.ones(44)), "scales: expected shape (45,), got (44,)"),
+        (dict(scales=torch.ones(45, dtype=torch.float16)), "scales: expected float32, got torch.float16"),
+        (dict(values=torch.zeros(3, 16, 32)), "values: expected int8, got torch.float32"),
+        (dict(bias=torch.zeros(45, dtype=torch.bfloat16)), "bias: expected torch.float32 like x, got torch.bfloat16"),
+        (dict(values=torch.zeros(1, 16, 32, dtype=torch.int8)), "blocks, one for each of col_indices, got (1, 16, 32)"),
+    ],
+)
+def test_int8_arguments_that_disagree(change, message):
+    packed, x, bias, _ = make_int8(7, 45, 70, 16, 32, 1.0, torch.float32)
+    crow, col, values = arrays(packed)
+    arguments = dict(x=x, crow_indices=crow, col_indices=col, values=values, scales=packed.scales, out_features=45)
+    change = {name: v.to(DEVICE) for name, v in change.items()}
+    with pytest.raises(support.ArgumentError) as error:
+        launch.bsr_linear_int8(**(arguments | {"bias": bias} | change))
+    assert message in str(error.value)
 
 
 # Every way through the kernel, whatever linear_config would choose here.
@@ -135,6 +230,7 @@ def test_every_tiling(tiling):
     )
     weight = packed.to_dense()
     assert_as_good_as_torch(dx, residual.double() @ weight.double(), residual @ weight)
+    check_int8(packed.to(torch.float32).quantize(), x, bias, residual, "silu", None, config)
 
 
 def test_split_inputs_add_up_in_one_order():
@@ -229,6 +325,7 @@ def every_product(packed, x, bias, residual):
     launch.bsr_linear(x, crow, col, values, packed.shape[0], bias, "gelu", residual)
     launch.bsr_linear_dx(residual, crow, col, values, packed.shape[1])
     launch.bsr_sdd(residual, x, crow, col, *packed.blocksize)
+    launch.bsr_linear_int8(x, crow, col, values.char(), bias.float(), packed.shape[0], bias, "gelu", residual)
 
 
 def test_nothing_waits_for_the_gpu_after_the_first_call(monkeypatch):
@@ -299,3 +396,4 @@ def test_every_blocksize(r, c, dtype):
         packed, x, bias, residual = make(m, 2 * r + 5, 3 * c - 3, r, c, 0.6, dtype)
         check_linear(packed, x, bias, residual, "gelu_tanh")
         check_gradients(packed, x, residual)
+        check_int8(packed.to(torch.float32).quantize(), x, bias, residual, "gelu_tanh")

@@ -46,6 +46,17 @@ def exact_and_dense(x, weight, bias, activation, residual):
     return (exact, dense) if residual is None else (exact + residual.double(), dense + residual)
 
 
+def exact_and_reference_int8(x, packed, bias, activation, residual, x_scale=None):
+    """act(q @ W^T * scales * x_scales + bias) + residual for an int8 packed and x rounded to q, in float64 and by the reference."""
+    q, x_scales = reference.quantize_rows(x, x_scale)
+    weight = packed.to_dense().double() / packed.scales[:, None]  # whole numbers, but for a rounding far below them
+    z = (q.double() @ weight.round().T) * packed.scales.double() * x_scales.double()[:, None]
+    exact = reference.ACTIVATIONS[activation](z if bias is None else z + bias.double())
+    exact = exact if residual is None else exact + residual.double()
+    index = (packed.crow_indices, packed.col_indices, packed.values, packed.scales, packed.shape[0])
+    return exact, reference.bsr_linear_int8(x, *index, bias, activation, residual, x_scale)
+
+
 def arrays(packed):
     return packed.crow_indices, packed.col_indices, packed.values
 

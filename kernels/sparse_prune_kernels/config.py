@@ -21,6 +21,10 @@ GROUP_M = 8
 MERGED_SIDE = 128
 SMALL_M = 64  # up to this many rows the bytes of the weight are the wall: swap operands and split the inputs
 SUM_BLOCK, SUM_WARPS = 512, 4  # outputs that a program of sum_parts_kernel adds up: 4 a thread, 16 bytes of each part
+ROUND_BLOCK, ROUND_WARPS = (
+    4096,
+    8,
+)  # inputs that a program of round_rows_kernel holds: 16 a thread, two loads of 16 bytes
 SPLIT_LIMIT = 16  # parts of a tile's inputs at most: each writes and reads M * N float32 again
 
 
@@ -30,13 +34,14 @@ class Gpu:
 
     sms              streaming multiprocessors of the model named in GPUS
     shared           bytes of shared memory a program may have
-    multiply_adds    of the tensor cores in float16, dense, by the best instruction that Triton uses
+    multiply_adds    of the tensor cores in float16, dense, by the best instruction that Triton uses; twice as many in int8
     l2_bytes         from L2 to all SMs together
     dram_bytes       from memory to all SMs together, per clock
     mma_sync         the part of multiply_adds that mma.sync reaches
     shared_bytes     to or from shared memory
     issue            warp instructions
     warpgroup        whether products of 64 rows go through wgmma
+    tensor_memory    whether sums lie outside the registers (tcgen05)
     amd              whether it is AMD's: warps of 64, 512 vector registers a thread
     """
 
@@ -49,6 +54,7 @@ class Gpu:
     shared_bytes: int = 128
     issue: int = 4
     warpgroup: bool = False
+    tensor_memory: bool = False
     amd: bool = False
 
 
@@ -61,7 +67,9 @@ GPUS = {
     90: Gpu(  # H100; its L2 is assumed to be A100's
         sms=132, shared=227 * 1024, multiply_adds=2048, dram_bytes=3.35e12 / 1.83e9, mma_sync=0.62, warpgroup=True
     ),
-    100: Gpu(sms=148, shared=227 * 1024, multiply_adds=4096, dram_bytes=8e12 / 1.85e9),  # B200; L2 again A100's
+    100: Gpu(  # B200; L2 again A100's
+        sms=148, shared=227 * 1024, multiply_adds=4096, dram_bytes=8e12 / 1.85e9, tensor_memory=True
+    ),
     120: Gpu(sms=170, shared=99 * 1024, multiply_adds=512, l2_bytes=8059, dram_bytes=1.792e12 / 2.41e9),  # RTX 5090
     942: Gpu(
         sms=304, shared=64 * 1024, multiply_adds=1024, l2_bytes=16384, dram_bytes=5.3e12 / 2.1e9, amd=True
@@ -83,7 +91,7 @@ class LinearConfig:
 
     merge        block-rows that a program serves over the union of their columns
     block_m      rows of x that a program covers
-    block_k      inputs in one step of the loop; divides side_k
+    block_k      inputs in one step of the loop; divides side_k, or exceeds it: the rest are then zeros
     group_m      row tiles that pass over a tile of block-rows one after another, so that its blocks come from L2
     split        programs that share the inputs of a tile
     swap         whether y^T = W x^T is computed
@@ -122,7 +130,7 @@ class SddConfig:
 
 def merges(side_n: int, itemsize: int) -> tuple[int, ...]:
     """The numbers of block-rows worth merging; one for float32, whose products, not bytes, are the wall."""
-    return tuple(g for g in (1, 2, 4, 8) if g == 1 or (itemsize == 2 and g * side_n <= MERGED_SIDE))
+    return tuple(g for g in (1, 2, 4, 8) if g == 1 or (itemsize <= 2 and g * side_n <= MERGED_SIDE))
 
 
 def linear_config(
@@ -139,33 +147,34 @@ def linear_config(
 ) -> LinearConfig:
     """The cheapest tiling for m rows, n outputs and k inputs.
 
-    itemsize is 2 for float16 and bfloat16, 4 for float32; density of blocks; unions maps each possible merge to the filled part of
-    its unions; sms of the device, those of the model in GPUS unless given.
+    itemsize is 1 for int8, 2 for float16 and bfloat16, 4 for float32; density of blocks; unions maps each possible merge to the
+    filled part of its unions; sms of the device, those of the model in GPUS unless given.
     """
     gpu = gpu_of(capability)
     sms = sms or gpu.sms
     if itemsize == 4:
         return _float32_config(m, side_n, side_k, gpu)
     if m <= SMALL_M:
-        return _small_config(m, n, k, side_n, side_k, unions, gpu, sms)
+        return _small_config(m, n, k, side_n, side_k, itemsize, unions, gpu, sms)
 
     def cost(tile: tuple[int, int]) -> tuple[float, int]:
         merge, block_m = tile
-        resources = _resources(
-            m, n, merge, block_m, _warps(block_m, merge * side_n, gpu), side_n, density, unions[merge], gpu, sms
-        )
+        warps = _warps(block_m, merge * side_n, itemsize, gpu)
+        resources = _resources(m, n, merge, block_m, warps, side_n, side_k, itemsize, density, unions[merge], gpu, sms)
         # the wall first; among equal walls the tiling that leaves more to spare
         return max(resources.values()) + sum(resources.values()) / 16, merge
 
     # 512 rows only where a block-row alone is 32 outputs or fewer: 512 x 32 has the accumulators of 128 x 128.
-    tiles = [(g, b) for g in unions for b in (64, 128, 256, 512) if b * g * side_n <= 256 * MERGED_SIDE and b < 2 * m]
-    tiles = [(g, b) for g, b in tiles if b < 512 or g * side_n <= 32]
+    roomy = _is_roomy(itemsize, gpu)
+    most = (256 if roomy else 128) * MERGED_SIDE
+    tiles = [(g, b) for g in unions for b in (64, 128, 256, 512) if b * g * side_n <= most and b < 2 * m]
+    tiles = [(g, b) for g, b in tiles if b < 512 or (g * side_n <= 32 and roomy)]
     merge, block_m = min(tiles, key=cost)
-    num_warps = _warps(block_m, merge * side_n, gpu)
-    # 64 two-byte inputs are one 128-byte line of x and of the block, and one swizzle of shared memory. Four warps with 128
-    # accumulators a thread have registers for the operands of 32.
+    num_warps = _warps(block_m, merge * side_n, itemsize, gpu)
+    # 128 bytes are one line of x and of the block, and one swizzle of shared memory. Four warps with 128 accumulators a thread
+    # have registers for the operands of 64 bytes.
     full = num_warps == 4 and block_m * merge * side_n == 128 * 128
-    block_k = min(side_k, 32 if full else 64)
+    block_k = _block_k(side_k, itemsize, 64 if full or not roomy else 128)
     # As the left operand, W's 64 rows meet x of 256 in one wgmma: fewer reads of shared memory than x's 64 rows and W's 128.
     swap = gpu.warpgroup and merge * side_n == 2 * 64 and num_warps == 8
     stages = _stages((block_m + merge * side_n) * block_k * itemsize, gpu.shared // (1 if num_warps == 8 else 2), gpu)
@@ -173,11 +182,20 @@ def linear_config(
 
 
 def predicted_cycles(
-    config: LinearConfig, m: int, n: int, side_n: int, density: float, union: float, capability: int
+    config: LinearConfig,
+    m: int,
+    n: int,
+    side_n: int,
+    side_k: int,
+    density: float,
+    union: float,
+    capability: int,
+    itemsize: int = 2,
 ) -> dict[str, float]:
     """Clocks per input that each resource of the GPU is busy, at its peak, as the module's text counts them."""
     gpu = gpu_of(capability)
-    return _resources(m, n, config.merge, config.block_m, config.num_warps, side_n, density, union, gpu, gpu.sms)
+    tile = (config.merge, config.block_m, config.num_warps)
+    return _resources(m, n, *tile, side_n, side_k, itemsize, density, union, gpu, gpu.sms)
 
 
 def sdd_config(r: int, c: int, itemsize: int, capability: int) -> SddConfig:
@@ -188,18 +206,18 @@ def sdd_config(r: int, c: int, itemsize: int, capability: int) -> SddConfig:
     return SddConfig(block_m, num_warps, _stages((r + c) * block_m * itemsize, gpu.shared, gpu))
 
 
-def _small_config(m, n, k, side_n, side_k, unions: Mapping[int, float], gpu: Gpu, sms: int) -> LinearConfig:
+def _small_config(m, n, k, side_n, side_k, itemsize, unions: Mapping[int, float], gpu: Gpu, sms: int) -> LinearConfig:
     """Bytes of the weight are the wall: each block is read once, and many programs keep many bytes on their way."""
     block_m = max(16, 1 << (m - 1).bit_length())  # the fewest wasted columns of y^T, from 16
     # Enough rows that the x tile, which comes from L2 again for each tile of block-rows, is no larger than what it meets.
     merge = next((merge for merge in sorted(unions) if merge * side_n >= block_m), max(unions))
-    block_k = min(side_k, 64)
+    block_k = _block_k(side_k, itemsize, 128)
     # Two programs on each SM hide the latency of each other's loads. A second kernel adds the parts in a fixed order.
     tiles, columns = -(-n // (merge * side_n)), unions[merge] * k / side_k
     split = max(1, min(SPLIT_LIMIT, -(-2 * sms // tiles), int(columns) // 2))
     # A warp copies 512 bytes at once; more warps than the blocks of a step have to copy would only repeat its instructions.
-    num_warps = min(4, merge * side_n * block_k * 2 // 512)
-    stages = _stages((block_m + merge * side_n) * block_k * 2, gpu.shared // 3, gpu, deepest=8)
+    num_warps = min(4, merge * side_n * block_k * itemsize // 512)
+    stages = _stages((block_m + merge * side_n) * block_k * itemsize, gpu.shared // 3, gpu, deepest=8)
     return LinearConfig(merge, block_m, block_k, 1, split, True, num_warps, stages)
 
 
@@ -217,38 +235,53 @@ def _float32_config(m: int, side_n: int, side_k: int, gpu: Gpu) -> LinearConfig:
     )
 
 
-def _warps(block_m: int, block_n: int, gpu: Gpu) -> int:
+def _block_k(side_k: int, itemsize: int, most: int) -> int:
+    """The inputs of a step: those of a block up to `most` bytes; of int8 at least the 32 that Triton multiplies at once."""
+    return max(32 if itemsize == 1 else 16, min(side_k, most // itemsize))
+
+
+def _is_roomy(itemsize: int, gpu: Gpu) -> bool:
+    """Whether registers hold 128 accumulators a thread, or 512 rows: not beside int8 operands of mma.sync, whose bytes Triton 3.9
+    takes apart."""
+    return itemsize > 1 or gpu.warpgroup or gpu.tensor_memory
+
+
+def _warps(block_m: int, block_n: int, itemsize: int, gpu: Gpu) -> int:
     """Four up to 128 accumulators a thread, since fewer warps read fewer operands twice; else eight.
 
     Eight also for 512 x 32, whose 512 rows of x leave four warps no registers, and for wgmma, which needs two warp groups: one
     multiplies while the other waits.
     """
     outputs = block_m * block_n
-    return 8 if outputs > 128 * 128 or (outputs == 128 * 128 and (block_n <= 32 or gpu.warpgroup)) else 4
+    alone = block_n <= 32 or gpu.warpgroup or not _is_roomy(itemsize, gpu)
+    return 8 if outputs > 128 * 128 or (outputs == 128 * 128 and alone) else 4
 
 
-def _resources(m, n, merge, block_m, warps, side_n, density, union, gpu, sms) -> dict[str, float]:
+def _resources(m, n, merge, block_m, warps, side_n, side_k, itemsize, density, union, gpu, sms) -> dict[str, float]:
     block_n = merge * side_n
     tiles = -(-m // block_m) * -(-n // block_n)
     busiest = -(-tiles // sms)  # tiles that the busiest SM makes: the last wave is seldom full
     loaded = block_m * union + block_n * density  # elements
+    width = max(
+        itemsize, _block_k(side_k, itemsize, 128) // side_k
+    )  # bytes of an input past L2, zeros behind it included
     if gpu.warpgroup:  # a warp group's 64 rows read the blocks once, and x tiles straight from shared memory
         read = block_m * union + block_n * union * max(1, block_m // 64)
     else:
         across = min(warps, max(1, block_m // 32))  # warps along m: each reads all blocks; those along n all of x
         read = block_m * union * (warps // across) + block_n * union * across
     return {
-        "tensor": busiest * block_m * block_n * union / gpu.multiply_adds,
-        "L2": tiles * 2 * loaded / gpu.l2_bytes,
-        "shared": busiest * 2 * (block_m * union + block_n * union + read) / gpu.shared_bytes,
+        "tensor": busiest * block_m * block_n * union * width / (2 * gpu.multiply_adds),
+        "L2": tiles * itemsize * loaded / gpu.l2_bytes,
+        "shared": busiest * width * (block_m * union + block_n * union + read) / gpu.shared_bytes,
     }
 
 
 def _stages(bytes_per_stage: int, limit: int, gpu: Gpu, deepest: int = 4) -> int:
     """Four stages cover the latency of an indirect load (column, then tile); fewer where shared memory ends first.
 
-    Triton keeps as many tiles of each operand as stages for wgmma and for AMD's loads past the registers, and one fewer for
+    Triton keeps as many tiles of each operand as stages for wgmma, tcgen05 and AMD's loads past the registers, and one fewer for
     mma.sync, whose operands go to registers.
     """
     tiles = (limit - 1024) // bytes_per_stage  # 1024: scratch and alignment
-    return max(2, min(deepest, tiles + (0 if gpu.warpgroup or gpu.amd else 1)))
+    return max(2, min(deepest, tiles + (0 if gpu.warpgroup or gpu.tensor_memory or gpu.amd else 1)))

@@ -29,11 +29,15 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def multiply(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """acc + a @ b in float32."""
-    if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    """acc + a @ b: in int32 of int8 numbers, else in float32."""
+    if acc.dtype == tl.int32:
+        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+    else:
+        if INTERPRETED:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -47,11 +51,13 @@ def round_to(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def finish(
-    acc,  # float32 [BLOCK_M, L]; [BLOCK_N, L] if SWAP
+    acc,  # float32 [BLOCK_M, L], int32 if SCALED; [BLOCK_N, L] if SWAP
     START: tl.constexpr,  # place of acc's first column within the tile
     NARROW: tl.constexpr,  # columns to work on at a time; a wider acc is halved, which moves nothing between warps
     head,  # the tile's row of the plan
     first_m,  # int64, the tile's first row of y
+    x_scales,
+    scales,
     bias,
     residual,
     y,
@@ -60,24 +66,25 @@ def finish(
     SIDE_N: tl.constexpr,
     SWAP: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     WHOLE: tl.constexpr,  # acc is the whole product: what follows it is done here
     INTERPRETED: tl.constexpr,
 ):
-    """Store act(acc + bias) + residual, or acc, where the plan says that its outputs belong."""
+    """Store act(acc * scales * x_scales + bias) + residual, or acc, where the plan says that its outputs belong."""
     HEIGHT: tl.constexpr = acc.shape[0]
     LENGTH: tl.constexpr = acc.shape[1]
     HALF: tl.constexpr = LENGTH // 2
     if LENGTH > NARROW:
         left, right = tl.split(tl.permute(tl.reshape(acc, (HEIGHT, 2, HALF)), (0, 2, 1)))  # [HEIGHT, HALF] each
         finish(
-            left, START, NARROW, head, first_m, bias, residual, y, M, N,
-            SIDE_N, SWAP, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, WHOLE, INTERPRETED,
+            left, START, NARROW, head, first_m, x_scales, scales, bias, residual, y, M, N,
+            SIDE_N, SWAP, ACTIVATION, SCALED, HAS_BIAS, HAS_RESIDUAL, WHOLE, INTERPRETED,
         )  # fmt: skip
         finish(
-            right, START + HALF, NARROW, head, first_m, bias, residual, y, M, N,
-            SIDE_N, SWAP, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, WHOLE, INTERPRETED,
+            right, START + HALF, NARROW, head, first_m, x_scales, scales, bias, residual, y, M, N,
+            SIDE_N, SWAP, ACTIVATION, SCALED, HAS_BIAS, HAS_RESIDUAL, WHOLE, INTERPRETED,
         )  # fmt: skip
         return
     m_axis: tl.constexpr = 1 if SWAP else 0
@@ -91,6 +98,10 @@ def finish(
     offsets = tl.expand_dims(m, n_axis) * N + tl.expand_dims(n_out, m_axis)  # as acc
     mask = tl.expand_dims(m < M, n_axis) & tl.expand_dims(n_mask, m_axis)  # as acc
     if WHOLE:
+        if SCALED:
+            of_n = tl.load(scales + n_out, mask=n_mask, other=0.0)  # as n
+            of_m = tl.load(x_scales + m, mask=m < M, other=0.0)  # as m
+            acc = acc.to(tl.float32) * tl.expand_dims(of_n, m_axis) * tl.expand_dims(of_m, n_axis)
         if HAS_BIAS:
             acc += tl.expand_dims(tl.load(bias + n_out, mask=n_mask, other=0.0).to(tl.float32), m_axis)
         acc = activate(acc, ACTIVATION)
@@ -104,9 +115,11 @@ def bsr_linear_kernel(
     x,  # [M, K], rows stride_x apart
     plan,  # int32 [tiles_n + 1 + U, 1 + MERGE], as Plan.table in plan.py
     values,  # [nnzb, ...], blocks of SIDE_N * SIDE_K elements
+    x_scales,  # float32 [M], read if SCALED: x and values are then int8
+    scales,  # float32 [N], read if SCALED
     bias,  # [N], read if HAS_BIAS
     residual,  # [M, N], read if HAS_RESIDUAL
-    y,  # [M, N]; float32 [SPLIT, M, N] if SPLIT > 1: sums over a part of the inputs, without what follows the product
+    y,  # [M, N]; [SPLIT, M, N] of acc's dtype if SPLIT > 1: sums over a part of the inputs, without what follows the product
     M,
     N,
     K,
@@ -118,19 +131,20 @@ def bsr_linear_kernel(
     VALUE_STRIDE_K: tl.constexpr,  # ... from one input feature to the next
     MERGE: tl.constexpr,  # block-rows that share the x tiles of a program
     BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # divides SIDE_K, or is larger: the inputs past the block are then multiplied as zeros
     GROUP_M: tl.constexpr,
     SPLIT: tl.constexpr,  # programs that share the steps of a tile
     SWAP: tl.constexpr,  # compute y^T = W x^T, which wastes no tensor-core rows on a small M
     NARROW: tl.constexpr,  # columns of the accumulators that are finished at a time
     ACTIVATION: tl.constexpr,
+    SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     EVEN_K: tl.constexpr,  # K is a multiple of SIDE_K: no block reaches past x
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """y = act(x @ W^T + bias) + residual. One program makes BLOCK_M rows of the outputs of MERGE block-rows."""
+    """y = act(x @ W^T * scales * x_scales + bias) + residual. One program makes BLOCK_M rows of the outputs of MERGE block-rows."""
     # Programs that start together share: GROUP_M row tiles take one tile of block-rows, then the next, and so on.
     program = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -151,7 +165,7 @@ def bsr_linear_kernel(
     x_rows = x + m[:, None] * stride_x  # [BLOCK_M, 1]
     in_block = k[:, None] * VALUE_STRIDE_K + (n % SIDE_N)[None, :] * VALUE_STRIDE_N  # [BLOCK_K, BLOCK_N]
 
-    STEPS: tl.constexpr = SIDE_K // BLOCK_K
+    STEPS: tl.constexpr = SIDE_K // BLOCK_K if SIDE_K > BLOCK_K else 1
     head = plan + tile_n * WIDTH
     begin = tl.load(head)
     columns_of_tile = tl.load(head + WIDTH) - begin
@@ -159,7 +173,7 @@ def bsr_linear_kernel(
     begin += columns_of_tile * part // SPLIT
     steps = plan + (tiles_n + 1) * WIDTH
     step_slots = steps + 1 + n // SIDE_N  # [BLOCK_N]
-    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.int32 if SCALED else tl.float32)
     last = end - 1  # of an empty tile: a row of the plan all the same, the heads' last one at worst
     first = tl.minimum(begin, last)
     column = tl.load(steps + first * WIDTH)
@@ -173,10 +187,14 @@ def bsr_linear_kernel(
         x_mask = m[:, None] < M  # [BLOCK_M, 1]
         if not EVEN_K:
             x_mask = x_mask & (columns[None, :] < K)  # [BLOCK_M, BLOCK_K]
-        x_tile = tl.load(x_rows + columns[None, :], mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        w_mask = slot[None, :] >= 0  # [1, BLOCK_N]
+        if BLOCK_K > SIDE_K:
+            x_mask = x_mask & (k[None, :] < SIDE_K)  # [BLOCK_M, BLOCK_K]
+            w_mask = w_mask & (k[:, None] < SIDE_K)  # [BLOCK_K, BLOCK_N]
+        x_tile = tl.load(x_rows + columns[None, :], mask=x_mask, other=0)  # [BLOCK_M, BLOCK_K]
         # A block-row without this column gets zeros, which cost tensor-core time and no bytes.
         w_blocks = values + slot.to(tl.int64) * (SIDE_N * SIDE_K) + inner * VALUE_STRIDE_K  # [BLOCK_N]
-        w_tile = tl.load(w_blocks[None, :] + in_block, mask=slot[None, :] >= 0, other=0.0)  # [BLOCK_K, BLOCK_N]
+        w_tile = tl.load(w_blocks[None, :] + in_block, mask=w_mask, other=0)  # [BLOCK_K, BLOCK_N]
         if SWAP:
             acc = multiply(tl.trans(w_tile), tl.trans(x_tile), acc, PRECISION, INTERPRETED)  # [BLOCK_N, BLOCK_M]
         else:
@@ -188,14 +206,16 @@ def bsr_linear_kernel(
     if SPLIT > 1:
         y += part.to(tl.int64) * M * N
     finish(
-        acc, 0, NARROW, head, first_m, bias, residual, y, M, N,
-        SIDE_N, SWAP, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SPLIT == 1, INTERPRETED,
+        acc, 0, NARROW, head, first_m, x_scales, scales, bias, residual, y, M, N,
+        SIDE_N, SWAP, ACTIVATION, SCALED, HAS_BIAS, HAS_RESIDUAL, SPLIT == 1, INTERPRETED,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
 def sum_parts_kernel(
-    parts,  # float32 [SPLIT, M, N]
+    parts,  # float32 [SPLIT, M, N], int32 if SCALED
+    x_scales,  # float32 [M], read if SCALED
+    scales,  # float32 [N], read if SCALED
     bias,  # [N], read if HAS_BIAS
     residual,  # [M, N], read if HAS_RESIDUAL
     y,  # [M, N]
@@ -204,23 +224,72 @@ def sum_parts_kernel(
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """y = act(sum of parts + bias) + residual, always added in the same order. One program makes BLOCK elements of y."""
+    """y = act(sum of parts * scales * x_scales + bias) + residual, always added in the same order; BLOCK elements a program."""
     size = M.to(tl.int64) * N
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = offsets < size  # [BLOCK]
-    acc = tl.zeros((BLOCK,), tl.float32)  # [BLOCK]
+    acc = tl.zeros((BLOCK,), tl.int32 if SCALED else tl.float32)  # [BLOCK]
     for part in tl.static_range(SPLIT):
-        acc += tl.load(parts + part * size + offsets, mask=mask, other=0.0)  # [BLOCK]
+        acc += tl.load(parts + part * size + offsets, mask=mask, other=0)  # [BLOCK]
+    if SCALED:
+        of_n = tl.load(scales + offsets % N, mask=mask, other=0.0)  # [BLOCK]
+        of_m = tl.load(x_scales + offsets // N, mask=mask, other=0.0)  # [BLOCK]
+        acc = acc.to(tl.float32) * of_n * of_m  # [BLOCK]
     if HAS_BIAS:
         acc += tl.load(bias + offsets % N, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
     acc = activate(acc, ACTIVATION)  # [BLOCK]
     if HAS_RESIDUAL:
         acc += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
     tl.store(y + offsets, round_to(acc, y.dtype.element_ty, INTERPRETED), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def round_rows_kernel(
+    x,  # [M, K], rows stride_x apart
+    q,  # int8 [M, WIDTH]
+    x_scales,  # float32 [M]
+    x_scale,  # of every row, if STATIC
+    M,
+    K,
+    WIDTH,  # at least K: zeros fill the rest
+    stride_x,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STATIC: tl.constexpr,
+):
+    """q = x / x_scales rounded half to even, no further than +-127, where x_scales = max |row| / 127. One program takes ROWS rows.
+
+    A row that is not all finite becomes zeros, and its scale NaN.
+    """
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    k = tl.arange(0, BLOCK)  # [BLOCK]
+    x_rows = x + m[:, None] * stride_x  # [ROWS, 1]
+    highest = tl.zeros((ROWS, BLOCK), tl.float32)  # [ROWS, BLOCK]
+    finite = tl.full((ROWS, BLOCK), 1, tl.int32)  # [ROWS, BLOCK]
+    for start in range(0, K, BLOCK):
+        x_mask = (m[:, None] < M) & (start + k[None, :] < K)  # [ROWS, BLOCK]
+        size = tl.abs(tl.load(x_rows + (start + k[None, :]), mask=x_mask, other=0.0).to(tl.float32))  # [ROWS, BLOCK]
+        finite &= (size < float("inf")).to(tl.int32)  # [ROWS, BLOCK]
+        highest = tl.maximum(highest, size)  # [ROWS, BLOCK]
+    whole = tl.min(finite, 1) != 0  # [ROWS]
+    # The least normal number has a finite reciprocal, and a row of zeros stays zeros.
+    own = tl.maximum(tl.div_rn(tl.max(highest, 1), 127.0), 1.1754943508222875e-38)  # [ROWS]
+    scale = tl.full((ROWS,), x_scale, tl.float32) if STATIC else own  # [ROWS]
+    inverse = tl.div_rn(1.0, scale)  # [ROWS]
+    for start in range(0, WIDTH, BLOCK):
+        x_mask = (m[:, None] < M) & (start + k[None, :] < K)  # [ROWS, BLOCK]
+        v = tl.load(x_rows + (start + k[None, :]), mask=x_mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
+        v = tl.where(whole[:, None], tl.clamp(v * inverse[:, None], -127.0, 127.0), 0.0)  # [ROWS, BLOCK]
+        # At 1.5 * 2^23 neighbouring floats lie 1 apart: the addition rounds, half to even.
+        v = (v + 12582912.0) - 12582912.0  # [ROWS, BLOCK]
+        q_mask = (m[:, None] < M) & (start + k[None, :] < WIDTH)  # [ROWS, BLOCK]
+        tl.store(q + m[:, None] * WIDTH + (start + k[None, :]), v.to(tl.int8), mask=q_mask)
+    tl.store(x_scales + m, tl.where(whole, scale, float("nan")), mask=m < M)
 
 
 @triton.jit(do_not_specialize=["M"])

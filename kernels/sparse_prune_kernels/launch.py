@@ -16,8 +16,18 @@ import triton
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .config import SUM_BLOCK, SUM_WARPS, LinearConfig, SddConfig, linear_config, merges, sdd_config
-from .kernels import bsr_linear_kernel, bsr_sdd_kernel, sum_parts_kernel
+from .config import (
+    ROUND_BLOCK,
+    ROUND_WARPS,
+    SUM_BLOCK,
+    SUM_WARPS,
+    LinearConfig,
+    SddConfig,
+    linear_config,
+    merges,
+    sdd_config,
+)
+from .kernels import bsr_linear_kernel, bsr_sdd_kernel, round_rows_kernel, sum_parts_kernel
 from .plan import Plan, make_plans
 from .support import ArgumentError, check_device
 
@@ -33,7 +43,7 @@ INTERPRETED = not isinstance(
 _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-Arguments = dict[str, Tensor | int | None]
+Arguments = dict[str, Tensor | int | float | None]
 Values = TypeVar("Values", Tensor, None)
 
 
@@ -80,17 +90,67 @@ def bsr_linear(
     large, and for tensors that are on no GPU.
     """
     values = _checked("x", x, crow_indices, col_indices, values, bias=bias, residual=residual)
-    _check("activation", activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}", repr(activation))
     _, r, c = values.shape
     plans = plans_of(crow_indices, col_indices, out_features, x.shape[1], r, c, x.element_size(), transposed=False)
-    if bias is not None:
-        _check("bias", bias.shape == (out_features,), f"shape ({out_features},)", tuple(bias.shape))
-        bias = bias.contiguous()
-    if residual is not None:
-        shape = (x.shape[0], out_features)
-        _check("residual", residual.shape == shape, f"shape {shape}", tuple(residual.shape))
-        residual = residual.contiguous()
+    bias, residual = _checked_epilogue(x, out_features, activation, bias, residual)
     return _linear(x, plans, values, out_features, r, c, c, 1, bias, activation, residual, config)
+
+
+def bsr_linear_int8(
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    x_scale: float | None = None,
+    config: LinearConfig | None = None,
+) -> Tensor:
+    """y[M, N] = act(sum_k q[m, k] w[n, k] * scales[n] * x_scales[m] + bias[N]) + residual[M, N]; q, x_scales = round_rows(x).
+
+    values         int8 [nnzb, R, C], R and C in {16, 32, 64, 128}; summed in int32, so at most 2^31 / 127^2 inputs
+    scales         float32 [N]
+    x_scale        None: each row of x has its own, max |x[m, :]| / 127
+
+    The rest as in bsr_linear; what follows the sum is computed in float32 and rounded once to the dtype of x.
+    """
+    floating = x.dtype.is_floating_point and x.dtype.itemsize <= 4
+    _check("x", floating, "float16, bfloat16 or float32 beside int8 values", x.dtype, "x.to(torch.bfloat16)")
+    _check("values", values.dtype is torch.int8, "int8", values.dtype, "BsrWeight.quantize()")
+    _checked("x", x, crow_indices, col_indices, None, bias=bias, residual=residual)
+    check_device("x", x, values=values, scales=scales)
+    _check_blocks(values, col_indices)
+    _check("scales", scales.dtype is torch.float32, "float32", scales.dtype)
+    _check("scales", scales.shape == (out_features,), f"shape ({out_features},)", tuple(scales.shape))
+    _, r, c = values.shape
+    plans = plans_of(crow_indices, col_indices, out_features, x.shape[1], r, c, values.element_size(), transposed=False)
+    bias, residual = _checked_epilogue(x, out_features, activation, bias, residual)
+    x = _with_adjacent_columns(x)
+    _check_sizes(M=x.shape[0], K=x.shape[1] + c)
+    y = x.new_empty(x.shape[0], out_features)  # [M, N]
+    if y.numel() == 0:
+        return y
+    q = torch.empty(x.shape[0], triton.cdiv(x.shape[1], c) * c, dtype=torch.int8, device=x.device)  # [M, whole blocks]
+    x_scales = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)  # [M]
+    with torch.cuda.device_of(x):
+        round_call(x, q, x_scales, x_scale).run()
+    quantized = (scales.contiguous(), x_scales)
+    return _linear(
+        q, plans, values.contiguous(), out_features, r, c, c, 1, bias, activation, residual, config, y, quantized
+    )
+
+
+def round_call(x: Tensor, q: Tensor, x_scales: Tensor, x_scale: float | None) -> Call:
+    """What makes int8 q[M, K or more] and x_scales[M] of x[M, K], whose columns are adjacent; see round_rows_kernel."""
+    (m, k), width = x.shape, q.shape[1]
+    arguments: Arguments = {"x": x, "q": q, "x_scales": x_scales, "x_scale": float(x_scale or 0.0)}
+    arguments |= {"M": m, "K": k, "WIDTH": width, "stride_x": x.stride(0)}
+    block = min(ROUND_BLOCK, triton.next_power_of_2(width))
+    constants: dict[str, object] = {"ROWS": ROUND_BLOCK // block, "BLOCK": block, "STATIC": x_scale is not None}
+    return Call(round_rows_kernel, (triton.cdiv(m, ROUND_BLOCK // block), 1), arguments, constants, ROUND_WARPS)
 
 
 def bsr_linear_dx(
@@ -176,12 +236,17 @@ def _device(device: torch.device) -> tuple[int, int | None]:
     return properties.major * 10 + properties.minor, properties.multi_processor_count
 
 
-def _linear(x, plans, values, n, side_n, side_k, stride_n, stride_k, bias, activation, residual, config) -> Tensor:
-    """y[M, n] for blocks that span side_n outputs and side_k inputs, stride_n and stride_k elements apart."""
+def _linear(
+    x, plans, values, n, side_n, side_k, stride_n, stride_k, bias, activation, residual, config, y=None, quantized=()
+) -> Tensor:
+    """y[M, n] for blocks that span side_n outputs and side_k inputs, stride_n and stride_k elements apart.
+
+    quantized: the scales of W[n] and of x[M] where both are int8; y has then another dtype.
+    """
     x = _with_adjacent_columns(x)
     m, k = x.shape
     _check_sizes(M=m, N=n, K=k)
-    y = x.new_empty(m, n)  # [M, N]
+    y = x.new_empty(m, n) if y is None else y  # [M, N]
     if y.numel() == 0:
         return y
     if config is None:
@@ -196,8 +261,9 @@ def _linear(x, plans, values, n, side_n, side_k, stride_n, stride_k, bias, activ
     programs = triton.cdiv(m, config.block_m) * plan.tiles
     _check("x", programs <= MAX_PROGRAMS, f"at most {MAX_PROGRAMS} tiles", programs, "fewer rows at a time")
     with torch.cuda.device_of(x):
+        sides = (side_n, side_k, stride_n, stride_k)
         for call in linear_calls(
-            x, plan, values, bias, residual, y, side_n, side_k, stride_n, stride_k, activation, config, _precision()
+            x, plan, values, bias, residual, y, *sides, activation, config, _precision(), *quantized
         ):
             call.run()
     return y
@@ -217,26 +283,27 @@ def linear_calls(
     activation: str,
     config: LinearConfig,
     precision: str,
+    scales: Tensor | None = None,
+    x_scales: Tensor | None = None,
 ) -> list[Call]:
-    """What makes y[M, N] of x[M, K], whose columns are adjacent: one call, or two where config splits the inputs."""
+    """What makes y[M, N] of x[M, K], whose columns are adjacent: one call, or two where config splits the inputs.
+
+    scales [N] and x_scales [M] where x and values are int8.
+    """
     (m, k), n = x.shape, y.shape[1]
-    whole = config.split == 1
-    # float32 sums of each part of the inputs, [split, M, N]
-    parts = y if whole else torch.empty(config.split, m, n, dtype=torch.float32, device=x.device)
+    whole, scaled = config.split == 1, scales is not None
+    # sums of each part of the inputs, [split, M, N]
+    kind = torch.int32 if scaled else torch.float32
+    parts = y if whole else torch.empty(config.split, m, n, dtype=kind, device=x.device)
     epilogue: dict[str, object] = {
         "ACTIVATION": activation,
+        "SCALED": scaled,
         "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None,
         "INTERPRETED": INTERPRETED,
     }
-    arguments: Arguments = {
-        "x": x,
-        "plan": plan.table,
-        "values": values,
-        "bias": bias,
-        "residual": residual,
-        "y": parts,
-    }
+    after: Arguments = {"x_scales": x_scales, "scales": scales, "bias": bias, "residual": residual}
+    arguments: Arguments = {"x": x, "plan": plan.table, "values": values, **after, "y": parts}
     arguments |= {"M": m, "N": n, "K": k, "stride_x": x.stride(0), "tiles_n": plan.tiles}
     constants: dict[str, object] = {
         "SIDE_N": side_n,
@@ -257,7 +324,7 @@ def linear_calls(
     product = Call(bsr_linear_kernel, grid, arguments, constants | epilogue, config.num_warps, config.num_stages)
     if whole:
         return [product]
-    arguments = {"parts": parts, "bias": bias, "residual": residual, "y": y, "M": m, "N": n}
+    arguments = {"parts": parts, **after, "y": y, "M": m, "N": n}
     constants = {"SPLIT": config.split, "BLOCK": SUM_BLOCK}
     return [
         product,
@@ -300,9 +367,27 @@ def _checked(name: str, tensor: Tensor, crow: Tensor, col: Tensor, values: Value
         _check(other_name, other.dtype is torch.int32 and other.ndim == 1, "int32, one dimension", other.dtype)
     if values is None:
         return None
+    _check(name, tensor.dtype.is_floating_point, "a floating-point tensor", tensor.dtype)
+    _check_blocks(values, col)
+    return values.contiguous()
+
+
+def _check_blocks(values: Tensor, col: Tensor) -> None:
     agree = values.ndim == 3 and values.shape[0] == col.shape[0]
     _check("values", agree, f"{col.shape[0]} blocks, one for each of col_indices", tuple(values.shape))
-    return values.contiguous()
+
+
+def _checked_epilogue(x, n, activation, bias, residual) -> tuple[Tensor | None, Tensor | None]:
+    """bias and residual, contiguous, once they have the shapes that y[M, n] takes and the activation is known."""
+    _check("activation", activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+    for name, tensor, shape in (("bias", bias, (n,)), ("residual", residual, (x.shape[0], n))):
+        _check(
+            name,
+            tensor is None or tensor.shape == shape,
+            f"shape {shape}",
+            () if tensor is None else tuple(tensor.shape),
+        )
+    return None if bias is None else bias.contiguous(), None if residual is None else residual.contiguous()
 
 
 def _check_sizes(**sizes: int) -> None:

@@ -63,15 +63,18 @@ def compile_linear(
 ) -> list[Compiled]:
     """What a launch with bias, residual and config would run on large, aligned tensors: one kernel, or two if config.split > 1.
 
-    dtype as in "bfloat16", capability as in 90 (942 for AMD's gfx942), transposed as bsr_linear_dx has it.
+    dtype as in "bfloat16" ("int8": bias, residual and y are then bfloat16), capability as in 90 (942 for AMD's gfx942), transposed
+    as bsr_linear_dx has it.
     """
-    kind = getattr(torch, dtype)
+    kind, quantized = getattr(torch, dtype), dtype == "int8"
     k = 4096 if even_k else 4096 + 16 * (1 if side_k > 16 else 0)
-    x, values, bias, y = (_imagined(kind, *s) for s in ((4096, k), (8, side_n, side_k), (4096,), (4096, 4096)))
+    x, values = _imagined(kind, 4096, k), _imagined(kind, 8, side_n, side_k)
+    bias, y = (_imagined(torch.bfloat16 if quantized else kind, *shape) for shape in ((4096,), (4096, 4096)))
+    scales = (_imagined(torch.float32, 4096),) * 2 if quantized else ()
     tiles = 4096 // (config.merge * side_n)
     plan = Plan(config.merge, tiles, 1, _imagined(torch.int32, tiles + 2, 1 + config.merge), 1.0)
     strides = (1, side_n) if transposed else (side_k, 1)
-    calls = linear_calls(x, plan, values, bias, y, y, side_n, side_k, *strides, activation, config, precision)
+    calls = linear_calls(x, plan, values, bias, y, y, side_n, side_k, *strides, activation, config, precision, *scales)
     return [compile_call(call, capability) for call in calls]
 
 
@@ -90,6 +93,9 @@ def compile_call(call: Call, capability: int) -> Compiled:
     for name, value in call.arguments.items():
         if value is None or (isinstance(value, int) and value == 1 and name not in general):
             constants[name] = value
+            continue
+        if isinstance(value, float):
+            read[name] = "fp32"
             continue
         if isinstance(value, Tensor):
             read[name], place = f"*{TYPES[value.dtype]}", value.data_ptr()

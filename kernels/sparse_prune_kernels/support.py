@@ -16,7 +16,7 @@ BLOCK_SIDES = (
     64,
     128,
 )  # 16 is the shortest side that tensor cores take; beyond 128 an accumulator leaves the registers
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)  # of weights; x beside int8 is one of the others
 CUDA_DTYPES = (torch.bfloat16, torch.float16)  # of the CUDA C++ kernels
 MIN_CAPABILITY = (
     8,
@@ -85,9 +85,9 @@ def register(
     fallbacks: Mapping[str, Callable[..., Tensor]],
     error: Callable[[str, str, object, str], Exception] = ArgumentError,
 ) -> None:
-    """Make the kernels the CUDA implementation of `bsr_linear`, `bsr_linear_dx` and `bsr_sdd` in library's namespace.
+    """Make the kernels the CUDA implementation of bsr_linear, bsr_linear_int8, bsr_linear_dx and bsr_sdd in library's namespace.
 
-    fallbacks maps each of the three names to the function that runs where `unavailable` gives a reason (blocks of 4x8, say); it
+    fallbacks maps each of these names to the function that runs where `unavailable` gives a reason (blocks of 4x8, say); it
     takes the operator's own arguments. error makes the exception that a caller sees of (argument, expected, got, remedy).
     """
 
@@ -105,6 +105,17 @@ def register(
         if unavailable(x.device, x.dtype, tuple(values.shape[1:])) is not None:
             return fallbacks["bsr_linear"](*arguments)
         return _launch().bsr_linear(x, crow_indices, col_indices, values, out_features, bias, activation, residual)
+
+    def linear_int8(x, crow, col, values, scales, prepacked, out_features, bias, activation, residual, x_scale):
+        check_device(
+            "x", x, crow_indices=crow, col_indices=col, values=values, scales=scales, bias=bias, residual=residual
+        )
+        if unavailable(x.device, values.dtype, tuple(values.shape[1:])) is not None:
+            arguments = (x, crow, col, values, scales, prepacked, out_features, bias, activation, residual, x_scale)
+            return fallbacks["bsr_linear_int8"](*arguments)
+        return _launch().bsr_linear_int8(
+            x, crow, col, values, scales, out_features, bias, activation, residual, x_scale
+        )
 
     def linear_dx(dy, crow_indices, col_indices, values, in_features):
         check_device("dy", dy, crow_indices=crow_indices, col_indices=col_indices, values=values)
@@ -127,7 +138,8 @@ def register(
 
         return run
 
-    for name, function in (("bsr_linear", linear), ("bsr_linear_dx", linear_dx), ("bsr_sdd", sdd)):
+    functions = {"bsr_linear": linear, "bsr_linear_int8": linear_int8, "bsr_linear_dx": linear_dx, "bsr_sdd": sdd}
+    for name, function in functions.items():
         library.impl(name, told(function), "CUDA")
 
 

@@ -235,6 +235,13 @@ constexpr auto f_max = [](auto a, auto b) { return std::isnan(a) ? b : std::isna
 constexpr auto f_min_nan = [](auto a, auto b) { return std::isnan(a) || std::isnan(b) ? decltype(a)(NAN) : f_min(a, b); };
 constexpr auto f_max_nan = [](auto a, auto b) { return std::isnan(a) || std::isnan(b) ? decltype(a)(NAN) : f_max(a, b); };
 
+// .xorsign.abs: of the magnitudes, with the exclusive or of the signs unless the result is NaN.
+template <auto F>
+constexpr auto xorsign_abs = [](auto a, auto b) {
+  auto r = F(std::fabs(a), std::fabs(b));
+  return std::isnan(r) ? r : std::copysign(r, std::signbit(a) != std::signbit(b) ? decltype(r)(-1) : decltype(r)(1));
+};
+
 // ---- families ----
 
 // sm_100 and younger: the sources that are multiplied, or the first one of a sum, are f16 or bf16 and the rest f32. Widening is exact.
@@ -399,7 +406,13 @@ void min_max(Line& l, Inst& inst) {
                : floating<3, [](auto a, auto b, auto c) { return f_max(f_max(a, b), c); }>(l, inst, t);
   }
   if (t.is_float()) {
-    if (l.take("NaN")) return min ? floating<2, f_min_nan>(l, inst, t) : floating<2, f_max_nan>(l, inst, t);
+    bool nan = l.take("NaN");
+    if (l.has("xorsign")) {
+      if (!l.take("xorsign") || !l.take("abs")) return;
+      if (nan) return min ? floating<2, xorsign_abs<f_min_nan>>(l, inst, t) : floating<2, xorsign_abs<f_max_nan>>(l, inst, t);
+      return min ? floating<2, xorsign_abs<f_min>>(l, inst, t) : floating<2, xorsign_abs<f_max>>(l, inst, t);
+    }
+    if (nan) return min ? floating<2, f_min_nan>(l, inst, t) : floating<2, f_max_nan>(l, inst, t);
     return min ? floating<2, f_min>(l, inst, t) : floating<2, f_max>(l, inst, t);
   }
   inst.kind = INTEGER;
