@@ -126,12 +126,13 @@ def test_linear_matches_float64(isa, dtype, problem):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("r", [16, 32, 64])
 def test_output_larger_than_a_cache(isa, dtype, r):
-    """6 MiB of y and more are written past the caches, where every row of a block begins a cache line."""
-    p = Problem(2100, 1536, 64, r, 32, 0.4, dtype)
+    """16 MiB of y and more are written past the caches, where every row of a block begins a cache line."""
+    p = Problem(2100, 4096, 64, r, 32, 0.4, dtype)
     with backends.force_isa(isa):
-        for residual in (False, True):
-            got = p.linear(residual=residual)
-            assert_close(got, p.dense_linear("none", torch.float64, True, residual), p.dense_linear(residual=residual))
+        for activation, residual in (("none", False), ("relu", True)):
+            got = p.linear(activation, residual=residual)
+            exact = p.dense_linear(activation, torch.float64, True, residual)
+            assert_close(got, exact, p.dense_linear(activation, residual=residual))
 
 
 @needs_kernels

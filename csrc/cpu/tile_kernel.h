@@ -82,7 +82,7 @@ struct Place {
   const typename Fmt::Y* bias;      // [cols] or null
   const typename Fmt::Y* residual;  // [MR, ld] or null
   int64_t ld, cols;
-  bool simple;                      // whole vectors and no activation
+  bool whole;                       // all NV vectors exist
   bool past_cache;                  // write whole lines of y past the caches
   bool ahead;                       // fetch lines of y before they are written
 };
@@ -143,13 +143,17 @@ inline void load_bias(const Place<Fmt>& at, typename Fmt::F (&bias)[NV]) {
   for (int v = 0; v < NV; ++v) bias[v] = at.bias ? Fmt::load_y(at.bias + v * Fmt::Vec::W) : Fmt::Vec::zero();
 }
 
-// Row m of a simple place, whose sums are in registers.
-template <class Fmt, int NV>
-inline void finish_row(const LinearArgs& a, const Place<Fmt>& at, int64_t m, const typename Fmt::F (&bias)[NV],
-                       typename Fmt::F (&sums)[NV]) {
+// z[vectors][W] = act(z). Out of line: activations are long, and there is a tile for each number of rows.
+template <class Fmt>
+__attribute__((noinline)) void activate_tile(typename Fmt::Vec::Elem* z, int vectors, Activation activation) {
   using V = typename Fmt::Vec;
-  SPARSE_PRUNE_UNROLL
-  for (int v = 0; v < NV; ++v) sums[v] = V::add(sums[v], bias[v]);
+  for (int i = 0; i < vectors; ++i, z += V::W) V::store(z, Fmt::activate(V::load(z), activation));
+}
+
+// Row m of a whole place from registers, after bias and activation.
+template <class Fmt, int NV>
+inline void finish_row(const LinearArgs& a, const Place<Fmt>& at, int64_t m, typename Fmt::F (&sums)[NV]) {
+  using V = typename Fmt::Vec;
   if (at.residual)
     SPARSE_PRUNE_UNROLL
     for (int v = 0; v < NV; ++v) {
@@ -264,18 +268,31 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
     for (int m = 0; m < MR; ++m)
       SPARSE_PRUNE_UNROLL
       for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], V::load(z + (m * NV + v) * V::W));
-  if (at.simple) {  // straight from the registers
+  if (at.whole) {
     F bias[NV];
     load_bias<Fmt>(at, bias);
     SPARSE_PRUNE_UNROLL
-    for (int m = 0; m < MR; ++m) finish_row<Fmt>(a, at, m, bias, acc[0][m]);
-    return;
+    for (int m = 0; m < MR; ++m)
+      SPARSE_PRUNE_UNROLL
+      for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], bias[v]);
+    if (a.activation == Activation::none) {  // straight from the registers
+      SPARSE_PRUNE_UNROLL
+      for (int m = 0; m < MR; ++m) finish_row<Fmt>(a, at, m, acc[0][m]);
+      return;
+    }
   }
   SPARSE_PRUNE_UNROLL
   for (int m = 0; m < MR; ++m)
     SPARSE_PRUNE_UNROLL
     for (int v = 0; v < NV; ++v) V::store(z + (m * NV + v) * V::W, acc[0][m][v]);
-  finish<Fmt>(z, NV * V::W, at.bias, at.residual, at.y, {MR, at.cols, at.ld, a.activation, a.pair});
+  if (!at.whole) return finish<Fmt>(z, NV * V::W, at.bias, at.residual, at.y, {MR, at.cols, at.ld, a.activation, a.pair});
+  activate_tile<Fmt>(z, MR * NV, a.activation);
+  for (int m = 0; m < MR; ++m) {
+    F sums[NV];
+    SPARSE_PRUNE_UNROLL
+    for (int v = 0; v < NV; ++v) sums[v] = V::load(z + (m * NV + v) * V::W);
+    finish_row<Fmt>(a, at, m, sums);
+  }
 }
 
 template <class Fmt, int NV>
@@ -315,12 +332,12 @@ inline int64_t group_end(const LinearArgs& a, int64_t i, int64_t i1, int64_t wei
 }
 
 // A y that would not stay in a shared cache until it is read goes past them, which saves reading its lines first; a smaller one that
-// does stay is read again sooner, and that of a pair at once. Measured on the pair of an FFN with 32 MiB of shared L3: at 3 MiB it loses, from 12 MiB on it gains.
+// does stay is read again sooner, and that of a pair at once. Measured on the pair of an FFN with 32 MiB of shared L3: at 12 MiB it loses.
 template <class Fmt>
 bool writes_past_cache(const LinearArgs& a) {
   constexpr int64_t line = 64, y_bytes = sizeof(typename Fmt::Y);
   const bool whole_lines = reinterpret_cast<uintptr_t>(a.y) % line == 0 && a.N * y_bytes % line == 0 && a.R * y_bytes % line == 0;
-  return a.pair == Pair::none && whole_lines && a.M * a.N * y_bytes >= 6 << 20;
+  return a.pair == Pair::none && whole_lines && a.M * a.N * y_bytes >= 16 << 20;
 }
 
 // Nearly equal parts of `rows`, none larger than `most`: 16 rows are 8 + 8, not 14 + 2.
@@ -380,10 +397,9 @@ void linear_range(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, in
   for_each_tile<LinearTiles<Fmt>>(a, sizeof(typename Fmt::Wt), m0, m1, i0, i1,
                                   [&](auto tile, int64_t m, int64_t i, int64_t n, int64_t cols, bool whole) {
     const int64_t offset = (m0 + m) * a.N + n;
-    const bool simple = whole && a.activation == Activation::none;
     tile(a, x + m * ldx, ldx, static_cast<const typename Fmt::Wt*>(a.w) + (n - i * a.R) * Fmt::step, a.crow[i], a.crow[i + 1],
          {static_cast<Y*>(a.y) + offset, a.bias ? static_cast<const Y*>(a.bias) + n : nullptr,
-          a.residual ? static_cast<const Y*>(a.residual) + offset : nullptr, a.N, cols, simple, past_cache, ahead});
+          a.residual ? static_cast<const Y*>(a.residual) + offset : nullptr, a.N, cols, whole, past_cache, ahead});
   });
   if (past_cache) Fmt::Vec::fence();
 }
