@@ -242,7 +242,8 @@ def cpu_isa(dtype: torch.dtype) -> str:
 
 def drop_ready(number: int) -> None:
     """Forget the layer that the operator cpu_ready gave that number."""
-    _library.sparse_prune_drop_ready(number)
+    if _library is not None:
+        _library.sparse_prune_drop_ready(number)
 
 
 def cpu_name() -> str:

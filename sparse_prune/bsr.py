@@ -55,7 +55,7 @@ class Derived:
 
     def __init__(self, key: object = None, prepacked: Tensor | None = None, plan: Any = None) -> None:
         self.key, self.prepacked, self.plan = key, prepacked, plan
-        self.ready: tuple | None = None
+        self.ready: Any = None
         self.dense: dict[str, Tensor] = {}
         self.cuda: Tensor | None = None
 

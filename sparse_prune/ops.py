@@ -276,7 +276,13 @@ def make_ready(packed: BsrWeight, derived: Derived, bias: Tensor | None) -> Read
     return Ready(number, values, version, backends.epoch, *tensors, packed.scales, bias, plan, _Owner(number))
 
 
-run_ready = run_glu_ready = None  # without the C++ extension no layer is ever ready
+def _never_ready(*arguments: object) -> Tensor | None:
+    """run_ready and run_glu_ready without the C++ extension."""
+    return None
+
+
+run_ready: Callable[..., Tensor | None] = _never_ready
+run_glu_ready: Callable[..., Tensor | None] = _never_ready
 if backends.cpu_isas():
     # OpOverload.__call__ without its frame of Python. Both give None where a layer has changed, where gradients may be
     # owed, and where autocast, a transform of torch.func, a dispatch mode or a trace has to see what happens.
