@@ -302,6 +302,13 @@ def force_isa(name: str) -> Iterator[None]:
         _library.sparse_prune_force_isa(_forced[-1].encode())
 
 
+def _triton_status(reason: str | None) -> BackendStatus:
+    version = "" if _kernels is None else _kernels.triton_version()
+    if reason is not None:
+        return BackendStatus("triton", False, "; ".join(part for part in (reason, version) if part), "")
+    return BackendStatus("triton", True, "", f"{torch.cuda.get_device_name()}; {version}")
+
+
 def status() -> list[BackendStatus]:
     """Every backend, best first, with the reason where one cannot run."""
     detail = (
@@ -316,7 +323,7 @@ def status() -> list[BackendStatus]:
     cuda_reason = "; ".join(part for part in (cuda, built) if part)
     return [
         BackendStatus("cuda", cuda is None, cuda_reason if cuda else "", "" if cuda else cuda_detail),
-        BackendStatus("triton", triton is None, triton or "", "" if triton else torch.cuda.get_device_name()),
+        _triton_status(triton),
         BackendStatus("cpu", _library is not None, _reason and f"{_reason}; encoders run unfused", detail),
         BackendStatus("reference", True, "", f"plain PyTorch {torch.__version__}, any device"),
     ]

@@ -352,7 +352,7 @@ def info(
 @app.command()
 def doctor(json_file: Json = None) -> None:
     """Which backends work on this machine, and why the others do not."""
-    from . import __version__, backends, planner
+    from . import __version__, backends, planner, tiles
 
     table = Table(title=f"sparse-prune {__version__}", title_justify="left")
     for column in ("backend", "works", "detail"):
@@ -364,6 +364,8 @@ def doctor(json_file: Json = None) -> None:
         )
     console.print(table)
     console.print(f"planner     {planner.describe()}", markup=False, highlight=False)
+    if tiles.describe():
+        console.print(f"tilings     {tiles.describe()}", markup=False, highlight=False)
     _write_json(json_file, [vars(status) for status in statuses])
 
 
@@ -376,7 +378,14 @@ def tune(
     quick: Annotated[
         bool, typer.Option("--quick", help="fewer block sizes and M: seconds in place of minutes")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16")] = "float32,bfloat16,float16",
+    device: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="cpu or cuda", show_default="cuda where PyTorch finds a GPU"),
+    ] = None,
+    dtype: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="float32, bfloat16, float16, on a GPU int8", show_default="all three; on a GPU bfloat16"),
+    ] = None,
     isa: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="instruction sets to measure, or all", show_default="the best for each dtype"),
@@ -388,13 +397,26 @@ def tune(
     seconds: Annotated[float, typer.Option(help="time spent on each of some hundred rows")] = 0.5,
     json_file: Json = None,
 ) -> None:
-    """Measure when sparse is faster than dense on this machine, once: layers then run whichever is.
+    """Measure when sparse is faster than dense on this machine, once: layers then run whichever is. On a GPU: the fastest tilings.
 
-    The same command after Ctrl-C goes on. `sparse-prune doctor` tells which table is in force.
+    The same command after Ctrl-C goes on. `sparse-prune doctor` tells what is in force.
     """
+    import torch
+
     from . import backends, planner
     from .tuning import tune as measure
 
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise SparsePruneError("device", "cpu or cuda", device, "leave it out")
+    if device == "cuda":
+        if isa or threads:
+            raise SparsePruneError(
+                "device", "cpu with --isa or --threads", device, "leave them out, or pass --device cpu"
+            )
+        _tune_gpu(out, quick, (dtype or "bfloat16").split(","), seconds, json_file)
+        return
+    dtype = dtype or "float32,bfloat16,float16"
     isas = backends.cpu_isas() if isa == "all" else isa.split(",") if isa else None
     path = out or planner.cache_file()
     counts = _numbers(threads, int) if threads else ()
@@ -413,6 +435,27 @@ def tune(
         shown.add_row(name, SHORT[kind], "x".join(map(str, block)), *cells)
     console.print(shown)
     console.print(f"table       {path}", markup=False, highlight=False)
+    _write_json(json_file, json.loads(path.read_text(encoding="utf-8")))
+
+
+def _tune_gpu(out: Path | None, quick: bool, dtypes: list[str], seconds: float, json_file: Path | None) -> None:
+    from . import gpu_bench, gpu_tuning, tiles
+
+    gpu_bench.require_gpu("tune")
+    import torch
+
+    path = out or tiles.cache_file(torch.cuda.get_device_name())
+    problems = gpu_tuning.problems(quick, dtypes)
+    with _progress("from the last finished row") as report:
+        rows = gpu_tuning.tune(problems, path, seconds / 5, report)
+    shown = Table(title="times faster than with the tilings that arithmetic finds", title_justify="left")
+    tokens = sorted({row["M"] for row in rows})
+    for column in ("dtype", "block", *(f"M={m}" for m in tokens)):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for kind, block, found in gpu_tuning.gains(rows):
+        shown.add_row(SHORT[kind], block, *(f"{found[m]:.2f}" if m in found else "" for m in tokens))
+    console.print(shown)
+    console.print(f"tilings     {path}", markup=False, highlight=False)
     _write_json(json_file, json.loads(path.read_text(encoding="utf-8")))
 
 

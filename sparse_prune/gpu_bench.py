@@ -48,7 +48,7 @@ MIN_SWEEP = 256 << 20  # bytes written before each replay: several times the lar
 Candidates = dict[str, Callable[[], Tensor]]
 
 
-def require_gpu() -> None:
+def require_gpu(command: str = "bench gpu") -> None:
     """Raise SparsePruneError where no GPU can be measured, saying which of the possible reasons it is."""
     if torch.cuda.is_available():
         return
@@ -59,7 +59,7 @@ def require_gpu() -> None:
         )
     else:
         reason, remedy = "PyTorch finds no GPU", "run it on a machine with an NVIDIA GPU and its driver (nvidia-smi)"
-    raise SparsePruneError("bench gpu", "a CUDA device", reason, remedy)
+    raise SparsePruneError(command, "a CUDA device", reason, remedy)
 
 
 def about() -> dict[str, Any]:

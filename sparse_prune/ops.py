@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, planner, reference
+from . import backends, planner, reference, tiles
 from .bsr import BsrWeight, Derived
 from .errors import SparsePruneError
 from .masks import grid_shape
@@ -109,6 +109,7 @@ _REFERENCE: dict[str, Callable] = {
 for _name, _function in _REFERENCE.items():
     _library.impl(_name, _function, "CompositeExplicitAutograd")
 backends.register_triton(_library, _REFERENCE)
+tiles.install()
 
 
 def _two_linears(
@@ -368,6 +369,8 @@ def show_config() -> None:
         verdict = f"yes: {backend.detail}" if backend.available else f"no: {backend.reason}"
         print(f"{backend.name:<10} {verdict}")
     print(f"{'planner':<10} {planner.describe()}")
+    if tiles.describe():
+        print(f"{'tilings':<10} {tiles.describe()}")
 
 
 def prepack(values: Tensor, crow_indices: Tensor) -> Tensor | None:

@@ -61,7 +61,7 @@ def tune(
     threads = tuple(threads) or (torch.get_num_threads(),)
     about = {key: value for key, value in machine().items() if key != "threads"} | {"threads": list(threads)}
     partial = out.with_name(out.name + ".partial.jsonl")
-    done = _resume(partial, about)
+    done = resume(partial, about)
     problems = list(_problems(quick, tuple(dtypes), isas))
     with planner.using_table(planner.OFF):
         for step, problem in enumerate(problems, 1):
@@ -108,7 +108,7 @@ def _problems(quick: bool, dtypes: tuple[str, ...], isas: Iterable[str] | None) 
                         yield {"isa": isa, "dtype": dtype, "block": list(block), "M": m, "weight": [k, n]}
 
 
-def _resume(partial: Path, about: dict) -> dict[str, dict]:
+def resume(partial: Path, about: dict) -> dict[str, dict]:
     """Rows that an earlier run of the same machine, versions and threads left; else an empty start."""
     try:
         lines = [json.loads(line) for line in partial.read_text(encoding="utf-8").splitlines()]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -281,6 +284,91 @@ def test_linear_config_fits_its_problem():
     # Where L2 is the wall small blocks are merged; where tensor cores are it, zeros cost more than bytes.
     assert [tiling(4096, side, side, 2, 90).merge for side in SIDES] == [8, 4, 2, 1]
     assert [tiling(4096, side, side, 2, 86).merge for side in SIDES] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+@pytest.mark.parametrize("itemsize", [1, 2, 4])
+def test_candidates_for_tuning(itemsize, capability):
+    """The arithmetic's first, then others that the kernels can run, no two alike."""
+    from sparse_prune_kernels import config
+
+    for m, side_n, side_k in ((1, 16, 16), (64, 32, 32), (300, 64, 16), (4096, 128, 128)):
+        unions = {merge: UNIONS[merge] for merge in config.merges(side_n, itemsize)}
+        problem = (m, 4096, 4096, side_n, side_k, itemsize, capability, 0.2, unions)
+        found = config.linear_candidates(*problem)
+        assert found[0] == config.linear_config(*problem) and len(set(found)) == len(found) <= 12
+        assert len(found) >= 3 and {tiles.merge for tiles in found} <= set(unions)
+        for tiles in found:
+            assert (
+                tiles.num_warps in (1, 2, 4, 8)
+                and tiles.num_stages >= 2
+                and tiles.block_m in (16, 32, 64, 128, 256, 512)
+            )
+            assert side_k % tiles.block_k == 0 or (tiles.block_k == 32 and itemsize == 1)
+
+
+def measured(**change):
+    tiling = dict(merge=2, block_m=64, block_k=32, group_m=8, split=1, swap=False, num_warps=4, num_stages=3)
+    row = {"dtype": "bfloat16", "blocksize": [32, 32], "M": 256, "K": 768, "N": 3072, "density": 0.2}
+    return (
+        row
+        | {"tiling": tiling | {name: v for name, v in change.items() if name in tiling}}
+        | {name: v for name, v in change.items() if name not in tiling}
+    )
+
+
+def written(path, *rows):
+    path.write_text(json.dumps({"format": 1, "machine": {"gpu": "none"}, "rows": rows}))
+    return path
+
+
+def test_the_nearest_measurement_counts(tmp_path):
+    from sparse_prune_kernels import tuned
+
+    from sparse_prune import tiles
+
+    try:
+        rows = [measured(M=m, merge=merge, density=d) for m, d, merge in ((256, 0.2, 1), (512, 0.2, 2), (512, 0.1, 4))]
+        table = tiles.load(written(tmp_path / "t.json", *rows))
+        tuned.use(lambda device: table if device == "here" else ())
+        ask = functools.partial(tuned.nearest, "here", 2, (32, 32))
+        assert [ask(m, 3072, 768, 0.2).merge for m in (128, 300, 400, 1000)] == [1, 1, 2, 2]
+        assert ask(512, 3072, 768, 0.11).merge == 4 and ask(512, 4000, 1000, 0.25).merge == 2
+        assert ask(100, 3072, 768, 0.2) is ask(256, 9000, 768, 0.2) is ask(256, 3072, 768, 0.9) is None
+        assert tuned.nearest("there", 2, (32, 32), 256, 3072, 768, 0.2) is None
+        assert tuned.nearest("here", 1, (32, 32), 256, 3072, 768, 0.2) is None
+        assert tuned.nearest("here", 2, (32, 64), 256, 3072, 768, 0.2) is None
+    finally:
+        tiles.install()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(merge=3), "no kernel has the tiling"),
+        (dict(merge=8, blocksize=[32, 32]), "no kernel has the tiling"),
+        (dict(swap=1), "no kernel has the tiling"),
+        (dict(block_m=96), "block_m must be a power of two, not 96"),
+        (dict(num_stages=0), "num_stages must be an integer from 1 to 16, not 0"),
+        (dict(num_warps=True), "num_warps must be an integer"),
+        (dict(block_k=64), "block_k must divide blocks of 32 inputs, not be 64"),
+        (dict(density=0), "must be positive numbers"),
+        (dict(dtype="float64"), "KeyError: 'float64'"),
+    ],
+)
+def test_tilings_that_no_kernel_has(change, message, tmp_path):
+    from sparse_prune import tiles
+
+    tiles.load(written(tmp_path / "t.json", measured()))
+    with pytest.raises(SparsePruneError, match=message) as error:
+        tiles.load(written(tmp_path / "t.json", measured(**change)))
+    assert "t.json: expected tilings that `sparse-prune tune` wrote" in str(error.value)
+
+
+def test_triton_version_in_words(monkeypatch):
+    for number, words in (("3.9.1", "one of those"), ("3.8.0", "while the kernels are tested with 3.7 and 3.9")):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, number=number: number)
+        assert support.triton_version().startswith(f"Triton {number}") and words in support.triton_version()
 
 
 def test_prediction_is_what_the_text_counts():

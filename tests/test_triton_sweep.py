@@ -320,6 +320,101 @@ def test_views_of_weights_are_copied():
     )
 
 
+class FakeTimer:
+    """Runs each candidate and says how long it took: `fast` for the one at that place, 10 to 12 us for the others."""
+
+    def __init__(self, place, fast):
+        self.place, self.fast = place, fast
+
+    def __call__(self, candidates):
+        for run in candidates.values():
+            run()
+        return {n: [self.fast] * 4 if i == self.place else [10, 11, 11, 12] for i, n in enumerate(candidates)}, {}
+
+
+@pytest.fixture
+def tuning(tmp_path, monkeypatch):
+    """gpu_tuning with a cache directory of its own; what it measured is forgotten afterwards."""
+    from sparse_prune import gpu_tuning, tiles
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("SPARSE_PRUNE_TUNING", raising=False)
+    yield gpu_tuning
+    monkeypatch.undo()
+    tiles.install()
+
+
+def chosen(monkeypatch, packed, x):
+    """The tiling that a call runs with."""
+    seen = []
+    with monkeypatch.context() as patch:
+        real = launch.linear_calls
+        patch.setattr(launch, "linear_calls", lambda *a: (seen.append(a[11]), real(*a))[1])
+        if packed.scales is None:
+            launch.bsr_linear(x, *arrays(packed), packed.shape[0])
+        else:
+            launch.bsr_linear_int8(x, *arrays(packed), packed.scales, packed.shape[0])
+    return seen[0]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
+def test_tuning_measures_and_its_tilings_run(dtype, tuning, monkeypatch):
+    """The fastest tiling serves problems near the one that was measured, and no others."""
+    problem = {"dtype": dtype, "blocksize": [16, 32], "M": 24, "K": 96, "N": 128, "density": 0.5}
+    kind = torch.bfloat16 if dtype == "int8" else getattr(torch, dtype)
+    weights = [make_int8 if dtype == "int8" else make][0]
+    near, far = ((weights(m, 128, 96, 16, 32, 0.5, kind))[:2] for m in (20, 90))
+    before = [chosen(monkeypatch, *call) for call in (near, far)]
+    (row,) = tuning.tune([problem], timer=FakeTimer(2, 5), device=DEVICE)
+    assert (row["us"], row["arithmetic_us"]) == (5, 11) and not row["absent"]
+    tiling = LinearConfig(**row["tiling"])
+    assert tiling != before[0]
+    assert [chosen(monkeypatch, *call) for call in (near, far)] == [tiling, before[1]]
+    monkeypatch.setenv("SPARSE_PRUNE_TUNING", "off")
+    launch.tuned.use(launch.tuned._source)
+    assert chosen(monkeypatch, *near) == before[0]
+
+
+def test_tuning_ignores_noise_and_what_is_wrong(tuning, monkeypatch):
+    problem = {"dtype": "float16", "blocksize": [16, 16], "M": 5, "K": 96, "N": 64, "density": 0.5}
+    (row,) = tuning.tune([problem], timer=FakeTimer(1, 10.5), device=DEVICE)
+    assert row["us"] == row["arithmetic_us"] == 11, "a median above the arithmetic's lower quartile is noise"
+    real = launch.bsr_linear
+
+    def broken(*arguments, config):
+        if config.split == 1 and config.merge == 2:
+            raise RuntimeError("out of resources\nand more")
+        y = real(*arguments, config=config)
+        return y.zero_() if config.merge == 4 else y
+
+    monkeypatch.setattr(launch, "bsr_linear", broken)
+    (row,) = tuning.tune([problem], timer=FakeTimer(0, 10), device=DEVICE)
+    told = set(row["absent"].values())
+    assert "RuntimeError: out of resources" in told and any("allowed" in reason for reason in told)
+    monkeypatch.setattr(launch, "bsr_linear", lambda *a, config: real(*a, config=config).zero_())
+    with pytest.raises(ArithmeticError, match="the kernel errs by"):
+        tuning.tune([problem], timer=FakeTimer(0, 10), device=DEVICE)
+
+
+def test_tuning_goes_on_where_it_stopped(tuning, tmp_path):
+    problems = [
+        {"dtype": "float16", "blocksize": [16, 16], "M": m, "K": 64, "N": 64, "density": 0.5} for m in (3, 5, 9)
+    ]
+
+    def stop(phase, step, of, text):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    out, timer = tmp_path / "t.json", FakeTimer(1, 5)
+    with pytest.raises(KeyboardInterrupt):
+        tuning.tune(problems, out, report=stop, timer=timer, device=DEVICE)
+    assert not out.exists()
+    calls = []
+    rows = tuning.tune(problems, out, timer=lambda c: (calls.append(c), timer(c))[1], device=DEVICE)
+    assert len(calls) == 1 and len(rows) == 3 and [path.name for path in tmp_path.iterdir()] == ["t.json"]
+    assert list(tuning.gains(rows)) == [("float16", "16x16", {3: 2.2, 5: 2.2, 9: 2.2})]
+
+
 def every_product(packed, x, bias, residual):
     crow, col, values = arrays(packed)
     launch.bsr_linear(x, crow, col, values, packed.shape[0], bias, "gelu", residual)

@@ -1,12 +1,13 @@
 """Triton kernels for block-sparse linear layers on NVIDIA GPUs.
 
-`register(library, fallbacks)` gives `sparse_prune::bsr_linear`, `bsr_linear_dx` and `bsr_sdd` their CUDA implementations;
-`unavailable(device, dtype, blocksize)` says why a problem does not run here, and `refused` why it would not on any GPU. Neither
-importing this package nor registering imports Triton: the first call on a GPU does.
+`register(library, fallbacks)` gives `sparse_prune::bsr_linear`, `bsr_linear_int8`, `bsr_linear_dx` and `bsr_sdd` their CUDA
+implementations; `unavailable(device, dtype, blocksize)` says why a problem does not run here, and `refused` why it would not on any
+GPU. Neither importing this package nor registering imports Triton: the first call on a GPU does.
 
 support.py     which problems run, and the registration
 plan.py        which block-rows one program serves together
 config.py      tile sizes, and the arithmetic that chooses them
+tuned.py       tile sizes that were measured on a GPU
 launch.py      checks, allocation and launches
 offline.py     compilation for a GPU that is not here
 kernels.py     device code
@@ -15,6 +16,6 @@ peers.py       kernels that ours are compared with
 
 from __future__ import annotations
 
-from .support import CUDA_DTYPES, refused, register, unavailable
+from .support import CUDA_DTYPES, refused, register, triton_version, unavailable
 
-__all__ = ["CUDA_DTYPES", "refused", "register", "unavailable"]
+__all__ = ["CUDA_DTYPES", "refused", "register", "triton_version", "unavailable"]

@@ -12,8 +12,9 @@ so merging pays where L2 is the wall (small blocks, Hopper) until the zeros make
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 # Eight tiles of 128 rows and 4096 inputs are 8 MB in bfloat16, which stays in L2 (40 MB on A100) from row to row.
 GROUP_M = 8
@@ -150,13 +151,38 @@ def linear_config(
     itemsize is 1 for int8, 2 for float16 and bfloat16, 4 for float32; density of blocks; unions maps each possible merge to the
     filled part of its unions; sms of the device, those of the model in GPUS unless given.
     """
+    return linear_candidates(m, n, k, side_n, side_k, itemsize, capability, density, unions, sms, 1)[0]
+
+
+def linear_candidates(
+    m: int,
+    n: int,
+    k: int,
+    side_n: int,
+    side_k: int,
+    itemsize: int,
+    capability: int,
+    density: float,
+    unions: Mapping[int, float],
+    sms: int | None = None,
+    most: int = 12,
+) -> list[LinearConfig]:
+    """What linear_config chooses, then up to most - 1 others, those first that the same arithmetic finds cheapest.
+
+    Some of the others may lack registers or shared memory: for measuring, where that shows.
+    """
     gpu = gpu_of(capability)
     sms = sms or gpu.sms
     if itemsize == 4:
-        return _float32_config(m, side_n, side_k, gpu)
-    if m <= SMALL_M:
-        return _small_config(m, n, k, side_n, side_k, itemsize, unions, gpu, sms)
+        found = _float32_configs(m, side_n, side_k, gpu)
+    elif m <= SMALL_M:
+        found = _small_configs(m, n, k, side_n, side_k, itemsize, unions, gpu, sms)
+    else:
+        found = _large_configs(m, n, side_n, side_k, itemsize, density, unions, gpu, sms)
+    return list(dict.fromkeys(itertools.islice(found, most)))
 
+
+def _large_configs(m, n, side_n, side_k, itemsize, density, unions, gpu: Gpu, sms: int) -> Iterator[LinearConfig]:
     def cost(tile: tuple[int, int]) -> tuple[float, int]:
         merge, block_m = tile
         warps = _warps(block_m, merge * side_n, itemsize, gpu)
@@ -166,19 +192,26 @@ def linear_config(
 
     # 512 rows only where a block-row alone is 32 outputs or fewer: 512 x 32 has the accumulators of 128 x 128.
     roomy = _is_roomy(itemsize, gpu)
-    most = (256 if roomy else 128) * MERGED_SIDE
-    tiles = [(g, b) for g in unions for b in (64, 128, 256, 512) if b * g * side_n <= most and b < 2 * m]
-    tiles = [(g, b) for g, b in tiles if b < 512 or (g * side_n <= 32 and roomy)]
-    merge, block_m = min(tiles, key=cost)
-    num_warps = _warps(block_m, merge * side_n, itemsize, gpu)
-    # 128 bytes are one line of x and of the block, and one swizzle of shared memory. Four warps with 128 accumulators a thread
-    # have registers for the operands of 64 bytes.
-    full = num_warps == 4 and block_m * merge * side_n == 128 * 128
-    block_k = _block_k(side_k, itemsize, 64 if full or not roomy else 128)
-    # As the left operand, W's 64 rows meet x of 256 in one wgmma: fewer reads of shared memory than x's 64 rows and W's 128.
-    swap = gpu.warpgroup and merge * side_n == 2 * 64 and num_warps == 8
-    stages = _stages((block_m + merge * side_n) * block_k * itemsize, gpu.shared // (1 if num_warps == 8 else 2), gpu)
-    return LinearConfig(merge, block_m, block_k, GROUP_M, 1, swap, num_warps, stages)
+    limit = (256 if roomy else 128) * MERGED_SIDE
+    tiles = [(g, b) for g in unions for b in (64, 128, 256, 512) if b * g * side_n <= limit and b < 2 * m]
+    tiles = sorted([(g, b) for g, b in tiles if b < 512 or (g * side_n <= 32 and roomy)], key=cost)
+    for merge, block_m in tiles:
+        num_warps = _warps(block_m, merge * side_n, itemsize, gpu)
+        # 128 bytes are one line of x and of the block, and one swizzle of shared memory. Four warps with 128 accumulators a
+        # thread have registers for the operands of 64 bytes.
+        full = num_warps == 4 and block_m * merge * side_n == 128 * 128
+        block_k = _block_k(side_k, itemsize, 64 if full or not roomy else 128)
+        # As the left operand, W's 64 rows meet x of 256 in one wgmma: fewer reads of shared memory than x's 64 rows and W's 128.
+        swap = gpu.warpgroup and merge * side_n == 2 * 64 and num_warps == 8
+        room = gpu.shared // (1 if num_warps == 8 else 2)
+        stages = _stages((block_m + merge * side_n) * block_k * itemsize, room, gpu)
+        chosen = LinearConfig(merge, block_m, block_k, GROUP_M, 1, swap, num_warps, stages)
+        yield chosen
+        if (merge, block_m) in tiles[:2]:  # what the arithmetic does not see
+            yield replace(chosen, num_stages=stages - 1 if stages > 2 else 3)
+            yield replace(chosen, num_warps=12 - num_warps)
+            if gpu.warpgroup and merge * side_n >= 64:
+                yield replace(chosen, swap=not swap)
 
 
 def predicted_cycles(
@@ -206,33 +239,36 @@ def sdd_config(r: int, c: int, itemsize: int, capability: int) -> SddConfig:
     return SddConfig(block_m, num_warps, _stages((r + c) * block_m * itemsize, gpu.shared, gpu))
 
 
-def _small_config(m, n, k, side_n, side_k, itemsize, unions: Mapping[int, float], gpu: Gpu, sms: int) -> LinearConfig:
+def _small_configs(m, n, k, side_n, side_k, itemsize, unions, gpu: Gpu, sms: int) -> Iterator[LinearConfig]:
     """Bytes of the weight are the wall: each block is read once, and many programs keep many bytes on their way."""
     block_m = max(16, 1 << (m - 1).bit_length())  # the fewest wasted columns of y^T, from 16
     # Enough rows that the x tile, which comes from L2 again for each tile of block-rows, is no larger than what it meets.
-    merge = next((merge for merge in sorted(unions) if merge * side_n >= block_m), max(unions))
+    enough = next((merge for merge in sorted(unions) if merge * side_n >= block_m), max(unions))
     block_k = _block_k(side_k, itemsize, 128)
-    # Two programs on each SM hide the latency of each other's loads. A second kernel adds the parts in a fixed order.
-    tiles, columns = -(-n // (merge * side_n)), unions[merge] * k / side_k
-    split = max(1, min(SPLIT_LIMIT, -(-2 * sms // tiles), int(columns) // 2))
-    # A warp copies 512 bytes at once; more warps than the blocks of a step have to copy would only repeat its instructions.
-    num_warps = min(4, merge * side_n * block_k * itemsize // 512)
-    stages = _stages((block_m + merge * side_n) * block_k * itemsize, gpu.shared // 3, gpu, deepest=8)
-    return LinearConfig(merge, block_m, block_k, 1, split, True, num_warps, stages)
+    for merge in sorted(unions, key=lambda merge: (abs(merge - enough), merge)):
+        # Two programs on each SM hide the latency of each other's loads. A second kernel adds the parts in a fixed order.
+        tiles, columns = -(-n // (merge * side_n)), int(unions[merge] * k / side_k)
+        fitting = max(1, min(SPLIT_LIMIT, columns // 2))
+        split = min(fitting, max(1, -(-2 * sms // tiles)))
+        # A warp copies 512 bytes at once; more warps than the blocks of a step have to copy would only repeat its instructions.
+        num_warps = min(4, merge * side_n * block_k * itemsize // 512)
+        stages = _stages((block_m + merge * side_n) * block_k * itemsize, gpu.shared // 3, gpu, deepest=8)
+        for parts in dict.fromkeys((split, min(fitting, 2 * split), max(1, split // 2), 1)):
+            yield LinearConfig(merge, block_m, block_k, 1, parts, True, num_warps, stages)
 
 
-def _float32_config(m: int, side_n: int, side_k: int, gpu: Gpu) -> LinearConfig:
+def _float32_configs(m: int, side_n: int, side_k: int, gpu: Gpu) -> Iterator[LinearConfig]:
     """float32 is multiplied outside the tensor cores, with whole operand tiles in registers: 64 x 16 is what fits unspilled."""
     # The fewest wasted rows, from 16, the least that tensor cores take (tf32 runs through here too).
     # 64 x 64 spilled under Triton 3.7.
-    block_m = min(max(16, 1 << (m - 1).bit_length()), 32 if side_n == 64 else 64)
+    least = min(max(16, 1 << (m - 1).bit_length()), 32 if side_n == 64 else 64)
     block_k = min(side_k, 16)
-    # The operands take as many registers as the accumulators: with four warps ptxas spilled at 64 x 32 and stood at 254 registers
-    # at 64 x 128.
-    num_warps = 8 if block_m * side_n >= 128 * 128 or block_m == 64 else 4
-    return LinearConfig(
-        1, block_m, block_k, GROUP_M, 1, False, num_warps, _stages((block_m + side_n) * block_k * 4, gpu.shared, gpu)
-    )
+    for block_m in sorted((16, 32, 64), key=lambda rows: abs(rows - least)):
+        # The operands take as many registers as the accumulators: with four warps ptxas spilled at 64 x 32 and stood at 254
+        # registers at 64 x 128.
+        num_warps = 8 if block_m * side_n >= 128 * 128 or block_m == 64 else 4
+        stages = _stages((block_m + side_n) * block_k * 4, gpu.shared, gpu)
+        yield LinearConfig(1, block_m, block_k, GROUP_M, 1, False, num_warps, stages)
 
 
 def _block_k(side_k: int, itemsize: int, most: int) -> int:

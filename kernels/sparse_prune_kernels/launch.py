@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TypeVar
 
 import torch
@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import tuned
 from .config import (
     ROUND_BLOCK,
     ROUND_WARPS,
@@ -23,6 +24,7 @@ from .config import (
     SUM_WARPS,
     LinearConfig,
     SddConfig,
+    linear_candidates,
     linear_config,
     merges,
     sdd_config,
@@ -236,6 +238,32 @@ def _device(device: torch.device) -> tuple[int, int | None]:
     return properties.major * 10 + properties.minor, properties.multi_processor_count
 
 
+@lru_cache(maxsize=4096)
+def _config(device, dtype, m, n, k, side_n, side_k, density, unions, forward, epoch) -> LinearConfig:
+    """The tiling measured near this problem, else the one that arithmetic finds; epoch is that of the measurements."""
+    found = None
+    if forward:
+        found = tuned.nearest(device_name(device), dtype.itemsize, (side_n, side_k), m, n, k, density)
+    capability, sms = _device(device)
+    return found or linear_config(m, n, k, side_n, side_k, dtype.itemsize, capability, density, dict(unions), sms)
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    """What measurements of a device go by."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+
+
+def candidates(x: Tensor, crow: Tensor, col: Tensor, values: Tensor, out_features: int) -> list[LinearConfig]:
+    """Tilings worth measuring of bsr_linear, or for int8 values of bsr_linear_int8, the one that arithmetic finds first."""
+    (m, k), (nnzb, r, c) = x.shape, values.shape
+    plans = plans_of(crow, col, out_features, k, r, c, values.element_size(), transposed=False)
+    unions = {merge: plan.union for merge, plan in plans.items()}
+    density = nnzb / (triton.cdiv(out_features, r) * triton.cdiv(k, c))
+    capability, sms = _device(x.device)
+    return linear_candidates(m, out_features, k, r, c, values.element_size(), capability, density, unions, sms)
+
+
 def _linear(
     x, plans, values, n, side_n, side_k, stride_n, stride_k, bias, activation, residual, config, y=None, quantized=()
 ) -> Tensor:
@@ -251,9 +279,9 @@ def _linear(
         return y
     if config is None:
         density = values.shape[0] / (triton.cdiv(n, side_n) * triton.cdiv(k, side_k))
-        unions = {merge: plan.union for merge, plan in plans.items()}
-        capability, sms = _device(x.device)
-        config = linear_config(m, n, k, side_n, side_k, x.element_size(), capability, density, unions, sms)
+        unions = tuple((merge, plan.union) for merge, plan in plans.items())
+        forward = stride_k == 1  # what tuning measures
+        config = _config(x.device, x.dtype, m, n, k, side_n, side_k, density, unions, forward, tuned.epoch)
     plan = plans[config.merge]
     # Places in the plan and steps of the loop are int32.
     places = max(plan.table.numel(), plan.steps * (side_k // config.block_k))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from collections.abc import Callable, Mapping
 from functools import cache
 from types import ModuleType
@@ -22,6 +23,10 @@ MIN_CAPABILITY = (
     8,
     0,
 )  # the oldest that has bfloat16 tensor cores and cp.async, and the oldest these kernels are compiled for
+TESTED_TRITON = (
+    "3.7",
+    "3.9",
+)  # what CUDA builds of torch 2.13 pin, and what a CPU install gets: gates and emulator ran with both
 MIN_TRITON = (3, 6)  # what torch 2.10, the oldest torch we accept, is released with
 
 
@@ -78,6 +83,18 @@ def triton_problem() -> str | None:
     if tuple(int(part) for part in version.split(".")[:2]) < MIN_TRITON:
         return f"Triton {version} is older than {MIN_TRITON[0]}.{MIN_TRITON[1]}"
     return None
+
+
+def triton_version() -> str:
+    """The installed Triton and whether the kernels' tests ran with it, in words; imports nothing."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "no Triton"
+    tested = " and ".join(TESTED_TRITON)
+    if ".".join(version.split(".")[:2]) in TESTED_TRITON:
+        return f"Triton {version}, one of those that the kernels are tested with ({tested})"
+    return f"Triton {version}, while the kernels are tested with {tested}"
 
 
 def register(
