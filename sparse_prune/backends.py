@@ -117,6 +117,25 @@ def cuda_unavailable(device: torch.device, dtype: torch.dtype, blocksize: tuple[
     return None if problem is None else problem.decode()
 
 
+def gpu_reasons(device: torch.device, dtype: torch.dtype, blocksize: tuple[int, int]) -> dict[str, str | None]:
+    """For each kind of kernel that runs on GPUs why it does not take that problem there, or None where it does."""
+    return {
+        "cuda": cuda_unavailable(device, dtype, blocksize),
+        "triton": triton_unavailable(device, dtype, blocksize),
+    }
+
+
+def gpu_capability(device: torch.device) -> int:
+    """A GPU's compute capability as its architecture is numbered: 80, 90, 120."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def gpu_name() -> str:
+    """The model of this machine's GPU; "" without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
 @functools.cache
 def _load_cuda() -> tuple[ctypes.CDLL | None, str]:
     """The loaded CUDA extension and "", or None and the reason."""
@@ -175,9 +194,12 @@ def cuda_layout(
     from sparse_prune_kernels import cuda, cuda_sm90
 
     r, c = values.shape[1:]
-    if cuda_sm90_unavailable(values.device) is None:
-        return cuda_sm90.layout_of(crow, col, in_features, r, c, transposed).pack(values)
-    return cuda.layout_of(crow, col, -(-in_features // c), r, c, transposed).pack(values)
+    try:
+        if cuda_sm90_unavailable(values.device) is None:
+            return cuda_sm90.layout_of(crow, col, in_features, r, c, transposed).pack(values)
+        return cuda.layout_of(crow, col, -(-in_features // c), r, c, transposed).pack(values)
+    except cuda.ArgumentError as mistake:
+        raise SparsePruneError(*mistake.problem) from None
 
 
 def cuda_linear(
@@ -212,13 +234,18 @@ def cuda_jobs(crow: torch.Tensor, col: torch.Tensor, in_features: int, r: int, c
     """The table that the operator cuda_sdd reads for the gradient of values[nnzb, R, C]. A new index makes it wait for the GPU."""
     from sparse_prune_kernels import cuda
 
-    return cuda.jobs_of(crow, col, -(-in_features // c), r, c)
+    try:
+        return cuda.jobs_of(crow, col, -(-in_features // c), r, c)
+    except cuda.ArgumentError as mistake:
+        raise SparsePruneError(*mistake.problem) from None
 
 
-def register_triton(library: torch.library.Library, fallbacks: dict[str, Callable]) -> None:
-    """Make the Triton kernels the CUDA implementation of the operators, where they are installed; imports no Triton."""
+def register_triton(
+    library: torch.library.Library, fallbacks: dict[str, Callable], wrap: Callable[[str, Callable], Callable]
+) -> None:
+    """Make wrap(name, Triton's kernel) the CUDA implementation of the operators, where they are installed; imports no Triton."""
     if _kernels is not None:
-        _kernels.register(library, fallbacks, SparsePruneError)
+        _kernels.register(library, fallbacks, SparsePruneError, wrap)
 
 
 def cpu_isas() -> tuple[str, ...]:
@@ -319,7 +346,7 @@ def status() -> list[BackendStatus]:
     triton = triton_unavailable(torch.device("cuda"), torch.float16, (32, 32))
     cuda = cuda_unavailable(torch.device("cuda"), torch.float16, (32, 32))
     built = cuda_contents()
-    cuda_detail = "; ".join(part for part in ('by backend="cuda" only, not under "auto"', built) if part)
+    cuda_detail = "; ".join(part for part in ("C++ kernels; bfloat16 and float16", built) if part)
     cuda_reason = "; ".join(part for part in (cuda, built) if part)
     return [
         BackendStatus("cuda", cuda is None, cuda_reason if cuda else "", "" if cuda else cuda_detail),

@@ -45,19 +45,18 @@ class Derived:
 
     key         says which values it was made from; None: nothing yet
     ready       ops.Ready, where a CPU kernel runs a layer; else None
-    prepacked   the values in the order that the CPU kernels read, or None
-    cuda        values and index as the CUDA kernels read them, made when they are first asked for; else None
+    prepacked   the values in the order that the CPU kernels read; on a GPU values and index as the CUDA C++ kernels read them; or
+                None
     plan        planner.Plan, or None where the sparse operator always runs
     dense       the dense weight by form (planner.DENSE_FORMS), made when the plan first asks for it: N * K elements of memory each
     """
 
-    __slots__ = ("key", "prepacked", "plan", "dense", "ready", "cuda")
+    __slots__ = ("key", "prepacked", "plan", "dense", "ready")
 
     def __init__(self, key: object = None, prepacked: Tensor | None = None, plan: Any = None) -> None:
         self.key, self.prepacked, self.plan = key, prepacked, plan
         self.ready: Any = None
         self.dense: dict[str, Tensor] = {}
-        self.cuda: Tensor | None = None
 
     def __reduce__(self):
         return Derived, ()

@@ -364,6 +364,7 @@ def doctor(json_file: Json = None) -> None:
         )
     console.print(table)
     console.print(f"planner     {planner.describe()}", markup=False, highlight=False)
+    console.print(f"on a GPU    {planner.describe_gpu()}", markup=False, highlight=False)
     if tiles.describe():
         console.print(f"tilings     {tiles.describe()}", markup=False, highlight=False)
     _write_json(json_file, [vars(status) for status in statuses])
@@ -397,7 +398,9 @@ def tune(
     seconds: Annotated[float, typer.Option(help="time spent on each of some hundred rows")] = 0.5,
     json_file: Json = None,
 ) -> None:
-    """Measure when sparse is faster than dense on this machine, once: layers then run whichever is. On a GPU: the fastest tilings.
+    """Measure when sparse is faster than dense on this machine, once: layers then run whichever is.
+
+    On a GPU: the fastest tilings of the Triton kernels, and then when these, the CUDA C++ kernels or dense are fastest.
 
     The same command after Ctrl-C goes on. `sparse-prune doctor` tells what is in force.
     """
@@ -422,6 +425,13 @@ def tune(
     counts = _numbers(threads, int) if threads else ()
     with _progress("from the last finished row") as report:
         table = measure(path, quick, dtype.split(","), isas, counts, seconds, report)
+    _show_planned(table)
+    console.print(f"table       {path}", markup=False, highlight=False)
+    _write_json(json_file, json.loads(path.read_text(encoding="utf-8")))
+
+
+def _show_planned(table: Any) -> None:
+    """The break-even densities of a planner's table."""
     shown = Table(title="density from which dense is faster (768 to 3072)", title_justify="left")
     for column in ("isa", "dtype", "block", *(f"M={m}" for m in sorted({row.tokens for row in table.rows}))):
         shown.add_column(column, justify="right", no_wrap=True)
@@ -429,25 +439,25 @@ def tune(
     lines: dict[tuple, dict[int, float]] = {}
     for row in table.rows:
         if row.shape == largest:
-            lines.setdefault((row.isa, row.dtype, row.blocksize), {})[row.tokens] = row.break_even()
+            name = f"{row.isa} {row.kernel}".strip()
+            lines.setdefault((name, row.dtype, row.blocksize), {})[row.tokens] = row.break_even()
     for (name, kind, block), found in lines.items():
         cells = [f"{found[m]:.2f}" if m in found else "" for m in sorted({row.tokens for row in table.rows})]
         shown.add_row(name, SHORT[kind], "x".join(map(str, block)), *cells)
     console.print(shown)
-    console.print(f"table       {path}", markup=False, highlight=False)
-    _write_json(json_file, json.loads(path.read_text(encoding="utf-8")))
 
 
 def _tune_gpu(out: Path | None, quick: bool, dtypes: list[str], seconds: float, json_file: Path | None) -> None:
-    from . import gpu_bench, gpu_tuning, tiles
+    """The tilings first, for the table that chooses between kernels is measured with them."""
+    from . import backends, gpu_bench, gpu_tuning, planner, tiles
 
     gpu_bench.require_gpu("tune")
-    import torch
-
-    path = out or tiles.cache_file(torch.cuda.get_device_name())
+    path = out or tiles.cache_file(backends.gpu_name())
+    kernels = out.with_suffix(".kernels.json") if out else planner.cache_file(backends.gpu_name())
     problems = gpu_tuning.problems(quick, dtypes)
     with _progress("from the last finished row") as report:
         rows = gpu_tuning.tune(problems, path, seconds / 5, report)
+        table = gpu_tuning.tune_kernels(kernels, quick, dtypes, report, seconds / 5)
     shown = Table(title="times faster than with the tilings that arithmetic finds", title_justify="left")
     tokens = sorted({row["M"] for row in rows})
     for column in ("dtype", "block", *(f"M={m}" for m in tokens)):
@@ -455,8 +465,11 @@ def _tune_gpu(out: Path | None, quick: bool, dtypes: list[str], seconds: float, 
     for kind, block, found in gpu_tuning.gains(rows):
         shown.add_row(SHORT[kind], block, *(f"{found[m]:.2f}" if m in found else "" for m in tokens))
     console.print(shown)
+    _show_planned(table)
     console.print(f"tilings     {path}", markup=False, highlight=False)
-    _write_json(json_file, json.loads(path.read_text(encoding="utf-8")))
+    console.print(f"table       {kernels}", markup=False, highlight=False)
+    tables = [json.loads(file.read_text(encoding="utf-8")) for file in (path, kernels)]
+    _write_json(json_file, {"tilings": tables[0], "kernels": tables[1]})
 
 
 @bench_app.command("linear")
@@ -596,13 +609,27 @@ def _linear_table(title: str, rows: list[dict]) -> Table:
 def bench_gpu_bounds(
     quick: Annotated[bool, typer.Option("--quick", help="two block sizes at density .2: a minute")] = False,
     markdown: Annotated[Optional[Path], typer.Option(help="also write the tables to this Markdown file")] = None,  # noqa: UP045
+    table: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="write the planner's table for GPUs there instead (what ships as sparse_prune/tuning_gpu.json); needs nvcc"
+        ),
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Bounds on GPU kernels without a GPU: ours, PyTorch's BSR and dense, compiled, run in the PTX emulator and counted.
 
-    Needs a checkout, Triton and a C++ compiler; the whole table takes some ten minutes.
+    Needs a checkout, Triton and a C++ compiler, and nvcc for the CUDA C++ kernels; the whole table takes some ten minutes.
     """
-    from . import gpu_bounds
+    from . import __version__, gpu_bounds
+    from .tuning import write_table
+
+    if table is not None:
+        with _progress("from the start") as report:
+            found = gpu_bounds.planner_rows(lambda done, of, text: report("bounds", done, of, text))
+        machine = {"gpu": "none: bounds by counted work for A100 and H100", "sparse_prune": __version__}
+        write_table(table, machine, found, gpu_bounds.DENSITIES)
+        return
 
     with _progress("from the start") as report:
         rows = gpu_bounds.gpu_bounds(lambda done, of, text: report("bounds", done, of, text), quick)

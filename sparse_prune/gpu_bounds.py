@@ -72,6 +72,43 @@ def gpu_bounds(
     return rows
 
 
+def planner_rows(report: Callable[[int, int, str], None] = lambda done, of, text: None) -> list[dict[str, Any]]:
+    """Rows of the planner's table for GPUs: bounds of our kernels over the bound of the best dense product.
+
+    A bound flatters every kernel, a sparse one more than a dense one: the table tells kernels apart, and finds dense faster only
+    where sparse cannot win.
+    """
+    emulator, rows = _emulator(), []
+    problems = [(m, k, n) for k, n in ((768, 3072), (4096, 4096)) for m in (16, 64, 512, 4096)]
+    steps = [(capability, problem, block) for capability in CAPABILITIES for problem in problems for block in BLOCKS]
+    dense: dict[tuple, float] = {}
+    for done, (capability, problem, block) in enumerate(steps, 1):
+        (m, k, n), key = problem, (capability, problem)
+        if key not in dense:
+            dense[key] = min(_dense(emulator, capability, *problem, *tiles)["bound"] for tiles in _fitting(problem))
+        bounds: dict[str, list[float]] = {
+            "triton": [],
+            "cuda": [],
+        }  # Triton's first: it wins a tie, for it needs no second copy
+        for density in DENSITIES:
+            packed = weight_of(problem, block, density)
+            bounds["triton"].append(_triton(emulator, capability, m, packed)["bound"])
+            bounds["cuda"].append(cuda_row(capability, m, packed)["bound"])
+        for kernel, found in bounds.items():
+            row = {
+                "isa": f"sm_{capability}",
+                "kernel": kernel,
+                "dtype": "bfloat16",
+                "block": list(block),
+                "M": m,
+                "weight": [k, n],
+            }
+            ratio = [float(f"{bound / dense[key]:.3g}") for bound in found]
+            rows.append(row | {"dense": "plain", "ratio": ratio})
+        report(done, len(steps), f"{NAMES[capability]} M={m} {block[0]}x{block[1]}")
+    return rows
+
+
 def _emulator():
     try:
         import triton  # noqa: F401

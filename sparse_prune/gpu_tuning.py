@@ -1,4 +1,5 @@
-"""`sparse-prune tune` on a GPU: which tilings of the Triton kernels are fastest there (tiles.py keeps and reads them).
+"""`sparse-prune tune` on a GPU: which tilings of the Triton kernels are fastest there (tiles.py keeps and reads them), and then
+when these, the CUDA C++ kernels or dense are (for planner.py).
 
 For each problem the tiling that arithmetic chooses and a dozen others make the same product; results are compared with float64, and
 those that are right are timed as `bench gpu` times: CUDA graphs, in turns, L2 swept. A tiling counts as better only where its
@@ -19,19 +20,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from . import backends, gpu_bench, tiles
+from . import backends, gpu_bench, planner, tiles
 from .benchmark import DTYPES, random_mask
 from .bsr import BsrWeight
 from .errors import SparsePruneError
 from .masks import expand_mask
+from .ops import bsr_linear
 from .serialization import write_json
-from .tuning import resume
+from .tuning import make_table, resume
 
 SHAPES = ((768, 3072), (4096, 4096))  # (K, N)
 BLOCKS = ((16, 16), (32, 32), (64, 64), (128, 128), (64, 16), (128, 16))
 TOKENS = (1, 16, 64, 256, 1024, 4096)  # kernels.tuned takes a row for M from half to twice its own
 DENSITIES = (0.1, 0.3)
+PLANNED_DENSITIES = (0.1, 0.2, 0.5, 1.0)
 QUICK_BLOCKS, QUICK_TOKENS, QUICK_DENSITIES = ((32, 32), (64, 64)), (16, 256, 4096), (0.2,)
 
 Timer = Callable[[gpu_bench.Candidates], tuple[dict[str, list[float]], dict[str, str]]]
@@ -159,6 +163,59 @@ def _require_triton(device: str, dtype: torch.dtype, block: list[int]) -> None:
         reason = backends.triton_unavailable(torch.device(device), dtype, (block[0], block[1]))
     if reason is not None:
         raise SparsePruneError("tune", "a GPU that runs the Triton kernels", "none", reason)
+
+
+def tune_kernels(
+    out: str | Path | None = None,
+    quick: bool = False,
+    dtypes: Iterable[str] = ("bfloat16",),
+    report: Callable[[str, int, int, str], None] = lambda *_: None,
+    seconds: float = 0.1,
+    timer: Timer | None = None,
+    device: str = "cuda",
+) -> planner.Table:
+    """Time each kernel that runs on the GPU and the dense product, and write the planner's table to `out`.
+
+    None: planner.cache_file(backends.gpu_name()), where the planner looks. float16 is planned by bfloat16's rows; int8 is not
+    planned. A kernel whose result is not dense's, or that cannot be timed, has no row. The rest is as in tune.
+    """
+    on = torch.device(device)
+    machine = gpu_bench.about() if device == "cuda" else {"gpu": backends.gpu_name()}
+    timer = timer or gpu_bench.GraphTimer(seconds)
+    out = Path(out) if out is not None else planner.cache_file(backends.gpu_name())
+    dtypes = [name for name in dtypes if name not in ("float16", "int8")] or ["bfloat16"]
+    every = itertools.product(dtypes, QUICK_BLOCKS if quick else BLOCKS, SHAPES, QUICK_TOKENS if quick else TOKENS)
+    isa = f"sm_{backends.gpu_capability(on)}"
+    wanted = [
+        {"isa": isa, "dtype": dtype, "block": list(block), "M": m, "weight": [k, n]}
+        for dtype, block, (k, n), m in every
+    ]
+
+    @torch.no_grad()
+    def measure(problem: dict[str, Any]) -> list[dict[str, Any]]:
+        (k, n), m, dtype, block = problem["weight"], problem["M"], DTYPES[problem["dtype"]], tuple(problem["block"])
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(m, k, generator=generator).to(device, dtype)  # [M, K]
+        weight = torch.randn(n, k, generator=generator).to(device, dtype)  # [N, K]
+        candidates: gpu_bench.Candidates = {"plain": lambda: F.linear(x, weight)}
+        runs = [name for name, reason in backends.gpu_reasons(on, dtype, block).items() if reason is None]
+        for density in PLANNED_DENSITIES:
+            packed = BsrWeight.from_dense(weight, random_mask((n, k), block, density, generator).to(device), block)
+            dense = F.linear(x, packed.to_dense()).double()  # [M, N]
+            for kernel in runs:
+                run = functools.partial(bsr_linear, x, packed, backend=kernel)
+                if (run().double() - dense).norm() <= 4 * torch.finfo(dtype).eps * dense.norm():
+                    candidates[f"{kernel} {density}"] = run
+        times, _ = timer(candidates)
+        us = {name: statistics.median(found) for name, found in times.items()}
+        rows = []
+        for kernel in runs:
+            if all(f"{kernel} {density}" in us for density in PLANNED_DENSITIES):
+                ratio = [float(f"{us[f'{kernel} {density}'] / us['plain']:.3g}") for density in PLANNED_DENSITIES]
+                rows.append(problem | {"kernel": kernel, "dense": "plain", "ratio": ratio})
+        return rows
+
+    return make_table(out, machine, PLANNED_DENSITIES, wanted, measure, report)
 
 
 def gains(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, dict[int, float]]]:

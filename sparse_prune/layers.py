@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, ops
+from . import backends, ops, planner
 from .bsr import BsrWeight, Derived
 from .errors import SparsePruneError
 from .linears import as_matrix, is_linear
@@ -334,13 +334,18 @@ class SparseLinear(nn.Module):
         return self._derived
 
     def backend_for(self, tokens: int) -> str:
-        """What a call without gradients runs for M = tokens: "cpu:ISA", "triton", "reference", or "dense: why"."""
-        if not self.planned:
-            return ops.backend_for(self.values.device, self.values.dtype, "auto", self.blocksize)
+        """What a call without gradients runs for M = tokens: "cpu:ISA", "cuda", "triton", "reference", or "dense: why"."""
         values, shape = self.values, (self.out_features, self.in_features)
         rows, cols = grid_shape(shape, self.blocksize)
         density = values.shape[0] / (rows * cols)
-        return ops.backend_for(values.device, values.dtype, "auto", self.blocksize, density, tokens, shape)
+        found = ops.backend_for(values.device, values.dtype, "auto", self.blocksize, density, tokens, shape)
+        if self.planned or not found.startswith("dense"):
+            return found
+        if values.is_cuda:
+            return (
+                planner.gpu_kernel(values.device, values.dtype, self.blocksize, density, shape, tokens) or "reference"
+            )
+        return ops.backend_for(values.device, values.dtype, "auto", self.blocksize)
 
     def _explain(
         self, x: Tensor, values: Tensor, bias: Tensor | None, activation: Activation, residual: Tensor | None

@@ -1,8 +1,8 @@
 """The operators `sparse_prune::bsr_linear`, `bsr_linear_int8`, `bsr_linear_dx` and `bsr_sdd`, and the function people call.
 
 The schema, shape rule and gradient live here once. Devices get their kernels by dispatch key: the C++ extension registers CPU,
-sparse_prune_kernels (Triton) registers CUDA, and plain PyTorch (reference.py) serves every device and dtype that has no kernel.
-`bsr_linear_cuda`, `bsr_linear_dx_cuda` and `bsr_sdd_cuda` are the same by the CUDA C++ kernels.
+on a GPU the planner picks Triton's or the CUDA C++ ones by M, and plain PyTorch (reference.py) serves every device and dtype that
+has no kernel. `bsr_linear_cuda` and `bsr_linear_triton` are the same by one kind of GPU kernels, and so are their gradients.
 """
 
 from __future__ import annotations
@@ -52,11 +52,13 @@ _SCHEMAS = {
     "bsr_linear_glu": _GLU,
     "bsr_linear_dx": _DX,
     "bsr_sdd": _SDD,
-    "bsr_linear_cuda": _LINEAR,
-    "bsr_linear_dx_cuda": _DX,
-    "bsr_sdd_cuda": _SDD,
     "attention": _ATTENTION,
     "layer_norm": _LAYER_NORM,
+}
+# What names end with: the planner's choice, or one kernel.
+_FORCED = ("", *(f"_{kernel}" for kernel in planner.GPU_KERNELS))
+_SCHEMAS |= {
+    name + kernel: _SCHEMAS[name] for kernel in _FORCED[1:] for name in ("bsr_linear", "bsr_linear_dx", "bsr_sdd")
 }
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -94,9 +96,42 @@ def _cuda_sdd(dy, x, crow_indices, col_indices, block_rows, block_cols):
     return torch.ops.sparse_prune.cuda_sdd(dy, x, jobs, col_indices.shape[0], block_rows, block_cols)
 
 
-_CUDA = {"bsr_linear_cuda": _cuda_linear, "bsr_linear_dx_cuda": _cuda_linear_dx, "bsr_sdd_cuda": _cuda_sdd}
+_CUDA: dict[str, Callable] = {"bsr_linear": _cuda_linear, "bsr_linear_dx": _cuda_linear_dx, "bsr_sdd": _cuda_sdd}
 for _name, _function in _CUDA.items():
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    _library.impl(f"{_name}_cuda", _function, "CompositeExplicitAutograd")
+
+
+def problem_of(name: str, arguments: tuple) -> tuple[tuple[int, int], int, tuple[int, int], int]:
+    """Blocksize, number of blocks, (N, K) and M of a call of one of _CUDA's operators, by its arguments."""
+    first, m = arguments[0], arguments[0].shape[0]
+    if name == "bsr_linear":  # x, ..., values, prepacked, out_features
+        return tuple(arguments[3].shape[1:]), arguments[3].shape[0], (arguments[5], first.shape[1]), m
+    if name == "bsr_linear_dx":  # dy, ..., values, in_features
+        return tuple(arguments[3].shape[1:]), arguments[3].shape[0], (first.shape[1], arguments[4]), m
+    return arguments[4:6], arguments[3].shape[0], (first.shape[1], arguments[1].shape[1]), m  # dy, x, crow, col, R, C
+
+
+def _on_gpu(name: str, triton: Callable) -> Callable:
+    """What runs under that name on CUDA tensors, Triton's kernel given."""
+    if name not in _CUDA:
+        return triton
+    _library.impl(f"{name}_triton", triton, "CUDA")
+    return picking(name, triton)
+
+
+def picking(name: str, triton: Callable) -> Callable:
+    """The CUDA C++ kernel where the planner takes it, else Triton's."""
+    cuda = _CUDA[name]
+
+    def run(*arguments):
+        blocksize, nnzb, shape, m = problem_of(name, arguments)
+        rows, cols = grid_shape(shape, blocksize)
+        first = arguments[0]
+        kernel = planner.gpu_kernel(first.device, first.dtype, blocksize, nnzb / (rows * cols), shape, m)
+        return (cuda if kernel == "cuda" else triton)(*arguments)
+
+    return run
+
 
 _REFERENCE: dict[str, Callable] = {
     "bsr_linear": _reference_linear,
@@ -108,7 +143,7 @@ _REFERENCE: dict[str, Callable] = {
 }
 for _name, _function in _REFERENCE.items():
     _library.impl(_name, _function, "CompositeExplicitAutograd")
-backends.register_triton(_library, _REFERENCE)
+backends.register_triton(_library, _REFERENCE, _on_gpu)
 tiles.install()
 
 
@@ -136,9 +171,7 @@ def _two_linears(
 _library.impl("bsr_linear_glu", _two_linears, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("sparse_prune::bsr_linear_cuda", lib=_library)
-@torch.library.register_fake("sparse_prune::bsr_linear", lib=_library)
-def _(x, crow_indices, col_indices, values, prepacked, out_features, bias, activation, residual):
+def _fake_linear(x, crow_indices, col_indices, values, prepacked, out_features, bias, activation, residual):
     return x.new_empty(x.shape[0], out_features)
 
 
@@ -152,16 +185,17 @@ def _(x, gc, gi, gv, gp, uc, ui, uv, up, out_features, gate_bias, up_bias, activ
     return x.new_empty(x.shape[0], out_features)
 
 
-@torch.library.register_fake("sparse_prune::bsr_linear_dx_cuda", lib=_library)
-@torch.library.register_fake("sparse_prune::bsr_linear_dx", lib=_library)
-def _(dy, crow_indices, col_indices, values, in_features):
+def _fake_linear_dx(dy, crow_indices, col_indices, values, in_features):
     return dy.new_empty(dy.shape[0], in_features)
 
 
-@torch.library.register_fake("sparse_prune::bsr_sdd_cuda", lib=_library)
-@torch.library.register_fake("sparse_prune::bsr_sdd", lib=_library)
-def _(dy, x, crow_indices, col_indices, block_rows, block_cols):
+def _fake_sdd(dy, x, crow_indices, col_indices, block_rows, block_cols):
     return dy.new_empty(col_indices.shape[0], block_rows, block_cols)
+
+
+for _kernel in _FORCED:
+    for _name, _function in (("linear", _fake_linear), ("linear_dx", _fake_linear_dx), ("sdd", _fake_sdd)):
+        torch.library.register_fake(f"sparse_prune::bsr_{_name}{_kernel}", _function, lib=_library)
 
 
 @torch.library.register_fake("sparse_prune::attention", lib=_library)
@@ -180,13 +214,13 @@ def _save_for_backward(ctx, inputs, output):
     ctx.activation = activation
 
 
-def _backward(kernels: str, ctx, dy):
+def _backward(kernel: str, ctx, dy):
     """dx = dz @ W, dvalues = blocks of dz^T @ x, db = sum of dz over M, dresidual = dy, with dz = dy * act'(z).
 
-    kernels: what the names of the operators end with.
+    kernel: what the names of the operators end with.
     """
     linear, linear_dx, sdd = (
-        getattr(torch.ops.sparse_prune, name + kernels) for name in ("bsr_linear", "bsr_linear_dx", "bsr_sdd")
+        getattr(torch.ops.sparse_prune, name + kernel) for name in ("bsr_linear", "bsr_linear_dx", "bsr_sdd")
     )
     x, crow, col, values, prepacked, bias = ctx.saved_tensors
     dz = dy.contiguous()  # [M, N]
@@ -201,10 +235,10 @@ def _backward(kernels: str, ctx, dy):
     return dx, None, None, dvalues, None, None, dbias, None, dy if needs_residual else None
 
 
-for _kernels in ("", "_cuda"):
+for _kernel in _FORCED:
     torch.library.register_autograd(
-        f"sparse_prune::bsr_linear{_kernels}",
-        functools.partial(_backward, _kernels),
+        f"sparse_prune::bsr_linear{_kernel}",
+        functools.partial(_backward, _kernel),
         setup_context=_save_for_backward,
         lib=_library,
     )
@@ -266,7 +300,7 @@ class _Owner:
 def make_ready(packed: BsrWeight, derived: Derived, bias: Tensor | None) -> Ready | None:
     """The layer with that weight, what was derived from it and a bias, or None where only the long way runs it."""
     values = packed.values
-    if derived.prepacked is None or values.is_inference():
+    if derived.prepacked is None or not values.is_cpu or values.is_inference():
         return None
     tensors = (packed.crow_indices, packed.col_indices)
     n, k = packed.shape
@@ -326,11 +360,11 @@ def backend_for(
     tokens: int | None = None,
     shape: tuple[int, int] | None = None,
 ) -> str:
-    """The backend that bsr_linear runs: "cpu" (with its instruction set, "cpu:avx512"), "triton", "cuda", "reference"
-    or "dense". "cuda" only where it is asked for.
+    """The backend that bsr_linear runs: "cpu" (with its instruction set, "cpu:avx512"), "triton", "cuda", "reference" or "dense".
 
     With a density of blocks and M (tokens) the planner is asked too, as under "auto" when no gradient of the weight is wanted: the
-    answer is "dense: reason" where it expects dense to be faster for a weight of that shape (N, K; None: a large one).
+    answer is "dense: reason" where it expects dense to be faster for a weight of that shape (N, K; None: a large one). On a GPU
+    it also chooses between "cuda" and "triton", by M.
     dtype is that of the weight, torch.int8 for a quantized one, which the planner leaves to the sparse operator.
 
     Raises SparsePruneError with the reason when a backend is named that cannot run.
@@ -343,15 +377,15 @@ def backend_for(
     if backend == "auto" and density is not None and tokens is not None:
         plan = planner.plan(device, dtype, blocksize, density, shape)
         choice = None if plan is None else plan.at(tokens)
-        if choice is not None and choice.dense:
-            return f"dense: {choice.reason}"
+        if choice is not None and (choice.dense or choice.kernel):
+            return f"dense: {choice.reason}" if choice.dense else choice.kernel
     reasons = {
         "cpu": lambda: backends.cpu_unavailable(device, dtype),
         "triton": lambda: backends.triton_unavailable(device, dtype, blocksize),
         "cuda": lambda: backends.cuda_unavailable(device, dtype, blocksize),
     }
     for name, why_not in reasons.items():
-        if backend != name and (backend != "auto" or name == "cuda"):  # no GPU has run the CUDA kernels yet
+        if backend not in (name, "auto"):
             continue
         reason = why_not()
         if reason is None:
@@ -369,6 +403,7 @@ def show_config() -> None:
         verdict = f"yes: {backend.detail}" if backend.available else f"no: {backend.reason}"
         print(f"{backend.name:<10} {verdict}")
     print(f"{'planner':<10} {planner.describe()}")
+    print(f"{'on a GPU':<10} {planner.describe_gpu()}")
     if tiles.describe():
         print(f"{'tilings':<10} {tiles.describe()}")
 
@@ -397,7 +432,7 @@ def bsr_linear(
     Differentiable in x, packed.values, bias and residual. backend "auto" runs the sparse kernel, or on a CPU, where no gradient of
     the weight is wanted, dense PyTorch if the planner expects that to be faster; the dense weight is then made once and kept beside
     the packed one, N * K more elements of memory. `backend_for(x.device, packed.values.dtype, backend, packed.blocksize, density,
-    M, shape)` tells which runs. "cuda" runs the CUDA C++ kernels.
+    M, shape)` tells which runs. "cuda" runs the CUDA C++ kernels and "triton" Triton's.
 
     Where packed.values are int8 (BsrWeight.quantize), x, bias and residual share float32, bfloat16 or float16, each row of x is
     rounded to int8 by its own scale max|x| / 127, or by x_scale for all rows (what lies beyond +-127 x_scale saturates), products
@@ -425,18 +460,19 @@ def bsr_linear(
                 y = _reference_int8(*arguments)
         else:
             y = torch.ops.sparse_prune.bsr_linear_int8(*arguments)
-    elif chosen == "cuda":
-        # Outside training the layout is made in the first call, before any capture of a CUDA graph, and kept.
-        if derived is not None and derived.cuda is None:
-            derived.cuda = backends.cuda_layout(*bsr[:2], packed.values.detach(), packed.shape[1])
-        layout = None if derived is None else derived.cuda
-        y = torch.ops.sparse_prune.bsr_linear_cuda(rows, *bsr, layout, n, bias, activation, flat_residual)
     elif form and derived is not None:
         y = dense_linear(dense_weight(derived, form, packed.to_dense), form, rows, bias, activation, flat_residual)
     elif form or chosen == "reference":
         y = reference.bsr_linear(rows, *bsr, n, bias, activation, flat_residual)
     else:
-        y = torch.ops.sparse_prune.bsr_linear(rows, *bsr, prepacked, n, bias, activation, flat_residual)
+        run = torch.ops.sparse_prune.bsr_linear
+        if backend in planner.GPU_KERNELS:
+            run = getattr(torch.ops.sparse_prune, f"bsr_linear_{backend}")
+        if (
+            backend == "cuda" and derived is not None and derived.prepacked is None
+        ):  # the plan would take another kernel
+            derived.prepacked = prepacked = backends.cuda_layout(*bsr[:2], packed.values.detach(), packed.shape[1])
+        y = run(rows, *bsr, prepacked, n, bias, activation, flat_residual)
     return y.reshape(out_shape)
 
 
@@ -529,7 +565,10 @@ def current(derived: Derived, packed: BsrWeight) -> Derived:
     values = packed.values.detach()
     rows, cols = grid_shape(packed.shape, packed.blocksize)
     plan = planner.plan(values.device, values.dtype, packed.blocksize, packed.nnzb / (rows * cols), packed.shape)
-    return Derived(key, prepack(values, packed.crow_indices), plan)
+    derived = Derived(key, prepack(values, packed.crow_indices), plan)
+    if plan is not None and any(choice.kernel == "cuda" for choice in plan.choices):
+        derived.prepacked = backends.cuda_layout(packed.crow_indices, packed.col_indices, values, packed.shape[1])
+    return derived
 
 
 def values_key(values: Tensor) -> tuple:

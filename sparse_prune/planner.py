@@ -1,8 +1,9 @@
-"""Sparse or dense: which is faster for a weight on this CPU, read from a small table of measurements.
+"""Sparse or dense, and on a GPU by which kernel: what is faster for a weight, read from a small table of measurements.
 
-A row of the table says, for one instruction set, dtype, block size, M and weight, how long a sparse layer takes as a fraction of
-the best dense one, at a few densities. `sparse-prune tune` measures this machine (tuning.py); the table that ships with the
-package was measured by the same command (bench/shipped_table.py) and serves where that has not been run.
+A row of the table says, for one instruction set (or GPU's architecture and kernel), dtype, block size, M and weight, how long a
+sparse layer takes as a fraction of the best dense one, at a few densities. `sparse-prune tune` measures this machine, its CPU
+(tuning.py) or GPU (gpu_tuning.py). What ships with the package serves where that has not been run: for CPUs a table measured by the
+same command (bench/shipped_table.py), for GPUs, which nobody has timed, bounds by counted work (`bench gpu-bounds --table`).
 """
 
 from __future__ import annotations
@@ -28,12 +29,17 @@ VARIABLE = "SPARSE_PRUNE_TUNING"  # a file, or one of:
 SHIPPED, OFF = "shipped", "off"
 FORMAT = 1
 DENSE_FORMS = ("plain", "prepacked")  # nn.Linear's own product, and oneDNN's with a reordered weight
+GPU_KERNELS = ("cuda", "triton")
 _SHIPPED_FILE = Path(__file__).with_name("tuning.json")
+_SHIPPED_GPU_FILE = Path(__file__).with_name("tuning_gpu.json")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: ratio[i] = time of the sparse layer / time of the best dense one (whose form is `dense`) at densities[i]."""
+    """One measurement: ratio[i] = time of the sparse layer / time of the best dense one (whose form is `dense`) at densities[i].
+
+    isa is an instruction set, or a GPU's architecture such as "sm_80"; kernel is one of GPU_KERNELS there, else "".
+    """
 
     isa: str
     dtype: str
@@ -43,6 +49,7 @@ class Row:
     dense: str
     densities: tuple[float, ...]
     ratio: tuple[float, ...]
+    kernel: str = ""
 
     def ratio_at(self, density: float) -> float:
         """The ratio between the measured densities, on a straight line; below the lowest on the line of the first two."""
@@ -73,12 +80,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Choice:
-    """What to run from one measured M to the next: dense is "" for the sparse kernel, else one of DENSE_FORMS."""
+    """What to run from one measured M to the next: dense is "" for the sparse kernel, else one of DENSE_FORMS.
+
+    kernel is the sparse kernel to take on a GPU, where dense is not taken; "" on a CPU.
+    """
 
     tokens: int
     dense: str
     ratio: float | None
     reason: str
+    kernel: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,35 +113,89 @@ def plan(
 ) -> Plan | None:
     """The plan for a weight [N, K] (shape None: a large one) that keeps `density` of its blocks, for x of that dtype.
 
-    None where there is nothing to choose: off the CPU, for int8 (whose results no product of PyTorch gives), with the planner
-    off, or where nothing was measured; the sparse operator runs then. Without C++ kernels for the dtype every choice is dense:
-    plain PyTorch would make the weight dense on each call.
+    None where there is nothing to choose: off CPUs and GPUs, for int8 (whose results no product of PyTorch gives), with the planner
+    off, or where nothing was measured; the sparse operator runs then. Without a kernel for the weight every choice is dense: plain
+    PyTorch would make the weight dense on each call.
     Raises SparsePruneError for a table in force that cannot be read.
     """
-    if device.type != "cpu" or dtype == torch.int8 or _setting() == OFF:
+    if device.type not in ("cpu", "cuda") or dtype == torch.int8 or _setting() == OFF:
         return None
+    (r, c), (n, k) = blocksize, shape or (4096, 4096)
+    if device.type == "cuda":
+        return _gpu_plan(_setting(), backends.epoch, device, dtype, (r, c), density, (n, k))
     missing = backends.cpu_unavailable(device, dtype)
     if missing is not None:
         return Plan((), (Choice(1, "plain", None, f"no sparse kernel runs here: {missing}"),))
-    isa, name = backends.cpu_isa(dtype), str(dtype).removeprefix("torch.")
-    n, k = shape or (4096, 4096)
-    return _plan(_tables(_setting()), isa, name, (blocksize[0], blocksize[1]), density, (n, k))
+    # Where an instruction set was not measured the next lower one is asked: what it calls too slow is too slow here as well,
+    # for dense gains more from better instructions.
+    isas = backends.ISAS[backends.ISAS.index(backends.cpu_isa(dtype)) :]
+    return _plan(_tables(_setting()), isas, _name(dtype), ("",), (r, c), density, (n, k))
 
 
-def _plan(
-    tables: tuple[Table, ...],
-    isa: str,
-    dtype: str,
+def gpu_kernel(
+    device: torch.device,
+    dtype: torch.dtype,
+    blocksize: tuple[int, int],
+    density: float,
+    shape: tuple[int, int],
+    tokens: int,
+) -> str:
+    """The sparse kernel to take for M = tokens on a GPU, one of GPU_KERNELS; "" where none runs."""
+    found = plan(device, dtype, blocksize, density, shape)
+    if found is not None:
+        return found.at(tokens).kernel
+    runs = _gpu_runs(device, dtype, blocksize)
+    return (
+        "triton" if "triton" in runs else runs[0] if runs else ""
+    )  # nothing measured: the one that takes most problems
+
+
+@functools.lru_cache(maxsize=4096)
+def _gpu_plan(
+    setting: str,
+    epoch: int,
+    device: torch.device,
+    dtype: torch.dtype,
     blocksize: tuple[int, int],
     density: float,
     shape: tuple[int, int],
 ) -> Plan | None:
+    """setting and epoch are there to plan again where they changed."""
+    runs = _gpu_runs(device, dtype, blocksize)
+    if not runs:
+        reasons = "; ".join(
+            f"{name}: {reason}" for name, reason in backends.gpu_reasons(device, dtype, blocksize).items()
+        )
+        return Plan((), (Choice(1, "plain", None, f"no sparse kernel runs here: {reasons}"),))
+    tables, own = _gpu_tables(setting), backends.gpu_capability(device)
+    measured = {int(row.isa[3:]) for table in tables for row in table.rows if row.kernel}
+    isas = tuple(f"sm_{arch}" for arch in sorted(measured, reverse=True) if arch <= own)
+    name = "bfloat16" if dtype == torch.float16 else _name(dtype)  # the same kernels, as fast
+    return _plan(tables, isas, name, runs, blocksize, density, shape)
+
+
+def _gpu_runs(device: torch.device, dtype: torch.dtype, blocksize: tuple[int, int]) -> tuple[str, ...]:
+    return tuple(name for name, reason in backends.gpu_reasons(device, dtype, blocksize).items() if reason is None)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _plan(
+    tables: tuple[Table, ...],
+    isas: Sequence[str],
+    dtype: str,
+    kernels: tuple[str, ...],
+    blocksize: tuple[int, int],
+    density: float,
+    shape: tuple[int, int],
+) -> Plan | None:
+    """The plan by the first table, and in it the first of isas, that has rows of that dtype and one of these kernels."""
     rows: list[Row] = []
     for table in tables:
-        # Where an instruction set was not measured the next lower one is asked: what it calls too slow is too slow here as well,
-        # for dense gains more from better instructions.
-        for name in backends.ISAS[backends.ISAS.index(isa) :]:
-            rows = rows or [row for row in table.rows if row.isa == name and row.dtype == dtype]
+        for name in isas:
+            rows = rows or [r for r in table.rows if (r.isa, r.dtype) == (name, dtype) and r.kernel in kernels]
         if rows:
             break
     if not rows:
@@ -139,16 +204,17 @@ def _plan(
     rows = [row for row in rows if row.blocksize == block]
     size = math.log(shape[0] * shape[1])
     nearest = min((row.shape for row in rows), key=lambda found: abs(math.log(found[0] * found[1]) - size))
-    rows = sorted((row for row in rows if row.shape == nearest), key=lambda row: row.tokens)
     choices = []
-    for row in rows:
+    for tokens in sorted({row.tokens for row in rows if row.shape == nearest}):
+        candidates = [row for row in rows if row.shape == nearest and row.tokens == tokens]
+        row = min(candidates, key=lambda row: row.ratio_at(density))
         ratio = row.ratio_at(density)
         reason = (
-            f"sparse is expected to run {1 / max(ratio, 1e-3):.2f}x as fast as dense near M = {row.tokens} "
+            f"{row.kernel or 'sparse'} is expected to run {1 / max(ratio, 1e-3):.2f}x as fast as dense near M = {row.tokens} "
             f"at density {density:.3f} ({row.isa}, {dtype}, {block[0]}x{block[1]} blocks; "
             f"break-even {row.break_even():.2f}; {table.source})"
         )
-        choices.append(Choice(row.tokens, row.dense if ratio > 1 else "", ratio, reason))
+        choices.append(Choice(row.tokens, row.dense if ratio > 1 else "", ratio, reason, row.kernel))
     bounds = tuple(math.sqrt(a.tokens * b.tokens) for a, b in zip(choices, choices[1:], strict=False))
     return Plan(bounds, tuple(choices))
 
@@ -187,6 +253,7 @@ def using_table(choice: str | Path | None) -> Iterator[None]:
 def refresh() -> None:
     """Forget the tables that were read: files may have changed."""
     _tables.cache_clear()
+    _gpu_tables.cache_clear()
     backends.epoch += 1
 
 
@@ -209,10 +276,22 @@ def describe() -> str:
     return text if table.source != "shipped table" else text + "; `sparse-prune tune` measures this machine"
 
 
-def cache_file() -> Path:
-    """Where `sparse-prune tune` keeps this machine's table: one file per processor model under the user's cache directory."""
+def describe_gpu() -> str:
+    """One sentence: the table that chooses between kernels and dense on a GPU, where it comes from, and how to measure this one."""
+    if _setting() == OFF:
+        return f"off ({VARIABLE}={OFF}): the sparse kernels always run"
+    table = _gpu_tables(_setting())[0]
+    isas = ", ".join(sorted({row.isa for row in table.rows if row.kernel}))
+    text = f"{table.source}, for {isas}"
+    return text + "; `sparse-prune tune` measures this GPU" if "bounds" in table.source else text
+
+
+def cache_file(processor: str = "") -> Path:
+    """Where `sparse-prune tune` keeps this machine's table: one file per model of processor (the CPU's, or a GPU's name)
+    under the user's cache directory.
+    """
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    slug = re.sub(r"[^a-z0-9]+", "-", backends.cpu_name().lower()).strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", (processor or backends.cpu_name()).lower()).strip("-")
     return Path(root) / "sparse-prune" / f"tuning-{slug}.json"
 
 
@@ -237,14 +316,16 @@ def load_table(path: str | Path) -> Table:
         raise wrong(f"a damaged one ({type(error).__name__}: {error})") from None
     if not rows:
         raise wrong("one without rows")
-    source = "shipped table" if Path(path) == _SHIPPED_FILE else f"table {path}"
+    shipped = {_SHIPPED_FILE: "shipped table", _SHIPPED_GPU_FILE: "shipped bounds, counted and not timed"}
+    source = shipped.get(Path(path), f"table {path}")
     return Table(source, machine, rows)
 
 
 def _row(entry: dict, densities: tuple[float, ...]) -> Row:
     (r, c), (k, n) = entry["block"], entry["weight"]
     ratio = tuple(float(value) for value in entry["ratio"])
-    row = Row(entry["isa"], entry["dtype"], (r, c), entry["M"], (n, k), entry["dense"], densities, ratio)
+    kernel = entry.get("kernel", "")
+    row = Row(entry["isa"], entry["dtype"], (r, c), entry["M"], (n, k), entry["dense"], densities, ratio, kernel)
     numbers = (*row.blocksize, row.tokens, *row.shape)
     if not all(type(number) is int and number > 0 for number in numbers):
         raise ValueError(f"block, M and weight must be positive integers, not {numbers}")
@@ -252,6 +333,10 @@ def _row(entry: dict, densities: tuple[float, ...]) -> Row:
         raise ValueError(f"ratio must hold {len(densities)} positive numbers, one per density, not {entry['ratio']}")
     if list(densities) != sorted(set(densities)) or not (densities[0] > 0 and densities[-1] <= 1):
         raise ValueError(f"densities must rise within (0, 1], not {densities}")
+    if kernel not in ("", *GPU_KERNELS) or (kernel and not re.fullmatch(r"sm_\d+", row.isa)):
+        raise ValueError(
+            f"kernel must be one of {', '.join(GPU_KERNELS)}, for an isa such as sm_80, not {kernel!r} for {row.isa}"
+        )
     if row.dense not in DENSE_FORMS:
         raise ValueError(f"dense must be one of {', '.join(DENSE_FORMS)}, not {row.dense!r}")
     return row
@@ -270,3 +355,13 @@ def _tables(setting: str) -> tuple[Table, ...]:
     shipped = load_table(_SHIPPED_FILE)
     own = "" if setting == SHIPPED else setting or (str(cache_file()) if cache_file().exists() else "")
     return (load_table(own), shipped) if own else (shipped,)
+
+
+@functools.lru_cache(maxsize=4)
+def _gpu_tables(setting: str) -> tuple[Table, ...]:
+    """Likewise for a GPU: a file that was asked for if it has rows of one, what `sparse-prune tune` left, the shipped bounds."""
+    own = [] if setting in ("", SHIPPED) else [load_table(setting)]
+    tuned = cache_file(backends.gpu_name()) if backends.gpu_name() else None
+    if setting == "" and tuned is not None and tuned.exists():
+        own.append(load_table(tuned))
+    return (*(table for table in own if any(row.kernel for row in table.rows)), load_table(_SHIPPED_GPU_FILE))

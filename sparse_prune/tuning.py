@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,34 +61,48 @@ def tune(
     out = Path(out) if out is not None else planner.cache_file()
     threads = tuple(threads) or (torch.get_num_threads(),)
     about = {key: value for key, value in machine().items() if key != "threads"} | {"threads": list(threads)}
-    partial = out.with_name(out.name + ".partial.jsonl")
-    done = resume(partial, about)
     problems = list(_problems(quick, tuple(dtypes), isas))
+
+    def measure(problem: dict) -> list[dict]:
+        return [problem | _measure(problem, threads, seconds)]
+
+    return make_table(out, about, DENSITIES, problems, measure, report)
+
+
+def make_table(
+    out: Path,
+    about: dict,
+    densities: tuple[float, ...],
+    problems: list[dict],
+    measure: Callable[[dict], list[dict]],
+    report: Callable[[str, int, int, str], None],
+) -> planner.Table:
+    """The table at out of the rows that measure() gives of each problem, those of a run that was stopped taken from there."""
+    partial_file = out.with_name(out.name + ".partial.jsonl")
+    done = resume(partial_file, about)
     with planner.using_table(planner.OFF):
         for step, problem in enumerate(problems, 1):
             key = json.dumps(problem)
             if key not in done:
-                done[key] = problem | _measure(problem, threads, seconds)
-                with partial.open("a", encoding="utf-8") as file:
+                done[key] = measure(problem)
+                with partial_file.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"problem": key, "row": done[key]}) + "\n")
-            row = done[key]
-            block, m = "x".join(map(str, row["block"])), row["M"]
-            report(
-                "tune",
-                step,
-                len(problems),
-                f"{row['isa']} {row['dtype']} {block} M={m}: {row['ratio'][0]:.2f} of dense",
+            block = "x".join(map(str, problem["block"]))
+            found = (
+                ", ".join(f"{row.get('kernel', '')} {row['ratio'][0]:.2f}".strip() for row in done[key])
+                or "nothing runs"
             )
-    rows = [done[json.dumps(problem)] for problem in problems]
-    write_table(out, about, rows)
-    partial.unlink(missing_ok=True)
+            text = f"{problem['isa']} {problem['dtype']} {block} M={problem['M']}: {found} of dense"
+            report("tune", step, len(problems), text)
+    write_table(out, about, [row for problem in problems for row in done[json.dumps(problem)]], densities)
+    partial_file.unlink(missing_ok=True)
     planner.refresh()
     return planner.load_table(out)
 
 
-def write_table(out: Path, about: dict, rows: list[dict]) -> None:
+def write_table(out: Path, about: dict, rows: list[dict], densities: tuple[float, ...] = DENSITIES) -> None:
     """The file that planner.load_table reads, one row a line."""
-    head = json.dumps({"format": planner.FORMAT, "machine": about, "densities": list(DENSITIES)})
+    head = json.dumps({"format": planner.FORMAT, "machine": about, "densities": list(densities)})
     with atomic_path(out) as temporary:
         lines = ",\n".join(json.dumps(row) for row in rows)
         temporary.write_text(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
@@ -108,7 +123,7 @@ def _problems(quick: bool, dtypes: tuple[str, ...], isas: Iterable[str] | None) 
                         yield {"isa": isa, "dtype": dtype, "block": list(block), "M": m, "weight": [k, n]}
 
 
-def resume(partial: Path, about: dict) -> dict[str, dict]:
+def resume(partial: Path, about: dict) -> dict[str, Any]:
     """Rows that an earlier run of the same machine, versions and threads left; else an empty start."""
     try:
         lines = [json.loads(line) for line in partial.read_text(encoding="utf-8").splitlines()]

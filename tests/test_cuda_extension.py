@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import sparse_prune as sp
-from sparse_prune import backends, reference
+from sparse_prune import backends, ops, planner, reference
 from sparse_prune.ops import backend_for
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,6 +161,7 @@ def emulated(monkeypatch, request):
         scope.impl(name, played[name], "CPU")
     monkeypatch.setattr(backends, "cuda_unavailable", lambda *_: None)
     monkeypatch.setattr(backends, "cuda_sm90_unavailable", lambda _: None if hopper else "no Hopper")
+    monkeypatch.setattr(ops, "prepack", lambda *_: None)  # the CPU kernels' layout
     yield calls
     scope._destroy()
 
@@ -261,3 +262,32 @@ def test_what_is_made_of_an_index_is_made_once():
     col[0] = col[0].clone()
     assert cuda.jobs_of(crow, col, 4, 32, 32) is not jobs
     assert cuda.layout_of(crow, col, 4, 32, 32, False) is not layout
+
+
+@needs_nvcc
+@pytest.mark.parametrize("kernel", ["cuda", "triton"])
+def test_what_auto_runs_on_a_gpu(emulated, monkeypatch, kernel):
+    """Forward, dx and dW by the kernel that the planner names, which is asked about this weight and M."""
+    packed, generator = some_weight()
+    x, dy = torch.randn(20, 100, generator=generator).bfloat16(), torch.randn(20, 70, generator=generator).bfloat16()
+    index, asked = (packed.crow_indices, packed.col_indices), []
+
+    def gpu_kernel(*arguments):
+        asked.append(arguments)
+        return kernel
+
+    monkeypatch.setattr(planner, "gpu_kernel", gpu_kernel)
+    calls = {
+        "bsr_linear": (x, *index, packed.values, None, 70, None, "none", None),
+        "bsr_linear_dx": (dy, *index, packed.values, 100),
+        "bsr_sdd": (dy, x, *index, 32, 32),
+    }
+    for name, arguments in calls.items():
+        got = ops.picking(name, lambda *given: ("triton", given))(*arguments)
+        if kernel == "triton":
+            assert got == ("triton", arguments)
+        else:
+            exact = getattr(torch.ops.sparse_prune, name)(*arguments)
+            torch.testing.assert_close(got, exact, rtol=2**-6, atol=2**-5)
+    assert asked == [(x.device, torch.bfloat16, (32, 32), packed.nnzb / 12, (70, 100), 20)] * 3
+    assert len(emulated) == (3 if kernel == "cuda" else 0)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_prune as sp
-from sparse_prune import backends, ops, planner, tuning
+from sparse_prune import backends, gpu_tuning, ops, planner, tuning
 from sparse_prune.masks import expand_mask, grid_shape
 
 needs_kernels = pytest.mark.skipif(not backends.cpu_isas(), reason=backends._reason or "built")
@@ -426,3 +426,126 @@ def test_dense_form_is_plain_where_gradients_are_on():
     assert ops.dense_form(derived, 4) == "plain"
     with torch.no_grad():
         assert ops.dense_form(derived, 4) == "prepacked" and ops.dense_form(derived, 0) == ""
+
+
+# ---- on a GPU: which kernel, or dense ----
+
+GPU = torch.device("cuda")
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """An A100 that runs both kinds of kernels and was never tuned; the function says otherwise."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(planner.VARIABLE, raising=False)
+    monkeypatch.setattr(backends, "gpu_name", lambda: "NVIDIA Test 80GB")
+
+    def has(capability=80, **reasons):
+        monkeypatch.setattr(backends, "gpu_capability", lambda device: capability)
+        monkeypatch.setattr(backends, "gpu_reasons", lambda *_: {"cuda": None, "triton": None} | reasons)
+        planner.refresh()
+
+    has()
+    yield has
+    monkeypatch.undo()
+    planner.refresh()
+
+
+def gpu_rows(path, **ratios):
+    """A table for sm_80 whose kernels have these ratios at densities .1 and 1."""
+    rows = [
+        {
+            "isa": "sm_80",
+            "kernel": k,
+            "dtype": "bfloat16",
+            "block": [16, 16],
+            "M": 16,
+            "weight": [K, N],
+            "dense": "plain",
+        }
+        | {"ratio": list(ratio)}
+        for k, ratio in ratios.items()
+    ]
+    path.write_text(json.dumps({"format": 1, "machine": {"gpu": "a test"}, "densities": [0.1, 1.0], "rows": rows}))
+    return path
+
+
+def test_shipped_bounds_choose_between_the_kernels_of_a_gpu(gpu):
+    ask = dict(dtype=torch.bfloat16, density=0.2, shape=(4096, 4096))
+    for dtype in (torch.bfloat16, torch.float16):  # the same kernels
+        choice = planner.plan(GPU, dtype, (16, 16), 0.2, (4096, 4096)).at(4096)
+        assert (choice.kernel, choice.dense) == ("cuda", "") and choice.ratio < 0.5
+        assert "shipped bounds, counted and not timed" in choice.reason and "sm_80" in choice.reason
+    gpu(cuda="not built")
+    assert planner.plan(GPU, blocksize=(16, 16), **ask).at(4096).kernel == "triton"
+    gpu(120)
+    assert "sm_90" in planner.plan(GPU, blocksize=(16, 16), **ask).at(1).reason
+    gpu(86)
+    assert "sm_80" in planner.plan(GPU, blocksize=(128, 32), **ask).at(1).reason
+
+
+def test_nothing_measured_and_nothing_that_runs_on_a_gpu(gpu):
+    assert planner.plan(GPU, torch.float32, (32, 32), 0.2) is None
+    assert planner.gpu_kernel(GPU, torch.float32, (32, 32), 0.2, (96, 64), 5) == "triton"
+    gpu(triton="no Triton")
+    assert planner.gpu_kernel(GPU, torch.float32, (32, 32), 0.2, (96, 64), 5) == "cuda"
+    gpu(cuda="not built", triton="no Triton")
+    choice = planner.plan(GPU, torch.bfloat16, (32, 32), 0.2).at(5)
+    assert choice.dense == "plain" and "cuda: not built; triton: no Triton" in choice.reason
+    assert ops.backend_for(GPU, torch.bfloat16, "auto", (32, 32), 0.2, 5).startswith(
+        "dense: no sparse kernel runs here"
+    )
+    assert planner.plan(GPU, torch.int8, (32, 32), 0.2) is None
+
+
+@pytest.mark.parametrize(
+    ("ratios", "runs"),
+    [
+        ({"cuda": (0.5, 2.0), "triton": (0.3, 2.0)}, "triton"),
+        ({"cuda": (0.3, 2.0), "triton": (0.5, 2.0)}, "cuda"),
+        ({"cuda": (1.3, 2.0), "triton": (1.5, 2.0)}, "dense: cuda is expected to run 0.7"),
+    ],
+)
+def test_an_own_table_overrides_the_bounds(gpu, tmp_path, ratios, runs):
+    with planner.using_table(gpu_rows(tmp_path / "t.json", **ratios)):
+        found = ops.backend_for(GPU, torch.bfloat16, "auto", (32, 32), 0.1, 16, (N, K))
+        assert found.startswith(runs) and "t.json" in planner.describe_gpu()
+        if runs[:5] == "dense":  # what runs in training, which dense does not serve
+            assert planner.gpu_kernel(GPU, torch.bfloat16, (32, 32), 0.1, (N, K), 16) == "cuda"
+    with planner.using_table(planner.OFF):
+        assert planner.plan(GPU, torch.bfloat16, (32, 32), 0.1) is None and "off" in planner.describe_gpu()
+
+
+def test_a_table_with_an_unknown_kernel_is_refused(tmp_path):
+    with pytest.raises(sp.SparsePruneError, match="kernel must be one of cuda, triton"):
+        planner.load_table(gpu_rows(tmp_path / "t.json", cutlass=(0.5, 1.0)))
+
+
+def test_tune_on_a_gpu_is_kept_and_then_in_force(gpu, tmp_path, monkeypatch):
+    """With the CPU in the GPU's place, and a timer that says what each candidate takes."""
+    monkeypatch.setattr(gpu_tuning, "SHAPES", ((32, 64),))
+    ran, wrong = [], ""
+
+    def linear(x, packed, backend):
+        ran.append(backend)
+        y = F.linear(x, packed.to_dense())
+        return y + 1 if backend == wrong else y
+
+    def timer(candidates):
+        for run in candidates.values():
+            assert run().shape[1] == 64
+        times = {name: [9.0, 10 * float(name.split()[1]), 0.1] for name in candidates if name != "plain"}
+        failed = {name: times.pop(name) and "no graph" for name in list(times) if name == "triton 0.5"}
+        return times | {"plain": [5.0]}, failed
+
+    monkeypatch.setattr(gpu_tuning, "bsr_linear", linear)
+    table = gpu_tuning.tune_kernels(quick=True, timer=timer, device="cpu")
+    assert set(ran) == {"cuda", "triton"}
+    assert [path.name for path in (tmp_path / "sparse-prune").iterdir()] == ["tuning-nvidia-test-80gb.json"]
+    assert {row.kernel for row in table.rows} == {"cuda"}, "a kernel that failed at one density has no row"
+    assert all(row.ratio == (0.2, 0.4, 1.0, 1.8) and row.isa == "sm_80" for row in table.rows)
+    assert "tuning-nvidia-test-80gb.json" in planner.plan(GPU, torch.bfloat16, (32, 32), 0.2).choices[0].reason
+    assert "tuning-nvidia-test-80gb.json" in planner.describe_gpu()
+    wrong = "cuda"
+    with pytest.raises(sp.SparsePruneError, match="one without rows"):
+        gpu_tuning.tune_kernels(tmp_path / "wrong.json", quick=True, timer=timer, device="cpu")

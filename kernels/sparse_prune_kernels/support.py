@@ -101,11 +101,13 @@ def register(
     library: torch.library.Library,
     fallbacks: Mapping[str, Callable[..., Tensor]],
     error: Callable[[str, str, object, str], Exception] = ArgumentError,
+    wrap: Callable[[str, Callable[..., Tensor]], Callable[..., Tensor]] = lambda name, function: function,
 ) -> None:
     """Make the kernels the CUDA implementation of bsr_linear, bsr_linear_int8, bsr_linear_dx and bsr_sdd in library's namespace.
 
     fallbacks maps each of these names to the function that runs where `unavailable` gives a reason (blocks of 4x8, say); it
-    takes the operator's own arguments. error makes the exception that a caller sees of (argument, expected, got, remedy).
+    takes the operator's own arguments. error makes the exception that a caller sees of (argument, expected, got, remedy). What is
+    registered is wrap(name, the function of the kernel).
     """
 
     def linear(x, crow_indices, col_indices, values, prepacked, out_features, bias, activation, residual):
@@ -157,7 +159,7 @@ def register(
 
     functions = {"bsr_linear": linear, "bsr_linear_int8": linear_int8, "bsr_linear_dx": linear_dx, "bsr_sdd": sdd}
     for name, function in functions.items():
-        library.impl(name, told(function), "CUDA")
+        library.impl(name, wrap(name, told(function)), "CUDA")
 
 
 def check_device(name: str, tensor: Tensor, **others: Tensor | None) -> None:
