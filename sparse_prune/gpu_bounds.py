@@ -150,6 +150,8 @@ def cuda_row(capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
     from sparse_prune_kernels.config import gpu_of
 
     kernels, sms = _cuda_kernels(), gpu_of(capability).sms
+    if capability == 90 and m > kernels.FEW_TOKENS:
+        return _cuda_sm90_row(m, packed)
     (n, k), (r, c), blocks = packed.shape, packed.blocksize, tuple(packed.values.shape)
     layout = cuda.make_layout(packed.crow_indices, packed.col_indices, -(-k // c), r, c)
     at, launch = kernels.linear_launch(m, n, blocks, sms)
@@ -188,6 +190,31 @@ def cuda_row(capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
     }
     row |= {"union": None, "tensor_share": counts.kinds["mma"] / counts.instructions}
     return _headline(row, capability, m, packed)
+
+
+def _cuda_sm90_row(m: int, packed: BsrWeight) -> dict[str, Any]:
+    """cuda_row of the Hopper kernel: its blocks stay, so a program is what one of them does for a tile."""
+    from sparse_prune_kernels import cuda_sm90
+
+    kernels, (n, k), (r, c) = _cuda_kernels(), packed.shape, packed.blocksize
+    layout = cuda_sm90.make_layout(packed.crow_indices, packed.col_indices, k, r, c)
+    plan = layout.plan
+    weight = kernels.PackedSm90(r, c, plan.cluster, packed.nnzb, plan.groups, plan.steps)
+    launch = kernels.launch_sm90(m, n, weight)[2]
+    x = _rows(min(m, launch.tokens), k)
+    emulated = {"tokens": launch.tokens, "clusters": 1, "mode": "early", "races": False}
+    y, counts = kernels.linear_sm90(x, layout.pack(packed.values), weight, n, **emulated)
+    _check(y, x, packed.to_dense(), "CUDA")
+    programs, scale = plan.groups * plan.cluster, -(-m // launch.tokens)
+    made = SimpleNamespace(registers=168, shared=launch.shared_bytes)  # as tests/test_cuda_sm90.py sees it
+    bytes_moved = _compulsory(m, packed) + 4 * layout.tables.numel()
+    stages = launch.shared_bytes // (2 * launch.step * (launch.tokens + cuda_sm90.ROWS))
+    sms = plan.cluster * cuda_sm90.CLUSTERS[plan.cluster]
+    counted = [(counts, made, programs, launch.threads)]
+    row = _bound(counted, [scale], 90, bytes_moved, plan.steps / plan.groups, stages, sms)
+    row |= {"kernel": "cuda", "config": {"tokens": launch.tokens, "cluster": plan.cluster}, "bytes_ratio": None}
+    row |= {"union": plan.filled[2], "tensor_share": counts.kinds["wgmma"] / counts.instructions}
+    return _headline(row, 90, m, packed)
 
 
 def _triton(emulator, capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
@@ -315,11 +342,17 @@ def _compulsory(m: int, packed: BsrWeight) -> int:
     return packed.nbytes + 2 * (m * k + m * n)
 
 
-def _bound(counted, scales, capability: int, bytes_moved: float, steps: float, stages: int) -> dict[str, Any]:
-    """Clocks that each resource of the GPU is busy at its peak, for calls that follow one another."""
+def _bound(
+    counted, scales, capability: int, bytes_moved: float, steps: float, stages: int, sms: int | None = None
+) -> dict[str, Any]:
+    """Clocks that each resource of the GPU is busy at its peak, for calls that follow one another.
+
+    sms: how many of the GPU's multiprocessors have something to do, all unless given.
+    """
     from sparse_prune_kernels.config import gpu_of
 
     gpu = gpu_of(capability)
+    sms = sms or gpu.sms
     clocks = dict.fromkeys(("tensor", "issue", "shared", "L2"), 0.0) | {
         "DRAM": bytes_moved / gpu.dram_bytes,
         "latency": 0.0,
@@ -327,7 +360,7 @@ def _bound(counted, scales, capability: int, bytes_moved: float, steps: float, s
     wavefronts = ideal = 0
     for place, ((counts, made, programs, threads), scale) in enumerate(zip(counted, scales, strict=False)):
         total = programs * scale
-        busiest = -(-total // gpu.sms) / programs  # programs of the busiest SM, per program run
+        busiest = -(-total // sms) / programs  # programs of the busiest SM, per program run
         rate = gpu.multiply_adds * (gpu.mma_sync if counts.kinds["wgmma"] == 0 else 1.0)
         clocks["tensor"] += busiest * counts.tensor_fma / rate
         clocks["issue"] += busiest * counts.instructions / gpu.issue
@@ -336,7 +369,7 @@ def _bound(counted, scales, capability: int, bytes_moved: float, steps: float, s
         resident = min(
             65536 // (made.registers * threads), (gpu.shared + 1024) // (made.shared + 1024), 2048 // threads
         )
-        waves = -(-total // (gpu.sms * max(1, resident)))
+        waves = -(-total // (sms * max(1, resident)))
         # where to look, the index, then as many rounds as the pipeline's depth leaves, and the output
         rounds = 3 + (steps / max(1, stages - 1) if place == 0 else 0)
         clocks["latency"] += waves * rounds * LATENCY

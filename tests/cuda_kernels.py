@@ -20,6 +20,7 @@ from torch import Tensor
 CSRC = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 FLAGS = ("-O3", "-std=c++17", "-DNDEBUG")
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+FEW_TOKENS = 64  # kSkinnyTokens of csrc/cuda/config.h
 NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 

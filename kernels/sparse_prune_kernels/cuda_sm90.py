@@ -18,6 +18,8 @@ from .plan import places, row_order, with_no_row
 ROWS = 128  # outputs that a block of the grid makes: two warpgroups of 64
 STEP = 64  # inputs of a step at most
 CLUSTER = 4  # blocks that share x: more share more, but fewer clusters fit on the SMs of a GPU processing cluster
+# How many run at once on an H100: its 132 SMs lie in processing clusters of 16 and 18, which no cluster of blocks crosses.
+CLUSTERS = {1: 132, 2: 66, 4: 32}
 LAST = -(1 << 31)
 
 
