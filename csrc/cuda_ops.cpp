@@ -127,13 +127,13 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, int64_t nnzb, int64_t 
 }
 
 Tensor cuda_linear_sm90(const Tensor& x, const Tensor& packed, int64_t nnzb, int64_t block_rows, int64_t block_cols,
-                        int64_t out_features, int64_t cluster, int64_t groups, int64_t steps, std::optional<Tensor> bias,
+                        int64_t out_features, int64_t cluster, int64_t groups, int64_t lines, std::optional<Tensor> bias,
                         std::string activation, std::optional<Tensor> residual) {
   sp::LinearProblem p = problem_of(x, packed, nnzb, block_rows, block_cols, out_features, bias, activation, residual);
-  STD_TORCH_CHECK((cluster == 1 || cluster == 2 || cluster == 4) && groups > 0 && steps >= groups,
-                  "cluster, groups, steps: expected those of this weight's layout, got ", cluster, ", ", groups, " and ", steps);
+  STD_TORCH_CHECK((cluster == 1 || cluster == 2 || cluster == 4) && groups > 0 && lines >= groups,
+                  "cluster, groups, lines: expected those of this weight's layout, got ", cluster, ", ", groups, " and ", lines);
   const sp::sm90::Packed weight = {
-      static_cast<int>(block_rows), static_cast<int>(block_cols), static_cast<int>(cluster), nnzb, groups, steps};
+      static_cast<int>(block_rows), static_cast<int>(block_cols), static_cast<int>(cluster), nnzb, groups, lines};
   p.layout = sp::layout_of_sm90(p.N, weight);
   check_size(packed, weight.bytes(p.N));
   return run(x, p, [&](const sp::LinearProblem& p, void* stream) {
@@ -189,7 +189,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparse_prune, m) {
       "Tensor? residual) -> Tensor");
   m.def(
       "cuda_linear_sm90(Tensor x, Tensor packed, int nnzb, int block_rows, int block_cols, int out_features, int cluster, int groups, "
-      "int steps, Tensor? bias, str activation, Tensor? residual) -> Tensor");
+      "int lines, Tensor? bias, str activation, Tensor? residual) -> Tensor");
   m.def("cuda_sdd(Tensor dy, Tensor x, Tensor jobs, int nnzb, int block_rows, int block_cols) -> Tensor");
 }
 

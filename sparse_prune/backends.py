@@ -226,7 +226,7 @@ def cuda_linear(
     if cuda_sm90_unavailable(x.device) is not None:
         return torch.ops.sparse_prune.cuda_linear(x, packed, *sides, *extras)
     plan = cuda_sm90.layout_of(crow, col, shape[1], r, c, transposed).plan
-    sizes = (plan.cluster, plan.groups, plan.steps)
+    sizes = (plan.cluster, plan.groups, plan.lines)
     return torch.ops.sparse_prune.cuda_linear_sm90(x, packed, *sides, *sizes, *extras)
 
 

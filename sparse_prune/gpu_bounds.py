@@ -199,7 +199,7 @@ def _cuda_sm90_row(m: int, packed: BsrWeight) -> dict[str, Any]:
     kernels, (n, k), (r, c) = _cuda_kernels(), packed.shape, packed.blocksize
     layout = cuda_sm90.make_layout(packed.crow_indices, packed.col_indices, k, r, c)
     plan = layout.plan
-    weight = kernels.PackedSm90(r, c, plan.cluster, packed.nnzb, plan.groups, plan.steps)
+    weight = kernels.PackedSm90(r, c, plan.cluster, packed.nnzb, plan.groups, plan.lines)
     launch = kernels.launch_sm90(m, n, weight)[2]
     x = _rows(min(m, launch.tokens), k)
     emulated = {"tokens": launch.tokens, "clusters": 1, "mode": "early", "races": False}
@@ -208,10 +208,10 @@ def _cuda_sm90_row(m: int, packed: BsrWeight) -> dict[str, Any]:
     programs, scale = plan.groups * plan.cluster, -(-m // launch.tokens)
     made = SimpleNamespace(registers=168, shared=launch.shared_bytes)  # as tests/test_cuda_sm90.py sees it
     bytes_moved = _compulsory(m, packed) + 4 * layout.tables.numel()
-    stages = launch.shared_bytes // (2 * launch.step * (launch.tokens + cuda_sm90.ROWS))
+    stages = launch.shared_bytes // (2 * launch.line * launch.lines * (launch.tokens + cuda_sm90.ROWS))
     sms = plan.cluster * cuda_sm90.CLUSTERS[plan.cluster]
     counted = [(counts, made, programs, launch.threads)]
-    row = _bound(counted, [scale], 90, bytes_moved, plan.steps / plan.groups, stages, sms)
+    row = _bound(counted, [scale], 90, bytes_moved, plan.lines / plan.groups / launch.lines, stages, sms)
     row |= {"kernel": "cuda", "config": {"tokens": launch.tokens, "cluster": plan.cluster}, "bytes_ratio": None}
     row |= {"union": plan.filled[2], "tensor_share": counts.kinds["wgmma"] / counts.instructions}
     return _headline(row, 90, m, packed)

@@ -113,16 +113,16 @@ class PackedSm90(ctypes.Structure):
     """sm90::Packed of csrc/cuda/bsr_linear_sm90.h."""
 
     _fields_ = [(name, ctypes.c_int) for name in ("block_rows", "block_columns", "cluster")] + [
-        (name, ctypes.c_int64) for name in ("nnzb", "groups", "steps")
+        (name, ctypes.c_int64) for name in ("nnzb", "groups", "lines")
     ]
 
 
 class LaunchSm90(ctypes.Structure):
     """sm90::Launch of csrc/cuda/bsr_linear_sm90.h."""
 
-    _fields_ = [(name, ctypes.c_int) for name in ("tokens", "step", "threads", "shared_bytes", "group_tokens")] + [
-        ("turns", ctypes.c_int64)
-    ]
+    _fields_ = [
+        (name, ctypes.c_int) for name in ("tokens", "line", "lines", "threads", "shared_bytes", "group_tokens")
+    ] + [("turns", ctypes.c_int64)]
 
 
 class TensorMapArguments(ctypes.Structure):
@@ -307,17 +307,17 @@ def linear_sm90(
         code = program(ptx("kernels_sm80.cu", "sm_80", patch), entry(few, few_launch, x.dtype))
         size = {"shared_bytes": few_launch.shared_bytes}
         return y, code.launch(few_launch.blocks, few_launch.threads, arguments, **size, **options)
-    name = f"bsr_linear_sm90_{NAMES[x.dtype]}_{launch.tokens}_{launch.step}"
+    name = f"bsr_linear_sm90_{NAMES[x.dtype]}_{launch.tokens}_{launch.line}x{launch.lines}"
     text = ptx("kernels_sm90.cu", "sm_90a", patch)
     code = program(edit(text, name) if edit else text, name)
     described = _config().sparse_prune_x_map_arguments(
-        *(ctypes.c_int64(size) for size in (m, k, 2 * x.stride(0))), launch.tokens, launch.step
+        *(ctypes.c_int64(size) for size in (m, k, 2 * x.stride(0))), launch.tokens, launch.line
     )
     x_map = ptx_emulator.TensorMap(
         x, described.box_dim, described.global_dim, described.global_stride, described.swizzle
     )
     arguments = [x_map, x, values, table, *extras, y, x.stride(0), n, m, n, k, weight.block_rows, weight.groups]
-    arguments += [weight.steps, launch.group_tokens, ACTIVATIONS.index(activation)]
+    arguments += [weight.lines, launch.group_tokens, ACTIVATIONS.index(activation)]
     blocks = min(clusters, launch.turns) * weight.cluster
     options |= {"shared_bytes": launch.shared_bytes, "cluster": weight.cluster}
     return y, code.launch(blocks, launch.threads, arguments, **options)

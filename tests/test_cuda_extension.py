@@ -78,7 +78,7 @@ def test_code_for_every_architecture(library):
     for arch, names in seen.items():
         hopper = arch == "sm_90a"
         ours = "bsr_linear_sm90_" if hopper else "bsr_linear_s(m80|kinny)_|bsr_sdd_|sum_parts_"
-        assert len(names) == 12 if hopper else len(names) >= 24, arch
+        assert len(names) == 16 if hopper else len(names) >= 24, arch
         assert all(re.match(ours, name) for name in names), arch
         code = subprocess.run(
             [tool("cuobjdump"), "-sass", "-arch", arch, library], capture_output=True, text=True
@@ -138,10 +138,10 @@ def emulated(monkeypatch, request):
         blocks = (nnzb, block_rows, block_cols)
         return cuda_kernels.linear(cuda_kernels.aligned(x), packed, blocks, out_features, bias, activation, residual)[0]
 
-    def cuda_linear_sm90(x, packed, nnzb, r, c, out_features, cluster, groups, steps, bias, activation, residual):
+    def cuda_linear_sm90(x, packed, nnzb, r, c, out_features, cluster, groups, lines, bias, activation, residual):
         assert hopper
         calls.append(("linear", packed.data_ptr()))
-        weight = cuda_kernels.PackedSm90(r, c, cluster, nnzb, groups, steps)
+        weight = cuda_kernels.PackedSm90(r, c, cluster, nnzb, groups, lines)
         return cuda_kernels.linear_sm90(
             cuda_kernels.aligned(x), packed, weight, out_features, bias, activation, residual
         )[0]

@@ -29,7 +29,7 @@ def product(x, packed, bias=None, residual=None, activation="none", cluster=None
     (n, k), (r, c) = packed.shape, packed.blocksize
     layout = cuda_sm90.make_layout(packed.crow_indices, packed.col_indices, k, r, c, cluster=cluster)
     plan = layout.plan
-    weight = cuda_kernels.PackedSm90(r, c, plan.cluster, packed.nnzb, plan.groups, plan.steps)
+    weight = cuda_kernels.PackedSm90(r, c, plan.cluster, packed.nnzb, plan.groups, plan.lines)
     packed = layout.pack(packed.values)
     y, counts = cuda_kernels.linear_sm90(x, packed, weight, n, bias, activation, residual, **options)
     return y, counts, plan
@@ -101,7 +101,7 @@ def test_work_is_what_was_predicted(block):
     index = 4 * plan.table.numel() + 1024  # each block reads its part, in sectors of 32 bytes
     assert clocks["L2"] * gpu.l2_bytes <= l2 <= clocks["L2"] * gpu.l2_bytes + blocks * index
     shared = 128 * counts.shared_wavefronts + counts.wgmma_shared_bytes
-    words = 128 * 12 * blocks * plan.steps  # the word of a stage: written once, read by eight warps
+    words = 128 * 12 * blocks * plan.lines  # the word of a stage: written once, read by eight warps
     assert blocks * clocks["shared"] * 128 <= shared <= 1.001 * blocks * clocks["shared"] * 128 + words
     assert counts.shared_wavefronts == counts.shared_ideal  # no bank conflicts
     assert counts.kinds["store_global"] == m * n // 128  # 128 outputs an instruction: a sector of 16 for each of 8 rows
@@ -136,14 +136,14 @@ def test_what_is_not_finite_reaches_only_rows_that_keep_its_column(block, value)
 
 
 def test_what_the_kernel_cannot_run_is_refused_with_the_reason():
-    def refusal(x=0x1000, m=64, n=64, k=64, row_bytes=128, groups=1, steps=1):
-        return cuda_kernels.refusal_sm90(x, m, n, k, row_bytes, cuda_kernels.PackedSm90(32, 32, 4, 8, groups, steps))
+    def refusal(x=0x1000, m=64, n=64, k=64, row_bytes=128, groups=1, lines=1):
+        return cuda_kernels.refusal_sm90(x, m, n, k, row_bytes, cuda_kernels.PackedSm90(32, 32, 4, 8, groups, lines))
 
     assert refusal() is None
     assert "begin at a multiple of 16 bytes" in refusal(x=0x1002)
     assert "multiple of 16 bytes apart" in refusal(k=33, row_bytes=66)
     assert "column" in refusal(k=0)
-    for size in ({"m": 1 << 31}, {"n": 1 << 31}, {"k": 1 << 31}, {"m": 1 << 22, "groups": 1 << 17}, {"steps": 1 << 27}):
+    for size in ({"m": 1 << 31}, {"n": 1 << 31}, {"k": 1 << 31}, {"m": 1 << 22, "groups": 1 << 17}, {"lines": 1 << 27}):
         assert refusal(**size) == "a size that int32 cannot number"
 
 
@@ -165,16 +165,19 @@ def test_tiles_fill_the_gpu():
 # ---- what ptxas makes of it ----
 
 KERNELS = [
-    f"bsr_linear_sm90_{t}_{tokens}_{step}" for t in ("bf16", "f16") for tokens in (128, 256) for step in (16, 32, 64)
+    f"bsr_linear_sm90_{dtype}_{tokens}_{step}"
+    for dtype in ("bf16", "f16")
+    for tokens in (128, 256)
+    for step in ("16x1", "16x4", "32x1", "64x1")
 ]
-QUICK = ("bsr_linear_sm90_bf16_128_16", "bsr_linear_sm90_f16_128_64")
+QUICK = ("bsr_linear_sm90_bf16_128_16x4", "bsr_linear_sm90_f16_128_64x1")
 
 
 @pytest.mark.parametrize("name", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KERNELS])
 def test_cubin(name, tmp_path):
     """No spills, two warpgroups' registers, and in the machine code what the design asks for."""
     tools = pytest.importorskip("triton.backends.nvidia.compiler").__file__
-    tokens, step = (int(part) for part in name.split("_")[-2:])
+    tokens, line, lines = (int(part) for part in re.split("[_x]", name)[-3:])
     text, cubin = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
     text.write_text(cuda_kernels.ptx("kernels_sm90.cu", "sm_90a"))
     ptxas = ["nvcc", "-arch=sm_90a", "-cubin", f"-Xptxas=-v,-e,{name}", str(text), "-o", str(cubin)]
@@ -184,20 +187,19 @@ def test_cubin(name, tmp_path):
     assert re.search(rf"Compiling entry function '{name}'", report)
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
     assert "C7510" not in report and "serialized" not in report, report
-    # Of 65536: 168 for each of 384 threads when they start; then 56 for those that load and 224 for those that multiply.
-    assert int(re.search(r"Used (\d+) registers", report)[1]) == 168 and 128 * 56 + 256 * 224 <= 65536
-    weight = cuda_kernels.PackedSm90(16, step, 4, 0, 1, 1)
+    # Of 65536: 168 for each of 384 threads when they start; then 72 for those that load and 216 for those that multiply.
+    assert int(re.search(r"Used (\d+) registers", report)[1]) == 168 and 128 * 72 + 256 * 216 <= 384 * 168
+    weight = cuda_kernels.PackedSm90(64 if lines > 1 else 16, line, 4, 0, 1, 1)
     launch = cuda_kernels.launch_sm90(1, 16, weight, tokens)[2]
-    assert launch.step == step and launch.threads == 384 and launch.shared_bytes <= 227 * 1024
+    assert (launch.line, launch.lines, launch.threads) == (line, lines, 384) and launch.shared_bytes <= 227 * 1024
     disassemble = [str(Path(tools).with_name("bin") / "cuobjdump"), "-sass", "-fun", name, str(cubin)]
     sass = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout
     products = re.findall(rf"HGMMA\.64x{tokens}x16\.F32(?:\.BF16)? (R\d+), (R\d+), gdesc\[\w+\], R\d+(, gsb0)?", sass)
-    depth = step // 16
-    assert len(products) == 2 * depth  # two steps in turn, with fragments of their own ...
+    # Two steps in turn, with fragments of their own; as many lines as have a block. Nothing waits between products of a step.
+    depth = line * lines // 16
+    groups = range(1, 5) if lines > 1 else [depth]
+    assert [bool(waits) for *_, waits in products] == [place == of - 1 for of in groups for place in range(of)] * 2
     assert len({a for _, a, _ in products}) == 2 * depth and len({d for d, _, _ in products}) == 1
-    assert [bool(g) for *_, g in products] == (
-        [False] * (depth - 1) + [True]
-    ) * 2  # ... and nothing waits between products of a step
     assert "UTMALDG.2D.MULTICAST" in sass and "UBLKCP" in sass and "USETMAXREG" in sass and "MOVM" in sass
     assert not re.search(r"\b(STL|LDL)\b", sass)
     assert len(re.findall(r"\bHMMA\b", sass)) == 1  # of sums that are made again
@@ -307,9 +309,9 @@ ONE = (
     (
         "kernels_sm90.cu",
         "KERNELS(bf16, __nv_bfloat16)\nKERNELS(f16, __half)\n",
-        "KERNEL(bf16, __nv_bfloat16, 128, 32)\n",
+        "KERNEL(bf16, __nv_bfloat16, 128, 32, 1)\n",
     ),
-    ("kernels_sm90.cu", "{ENTRIES(bf16, true) ENTRIES(f16, false)}", "{ENTRY(bf16, true, 128, 32)}"),
+    ("kernels_sm90.cu", "{ENTRIES(bf16, true) ENTRIES(f16, false)}", "{ENTRY(bf16, true, 128, 32, 1)}"),
 )
 
 

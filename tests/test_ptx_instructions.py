@@ -147,6 +147,7 @@ INTEGER = [  # instruction, widths of the sources, width of the result, definiti
     ("bfe.u64 $d, $a, $b, $c", (64, 32, 32), 64, lambda a, b, c: bfe(a, b, c, 64, False)),
     ("popc.b32 $d, $a", (32,), 32, lambda a: bin(a).count("1")),
     ("clz.b64 $d, $a", (64,), 32, lambda a: 64 - a.bit_length()),
+    ("bfind.shiftamt.u32 $d, $a", (32,), 32, lambda a: 32 - a.bit_length() if a else 0xFFFFFFFF),
     ("brev.b32 $d, $a", (32,), 32, lambda a: int(f"{a:032b}"[::-1], 2)),
     ("prmt.b32 $d, $a, $b, $c", (32, 32, 32), 32, prmt),
     ("lop3.b32 $d, $a, $b, $c, 0xCA", (32, 32, 32), 32, lambda a, b, c: (a & b) | (~a & c)),

@@ -18,10 +18,14 @@ constexpr int MAX_CLUSTER = 4;       // blocks that share x; divides every numbe
 constexpr int STAGE_BYTES = 192 * 1024;  // the ring of stages, of 227 KiB
 constexpr int MAX_STAGES = 16;       // more than 16 steps ahead hide nothing that 16 do not
 
-// Inputs of one step: a line of x is 32, 64 or 128 bytes, one swizzle of shared memory; a block of 128 columns takes two steps.
-SPARSE_PRUNE_BOTH constexpr int step_of(int block_columns) { return block_columns < 64 ? block_columns : 64; }
-SPARSE_PRUNE_BOTH constexpr int x_bytes(int tokens, int step) { return tokens * step * 2; }
-SPARSE_PRUNE_BOTH constexpr int w_bytes(int step) { return ROWS * step * 2; }
+// Inputs of a line: what x has of them is 32, 64 or 128 bytes a token, one swizzle of shared memory. A block of 128 columns is two lines.
+SPARSE_PRUNE_BOTH constexpr int line_of(int block_columns) { return block_columns < 64 ? block_columns : 64; }
+// Lines of a step: four of tall blocks' 16 inputs, or waiting for steps and releasing them would cost more than the products do.
+// Two warpgroups tell apart which of them they have; they could not where more block-rows share a warpgroup.
+SPARSE_PRUNE_BOTH constexpr int lines_of(int block_rows, int block_columns) { return block_rows >= 64 && block_columns == 16 ? 4 : 1; }
+// Bytes of so many inputs, a line or a step.
+SPARSE_PRUNE_BOTH constexpr int x_bytes(int tokens, int inputs) { return tokens * inputs * 2; }
+SPARSE_PRUNE_BOTH constexpr int w_bytes(int inputs) { return ROWS * inputs * 2; }
 SPARSE_PRUNE_BOTH constexpr int stages(int tokens, int step) {
   int fit = STAGE_BYTES / (x_bytes(tokens, step) + w_bytes(step));
   return fit >= 16 ? 16 : fit >= 8 ? 8 : 4;  // a multiple of the cluster, so that one block always leads the same stages
@@ -31,15 +35,15 @@ SPARSE_PRUNE_BOTH constexpr int shared_bytes(int tokens, int step) {
   return stages(tokens, step) * (x_bytes(tokens, step) + w_bytes(step) + 3 * 8 + 4);
 }
 
-// What cuTensorMapEncodeTiled is told about x: [m, k] in two-byte numbers, rows row_bytes apart; boxes of `step` inputs and `tokens` rows.
+// What cuTensorMapEncodeTiled is told about x: [m, k] in two-byte numbers, rows row_bytes apart; boxes of `line` inputs and `tokens` rows.
 struct TensorMapArguments {
   uint64_t global_dim[2];      // innermost first
   uint64_t global_stride[1];   // bytes
   uint32_t box_dim[2];
   uint32_t swizzle;            // bytes
 };
-inline TensorMapArguments x_map_arguments(int64_t m, int64_t k, int64_t row_bytes, int tokens, int step) {
-  return {{uint64_t(k), uint64_t(m)}, {uint64_t(row_bytes)}, {uint32_t(step), uint32_t(tokens)}, uint32_t(2 * step)};
+inline TensorMapArguments x_map_arguments(int64_t m, int64_t k, int64_t row_bytes, int tokens, int line) {
+  return {{uint64_t(k), uint64_t(m)}, {uint64_t(row_bytes)}, {uint32_t(line), uint32_t(tokens)}, uint32_t(2 * line)};
 }
 
 // A weight as kernels/sparse_prune_kernels/cuda_sm90.py packs it: nnzb blocks in fragment order, the table of its ClusterPlan, and where
@@ -47,13 +51,13 @@ inline TensorMapArguments x_map_arguments(int64_t m, int64_t k, int64_t row_byte
 struct Packed {
   int block_rows, block_columns;  // in {16, 32, 64, 128}
   int cluster;                    // blocks that share x: 1, 2 or 4
-  int64_t nnzb, groups, steps;
+  int64_t nnzb, groups, lines;
 
   int row() const { return block_rows < 64 ? block_rows : 64; }  // outputs of a row
   int64_t table() const { return 2 * nnzb * block_rows * block_columns; }  // offset in bytes
   int64_t table_ints() const {
     const int64_t places = int64_t(cluster) * (ROWS / block_rows);
-    return groups + 1 + groups * places + steps * (2 + places);
+    return groups + 1 + groups * places + lines * (2 + places);
   }
   int64_t starts() const { return table() + (table_ints() + 3) / 4 * 16; }
   int64_t rows(int64_t out_features) const { return (out_features + block_rows - 1) / block_rows * (block_rows / row()); }
@@ -64,7 +68,7 @@ struct Packed {
 };
 
 struct Launch {
-  int tokens, step;    // which instantiation
+  int tokens, line, lines;  // which instantiation
   int threads;
   int shared_bytes;    // dynamic shared memory
   int group_tokens;    // tiles of tokens that pass over all groups together
@@ -75,9 +79,10 @@ struct Launch {
 inline Launch launch_with(int64_t m, const Packed& w, int tokens) {
   Launch launch = {};
   launch.tokens = tokens;
-  launch.step = step_of(w.block_columns);
+  launch.line = line_of(w.block_columns);
+  launch.lines = lines_of(w.block_rows, w.block_columns);
   launch.threads = THREADS;
-  launch.shared_bytes = shared_bytes(tokens, launch.step);
+  launch.shared_bytes = shared_bytes(tokens, launch.line * launch.lines);
   launch.group_tokens = 2048 / tokens;  // x of 2048 tokens and 4096 inputs is 16 MB, of 50 MB of L2
   launch.turns = (m + tokens - 1) / tokens * w.groups;
   return launch;

@@ -112,8 +112,8 @@ SPARSE_PRUNE_EXPORT void sparse_prune_linear_launch_sm90(int64_t M, int64_t out_
 SPARSE_PRUNE_EXPORT int64_t sparse_prune_packed_bytes_sm90(int64_t out_features, const sm90::Packed* weight) {
   return weight->bytes(out_features);
 }
-SPARSE_PRUNE_EXPORT sm90::TensorMapArguments sparse_prune_x_map_arguments(int64_t M, int64_t K, int64_t row_bytes, int tokens, int step) {
-  return sm90::x_map_arguments(M, K, row_bytes, tokens, step);
+SPARSE_PRUNE_EXPORT sm90::TensorMapArguments sparse_prune_x_map_arguments(int64_t M, int64_t K, int64_t row_bytes, int tokens, int line) {
+  return sm90::x_map_arguments(M, K, row_bytes, tokens, line);
 }
 SPARSE_PRUNE_EXPORT const char* sparse_prune_refusal_sm90(uint64_t x, int64_t M, int64_t N, int64_t K, int64_t row_bytes,
                                                           const sm90::Packed* weight) {

@@ -1,4 +1,4 @@
-// The kernels of bsr_linear_sm90.cuh that are built, and their launch. Names: bsr_linear_sm90_{type}_{tokens of a tile}_{inputs of a step}.
+// The kernels of bsr_linear_sm90.cuh that are built, and their launch. Names: bsr_linear_sm90_{type}_{tokens of a tile}_{line}x{lines}.
 #include <algorithm>
 #include <atomic>
 
@@ -9,14 +9,15 @@ using namespace sparse_prune;
 
 #ifndef SPARSE_PRUNE_WITHOUT_SM90A
 
-#define KERNEL(NAME, TYPE, TOKENS, STEP)                                                                                  \
+#define KERNEL(NAME, TYPE, TOKENS, LINE, LINES)                                                                           \
   extern "C" __global__ void __launch_bounds__(sm90::THREADS, 1)                                                          \
-      bsr_linear_sm90_##NAME##_##TOKENS##_##STEP(SPARSE_PRUNE_SM90_PARAMETERS) {                                          \
-    sm90::bsr_linear<TYPE, TOKENS, STEP>(&x_map, SPARSE_PRUNE_SM90_ARGUMENTS);                                            \
+      bsr_linear_sm90_##NAME##_##TOKENS##_##LINE##x##LINES(SPARSE_PRUNE_SM90_PARAMETERS) {                                \
+    sm90::bsr_linear<TYPE, TOKENS, LINE, LINES>(&x_map, SPARSE_PRUNE_SM90_ARGUMENTS);                                     \
   }
-#define KERNELS(NAME, TYPE) \
-  KERNEL(NAME, TYPE, 256, 64) KERNEL(NAME, TYPE, 256, 32) KERNEL(NAME, TYPE, 256, 16) \
-  KERNEL(NAME, TYPE, 128, 64) KERNEL(NAME, TYPE, 128, 32) KERNEL(NAME, TYPE, 128, 16)
+#define KERNELS(NAME, TYPE)                                                                                               \
+  KERNEL(NAME, TYPE, 256, 64, 1) KERNEL(NAME, TYPE, 256, 32, 1) KERNEL(NAME, TYPE, 256, 16, 1)                            \
+  KERNEL(NAME, TYPE, 256, 16, 4) KERNEL(NAME, TYPE, 128, 64, 1) KERNEL(NAME, TYPE, 128, 32, 1)                            \
+  KERNEL(NAME, TYPE, 128, 16, 1) KERNEL(NAME, TYPE, 128, 16, 4)
 
 KERNELS(bf16, __nv_bfloat16)
 KERNELS(f16, __half)
@@ -25,15 +26,16 @@ namespace {
 
 struct Kernel {
   bool bfloat16;
-  int tokens, step;
+  int tokens, line, lines;
   const void* function;
 };
 
-#define ENTRY(NAME, BF16, TOKENS, STEP) \
-  {BF16, TOKENS, STEP, reinterpret_cast<const void*>(bsr_linear_sm90_##NAME##_##TOKENS##_##STEP)},
-#define ENTRIES(NAME, BF16) \
-  ENTRY(NAME, BF16, 256, 64) ENTRY(NAME, BF16, 256, 32) ENTRY(NAME, BF16, 256, 16) \
-  ENTRY(NAME, BF16, 128, 64) ENTRY(NAME, BF16, 128, 32) ENTRY(NAME, BF16, 128, 16)
+#define ENTRY(NAME, BF16, TOKENS, LINE, LINES) \
+  {BF16, TOKENS, LINE, LINES, reinterpret_cast<const void*>(bsr_linear_sm90_##NAME##_##TOKENS##_##LINE##x##LINES)},
+#define ENTRIES(NAME, BF16)                                                                                               \
+  ENTRY(NAME, BF16, 256, 64, 1) ENTRY(NAME, BF16, 256, 32, 1) ENTRY(NAME, BF16, 256, 16, 1)                               \
+  ENTRY(NAME, BF16, 256, 16, 4) ENTRY(NAME, BF16, 128, 64, 1) ENTRY(NAME, BF16, 128, 32, 1)                               \
+  ENTRY(NAME, BF16, 128, 16, 1) ENTRY(NAME, BF16, 128, 16, 4)
 const Kernel kKernels[] = {ENTRIES(bf16, true) ENTRIES(f16, false)};
 constexpr int kKernelCount = sizeof(kKernels) / sizeof(Kernel);
 
@@ -103,13 +105,15 @@ const char* sparse_prune::launch_linear_sm90(const LinearProblem& p, const sm90:
   const int64_t row_bytes = p.M > 1 ? 2 * p.ldx : (2 * p.K + 15) / 16 * 16;  // one row has no distance to the next
   if (const char* reason = sm90::refusal(reinterpret_cast<uint64_t>(p.x), p.M, p.N, p.K, row_bytes, w)) return reason;
   const sm90::Launch launch = sm90::launch_of(p.M, w, sms);
-  auto fits = [&](const Kernel& k) { return k.bfloat16 == p.bfloat16 && k.tokens == launch.tokens && k.step == launch.step; };
+  auto fits = [&](const Kernel& k) {
+    return k.bfloat16 == p.bfloat16 && k.tokens == launch.tokens && k.line == launch.line && k.lines == launch.lines;
+  };
   const int kernel = std::find_if(kKernels, kKernels + kKernelCount, fits) - kKernels;
   if (kernel == kKernelCount) return "no kernel of that shape";
   const void* function = kKernels[kernel].function;
 
   CUtensorMap x_map;
-  const auto described = sm90::x_map_arguments(p.M, p.K, row_bytes, launch.tokens, launch.step);
+  const auto described = sm90::x_map_arguments(p.M, p.K, row_bytes, launch.tokens, launch.line);
   if (const char* reason = encode(&x_map, p.bfloat16, p.x, described)) return reason;
   if (const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes))
     return told(error);
@@ -130,10 +134,10 @@ const char* sparse_prune::launch_linear_sm90(const LinearProblem& p, const sm90:
   const void* table = static_cast<const char*>(p.packed) + w.table();
   void* y = p.y;
   long long x_row = p.ldx, residual_row = p.N;
-  int m = p.M, n = p.N, k = p.K, block_rows = w.block_rows, groups = w.groups, steps = w.steps, group_tokens = launch.group_tokens;
+  int m = p.M, n = p.N, k = p.K, block_rows = w.block_rows, groups = w.groups, lines = w.lines, group_tokens = launch.group_tokens;
   int activation = p.activation;
   void* arguments[] = {&x_map, &x, &values, &table,      &bias,   &residual, &y,           &x_row,     &residual_row,
-                       &m,     &n, &k,      &block_rows, &groups, &steps,    &group_tokens, &activation};
+                       &m,     &n, &k,      &block_rows, &groups, &lines,    &group_tokens, &activation};
   return told(cudaLaunchKernelExC(&config, function, arguments));
 }
 

@@ -16,11 +16,10 @@ from .cuda import once, whole_vectors
 from .plan import places, row_order, with_no_row
 
 ROWS = 128  # outputs that a block of the grid makes: two warpgroups of 64
-STEP = 64  # inputs of a step at most
+LINE = 64  # inputs of a line at most
 CLUSTER = 4  # blocks that share x: more share more, but fewer clusters fit on the SMs of a GPU processing cluster
 # How many run at once on an H100: its 132 SMs lie in processing clusters of 16 and 18, which no cluster of blocks crosses.
 CLUSTERS = {1: 132, 2: 66, 4: 32}
-LAST = -(1 << 31)
 
 
 @dataclass(frozen=True)
@@ -28,22 +27,22 @@ class ClusterPlan:
     """The index of a weight, merged for clusters of blocks.
 
     A block of the grid makes ROWS outputs: P = ROWS / R places for block-rows. A group is what a cluster of G blocks makes
-    together; it walks over the union of its block-rows' columns, a column of more than STEP inputs in several steps.
+    together; it walks over the union of its block-rows' columns in lines of LINE inputs at most, so a wide column is several.
 
     cluster   G
     groups    T, number of groups
-    steps     U, of all groups; every group has at least one
-    table     int32, flat:  [T + 1] first step of each group, U at the end
+    lines     U, of all groups; every group has at least one
+    table     int32, flat:  [T + 1] first line of each group, U at the end
                             [T, G, P] block-row, -1 for none
-                            [U, 2] first input; bit g: block g has something to multiply there, bit 31: the group's last step
-                            [U, G, P] place in the values, counted in chunks of R x STEP numbers, -1 for none
-    filled    part of the steps of all columns that the groups, the blocks and the warpgroups have something to multiply at:
+                            [U, 2] first input; bit g: block g has something to multiply there
+                            [U, G, P] place in the values, counted in chunks of R x LINE numbers, -1 for none
+    filled    part of all columns that the groups, the blocks and the warpgroups have something to multiply at:
               what is loaded from L2, what is written to shared memory, and what is multiplied, per input
     """
 
     cluster: int
     groups: int
-    steps: int
+    lines: int
     table: Tensor
     filled: tuple[float, float, float]
 
@@ -109,8 +108,8 @@ def make_layout(
     return Layout(transposed, plan, tables.to(crow_indices.device))
 
 
-def step_of(c: int) -> int:
-    return min(c, STEP)
+def line_of(c: int) -> int:
+    return min(c, LINE)
 
 
 def cluster_of(n: int) -> int:
@@ -140,21 +139,20 @@ def make_cluster_plan(slots: Tensor, k: int, blocksize: tuple[int, int], cluster
     blocks = _merged(warpgroups, slots, min(2, p))  # [., P]
     units = _merged(blocks, slots, cluster).view(-1, cluster, p)  # [T, G, P]
 
-    halves, step = -(-c // STEP), step_of(c)
+    halves, line = -(-c // LINE), line_of(c)
     filled = slots[units] >= 0  # [T, G, P, columns]
     union = filled.flatten(1, 2).any(1)  # [T, columns]
-    union[:, 0] |= ~union.any(1)  # a step to begin and end with, where a group has no block at all
+    union[:, 0] |= ~union.any(1)  # a line to begin and end with, where a group has no block at all
     group, column = union.nonzero(as_tuple=True)  # [columns in all groups]
     group, column = group.repeat_interleave(halves), column.repeat_interleave(halves)
     half = torch.arange(halves).repeat(len(column) // halves)
-    inside = (column * c + half * step < k) | (half == 0)
+    inside = (column * c + half * line < k) | (half == 0)
     group, column, half = group[inside], column[inside], half[inside]  # [U]
     begin = torch.searchsorted(group, torch.arange(len(units) + 1))  # [T + 1]
     place = slots[units].permute(0, 3, 1, 2)[group, column]  # [U, G, P]
     chunk = torch.where(place < 0, -1, place * halves + half[:, None, None])
     flags = ((place >= 0).any(2).long() << torch.arange(cluster)).sum(1)  # [U]
-    flags[begin[1:] - 1] += LAST
-    heads = torch.stack([column * c + half * step, flags], 1)  # [U, 2]
+    heads = torch.stack([column * c + half * line, flags], 1)  # [U, 2]
     table = torch.cat([part.flatten() for part in (begin, torch.where(units == rows, -1, units), heads, chunk)])
     of_warpgroups = filled.view(len(units), cluster, min(2, p), -1, columns).any(3).float().mean()
     of_blocks = filled.any(2).float().mean()

@@ -564,7 +564,9 @@ void count_bits(Line& l, Inst& inst) {
     inst.run = wide ? Run(map1<u32, u64, [](u64 a) { return u32(__builtin_popcountll(a)); }>) : Run(map1<u32, u32, [](u32 a) { return u32(__builtin_popcount(a)); }>);
   if (l.name == "clz")
     inst.run = wide ? Run(map1<u32, u64, [](u64 a) { return a ? u32(__builtin_clzll(a)) : 64u; }>) : Run(map1<u32, u32, [](u32 a) { return a ? u32(__builtin_clz(a)) : 32u; }>);
-  if (l.name == "bfind" && !l.has("shiftamt") && t.kind == 'u')
+  if (l.name == "bfind" && t.kind == 'u' && l.take("shiftamt"))  // how far to shift left, so that the first one bit is the sign
+    inst.run = wide ? Run(map1<u32, u64, [](u64 a) { return a ? u32(__builtin_clzll(a)) : FULL; }>) : Run(map1<u32, u32, [](u32 a) { return a ? u32(__builtin_clz(a)) : FULL; }>);
+  else if (l.name == "bfind" && t.kind == 'u')
     inst.run = wide ? Run(map1<u32, u64, [](u64 a) { return a ? 63u - u32(__builtin_clzll(a)) : FULL; }>) : Run(map1<u32, u32, [](u32 a) { return a ? 31u - u32(__builtin_clz(a)) : FULL; }>);
   if (reverse) {
     auto f = [](auto a) {
