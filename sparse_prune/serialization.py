@@ -213,9 +213,17 @@ def _row(name: str, weight: Tensor | BsrWeight, nbytes: int) -> dict[str, Any]:
     return {"name": name, "shape": list(weight.shape), "dtype": str(dtype).removeprefix("torch."), "bytes": nbytes}
 
 
-def _opened(file: Path, stack: contextlib.ExitStack):
+def open_safetensors(file: str | os.PathLike, mapped: bool = True) -> Any:
+    """A safetensors file as a context manager, whose tensors are views of the mapped file, or else copies read apart from it."""
     try:
-        return stack.enter_context(safetensors.safe_open(file, "pt"))
+        return safetensors.safe_open(file, "pt", backend="mmap" if mapped else "pread")
+    except TypeError:  # before it had backends, which always mapped
+        return safetensors.safe_open(file, "pt")
+
+
+def _opened(file: Path, stack: contextlib.ExitStack) -> Any:
+    try:
+        return stack.enter_context(open_safetensors(file))
     except (safetensors.SafetensorError, OSError) as error:
         raise SparsePruneError(str(file), "a safetensors file", f"{type(error).__name__}: {error}", _DAMAGED) from None
 

@@ -1,14 +1,17 @@
 """`from_pretrained` and `save_pretrained` of packed checkpoints, as a Hugging Face quantization method of our own.
 
 A packed directory's config.json carries `quantization_config` with `quant_method` = "sparse_prune" and each layer's shape, block
-size and number of blocks, so that a model is built with SparseLinear of the right sizes before any weight is read: the dense
-weights never exist. `import sparse_prune` imports this module as soon as transformers' quantizers are there; importing it
-registers the method.
+size and number of blocks, so that the dense weights never exist. transformers takes some 90 us for each tensor of a file, and a
+sparse layer has four of them: in one process on a CPU they are read here, and transformers reads the rest. Where it has to place
+them (device_map, names of its own), SparseLinear of the right sizes wait in the model for it. `import sparse_prune` imports this
+module as soon as transformers' quantizers are there; importing it registers the method.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import safetensors
@@ -34,6 +37,7 @@ from ..serialization import (
     describe_layers,
     fits_layer,
     layout_metadata,
+    open_safetensors,
     parse_layers,
     version_of,
 )
@@ -67,11 +71,23 @@ class SparsePruneQuantizer(HfQuantizer):
     requires_calibration = True  # a dense checkpoint is pruned with a Pruner or sparsify_, never while it loads
     quantization_config: SparsePruneConfig
 
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """As in the base class, which goes through all parameters where there is no plan too."""
+        if plan:
+            super().update_parallel_plan(model, plan)
+
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: object
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: Sequence[str] | None = None,
+        device_map: object = None,
+        **_: object,
     ) -> None:
         described = parse_layers(self.quantization_config.layers, "config.json")
-        _check_stored(described, checkpoint_files or ())
+        stored = _stored(described, checkpoint_files or ())
+        apart = torch.distributed.is_available() and torch.distributed.is_initialized()
+        in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
+        plain = device_map is None and not apart and not in_fp32
         prefix = f"{model.base_model_prefix}."
         new: dict[nn.Module, nn.Module] = {}
         with_head = any(name.startswith(prefix) for name in described)
@@ -82,12 +98,43 @@ class SparsePruneQuantizer(HfQuantizer):
             if not fits_layer(linear, entry.shape):
                 n, k = entry.shape
                 raise SparsePruneError(f"config.json: {name}", f"a linear layer of {k} -> {n}", linear, _REMEDY)
-            layer = _empty_layer(linear, entry)
-            new[linear] = layer.train(linear.training)
+            parts = (*entry.parts, *(() if linear.bias is None else ("bias",)))
+            files = {part: stored[f"{name}.{part}"] for part in parts if f"{name}.{part}" in stored}
+            if plain and len(files) == len(parts):
+                new[linear] = _Awaited(name, entry, linear.weight.dtype, files)
+            else:
+                new[linear] = _empty_layer(linear, entry)
+            new[linear].train(linear.training)
         swap_modules(model, new)
+        if hasattr(model, "all_tied_weights_keys"):
+            replaced = (*new.values(),)
+            tied = {
+                target: source
+                for target, source in model.all_tied_weights_keys.items()
+                if model.get_submodule(target.rpartition(".")[0]) not in replaced
+            }
+            model.all_tied_weights_keys = tied
+        shared = next(iter(_shared_tensors(model).items()), None)
+        if shared is not None:  # transformers would fill the second name with new memory
+            got = f"{shared[0]}, which is {shared[1]}"
+            raise SparsePruneError(
+                "device_map", "none where a sparse layer has several names", got, "leave it out, then model.to(...)"
+            )
+        names = {
+            re.sub(r"\d+", r"\\d+", re.escape(layer.name.removeprefix(prefix)))
+            for layer in new.values()
+            if isinstance(layer, _Awaited)
+        }
+        # Told apart by their names without numbers: a few patterns, compiled once.
+        ignored = {rf"(^|\.){name}\.(values|crow_indices|col_indices|scales|bias)$" for name in names}
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
-        for name, layer in model.named_modules():
+        modules = dict(model.named_modules())
+        new: dict[nn.Module, nn.Module] = {m: m.read() for m in modules.values() if isinstance(m, _Awaited)}
+        swap_modules(model, new)
+        for name, module in modules.items():
+            layer = new.get(module, module)
             if isinstance(layer, SparseLinear) and not layer.values.is_meta:  # meta: offloaded to disk
                 # Views of the mapped file would keep all of it in memory where dtype has made copies of the values.
                 layer.crow_indices, layer.col_indices = layer.crow_indices.clone(), layer.col_indices.clone()
@@ -96,7 +143,7 @@ class SparsePruneQuantizer(HfQuantizer):
                 validate_bsr(packed.shape, packed.blocksize, *arrays, name, packed.scales)
                 check_finite(packed.values, f"{name}.values")
         self._describe(model)
-        if not any(hasattr(module, "_hf_hook") for module in model.modules()):  # which brings weights in from elsewhere
+        if not any("_hf_hook" in vars(module) for module in modules.values()):  # which brings weights in from elsewhere
             fuse_encoder_(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -133,6 +180,7 @@ class SparsePruneQuantizer(HfQuantizer):
         config = self.quantization_config
         config.layers = describe_layers(model)
         config.version = version_of(config.layers)
+        _share(model)
 
 
 def mark_packed(model: nn.Module) -> None:
@@ -150,9 +198,69 @@ def mark_packed(model: nn.Module) -> None:
     marked.hf_quantizer = SparsePruneQuantizer(config)
     marked.config.quantization_config = config
     marked.is_quantized, marked.quantization_method = True, METHOD
+    _share(model)
 
 
 after_conversion.append(mark_packed)
+
+
+class _File:
+    """An open safetensors file, whose tensors come as views of the mapped file or as copies read apart from it."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.mapped = path, open_safetensors(path)
+
+    @cached_property
+    def apart(self) -> Any:
+        return open_safetensors(self.path, mapped=False)
+
+
+class _Awaited(nn.Module):
+    """Holds the place of a SparseLinear while transformers reads the rest of a checkpoint; files: part -> the file that has it."""
+
+    def __init__(self, name: str, entry: PackedLayer, dtype: torch.dtype, files: Mapping[str, _File]) -> None:
+        super().__init__()
+        self.name, self.entry, self.dtype, self.files = name, entry, dtype, files
+        # Some models initialise what their children hold (GPT-2's c_proj.weight), unless it is marked so.
+        self.weight = self.bias = torch.empty(0, device="cpu")
+        self.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark
+
+    def read(self) -> SparseLinear:
+        """The layer, its values views of the mapped file, or where dtype is another a copy: then nothing is mapped that would stay.
+
+        Raises SparsePruneError where the file does not hold what the config says.
+        """
+        got = {part: file.mapped.get_tensor(f"{self.name}.{part}") for part, file in self.files.items()}
+        if not self.entry.int8 and got["values"].dtype != self.dtype:
+            got["values"] = self.files["values"].apart.get_tensor(f"{self.name}.values")
+        for part in ("bias",) if self.entry.int8 else ("values", "bias"):
+            if part in got:
+                got[part] = got[part].to(self.dtype)
+        n, k = self.entry.shape
+        if got["values"].shape[:1] != (self.entry.nnzb,):
+            expected = f"{self.entry.nnzb} blocks, as config.json says"
+            raise SparsePruneError(f"{self.name}.values", expected, tuple(got["values"].shape), _REMEDY)
+        if "bias" in got and got["bias"].shape != (n,):
+            raise SparsePruneError(f"{self.name}.bias", f"shape ({n},)", tuple(got["bias"].shape), _REMEDY)
+        return SparseLinear(k, n, **got).train(self.training)
+
+
+def _share(model: PreTrainedModel) -> None:
+    """Let save_pretrained write once what model holds under several names."""
+    shared, known = _shared_tensors(model), model._tied_weights_keys or {}
+    if shared:
+        model._tied_weights_keys = {**known, **shared}
+
+
+def _shared_tensors(model: nn.Module) -> dict[str, str]:
+    """Tensors of the sparse layers that model holds under several names: each further name -> the first one."""
+    first: dict[nn.Module, str] = {}
+    return {
+        f"{name}.{part}": f"{first[layer]}.{part}"
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, SparseLinear) and first.setdefault(layer, name) != name
+        for part in layer.state_dict()
+    }
 
 
 def _empty_layer(linear: nn.Linear | SparseLinear, entry: PackedLayer) -> SparseLinear:
@@ -184,15 +292,18 @@ def _find(model: PreTrainedModel, name: str, prefix: str) -> nn.Module | None:
     return None
 
 
-def _check_stored(described: Mapping[str, Any], files: Sequence[str]) -> None:
-    """Raise SparsePruneError for a described layer that the files lack: transformers would only warn, and go on with noise."""
+def _stored(described: Mapping[str, Any], files: Sequence[str]) -> dict[str, _File]:
+    """Name of each tensor -> the file that has it; empty where files are of another kind.
+
+    Raises SparsePruneError for a described layer that the files lack: transformers would only warn, and go on with noise.
+    """
+    stored: dict[str, _File] = {}
     if not files or not all(str(file).endswith(".safetensors") for file in files):
-        return
-    stored: set[str] = set()
+        return stored
     for file in files:
         try:
-            with safetensors.safe_open(file, "pt") as handle:
-                stored.update(handle.keys())
+            opened = _File(file)
+            stored |= dict.fromkeys(opened.mapped.keys(), opened)
         except (safetensors.SafetensorError, OSError) as error:
             raise SparsePruneError(
                 str(file), "a safetensors file", f"{type(error).__name__}: {error}", _REMEDY
@@ -203,3 +314,4 @@ def _check_stored(described: Mapping[str, Any], files: Sequence[str]) -> None:
         if sum(key.endswith(f".{part}") for key in stored) < len(wanted):
             missing = next((name for name in wanted if f"{name}.{part}" not in stored), "a layer")
             raise SparsePruneError(f"{files[0]}: {missing}.{part}", "a tensor", "none", _REMEDY)
+    return stored
