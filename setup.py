@@ -26,7 +26,15 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 # Stable ABI: the oldest torch whose interface is used; one wheel then serves every later torch, and every Python from 3.10.
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
-FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden", "-Wno-maybe-uninitialized", "-g0"]
+FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-fno-math-errno",
+    "-falign-loops=64",
+    "-fvisibility=hidden",
+    "-Wno-maybe-uninitialized",
+    "-g0",
+]
 ARCHS = "80;90;100;120+PTX"
 CUDA_SOURCES = ("csrc/cuda/kernels_sm80.cu", "csrc/cuda/kernels_sdd.cu", "csrc/cuda/kernels_sm90.cu")
 COMPILER_BYTES = 3 << 30  # memory that one nvcc may take: cicc and ptxas stay below 1 GB here

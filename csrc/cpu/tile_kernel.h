@@ -170,8 +170,9 @@ inline void finish_row(const LinearArgs& a, const Place<Fmt>& at, int64_t m, typ
 // One step: NV vectors of weights by MR broadcast inputs, for each of the parts that a weight vector holds.
 template <class Fmt, int MR, int NV, class F>
 inline void tile_step(const typename Fmt::X* x, int64_t ldx, const typename Fmt::Wt* w, F (&acc)[MR][NV]) {
-  // Weights stream from L2, L3 or memory; the hardware's prefetcher stops at each 4 KiB page, this one does not.
-  constexpr int64_t ahead = 3072 / sizeof(typename Fmt::Wt), line = 64 / sizeof(typename Fmt::Wt);
+  // Weights stream from L2, L3 or memory; the hardware's prefetcher stops at each 4 KiB page, this one does not. 8 KiB are 200 ns of
+  // products of 8 rows: from memory, 3 KiB came too late.
+  constexpr int64_t ahead = 8192 / sizeof(typename Fmt::Wt), line = 64 / sizeof(typename Fmt::Wt);
   for (int64_t j = 0; j < NV * Fmt::Vec::W * Fmt::step; j += line) prefetch(w + ahead + j);
   F b[NV][Fmt::parts];
   SPARSE_PRUNE_UNROLL
@@ -195,6 +196,7 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
   // An FMA takes 4 cycles and one or two start per cycle: few accumulators need several independent sums.
   constexpr int KU = MR * NV >= 8 ? 1 : (MR * NV >= 4 ? 2 : 4);
   constexpr int step = Fmt::step;
+  constexpr int unrolled = KU == 1 && NV > 1 ? 2 : KU;  // steps: wide tiles leave the loop's own instructions too little room
   constexpr int64_t x_line = 64 / sizeof(typename Fmt::X);
   F acc[KU][MR][NV];  // [KU][MR][NV * W]
   SPARSE_PRUNE_UNROLL
@@ -240,10 +242,10 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
       open = inputs;
     }
     int64_t k = 0;
-    for (; k + KU * step <= inputs; k += KU * step)
+    for (; k + unrolled * step <= inputs; k += unrolled * step)
       SPARSE_PRUNE_UNROLL
-      for (int u = 0; u < KU; ++u, wb += ldw) tile_step<Fmt, MR, NV>(xb + k + u * step, ldx, wb, acc[u]);
-    if (KU > 1)
+      for (int u = 0; u < unrolled; ++u, wb += ldw) tile_step<Fmt, MR, NV>(xb + k + u * step, ldx, wb, acc[u % KU]);
+    if (unrolled > 1)
       for (; k + step <= inputs; k += step, wb += ldw) tile_step<Fmt, MR, NV>(xb + k, ldx, wb, acc[0]);
     if (step > 1 && k < inputs) {  // an odd input: its pair's other half is not x of this block
       F b[NV][Fmt::parts];
