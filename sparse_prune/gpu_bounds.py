@@ -218,7 +218,7 @@ def _cuda_sm90_row(m: int, packed: BsrWeight) -> dict[str, Any]:
 
 
 def _triton(emulator, capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
-    from sparse_prune_kernels import config, launch, plan
+    from sparse_prune_kernels import config, launch
 
     (n, k), (r, c) = packed.shape, packed.blocksize
     plans = launch.plans_of(packed.crow_indices, packed.col_indices, n, k, r, c, 2, transposed=False)
@@ -226,7 +226,7 @@ def _triton(emulator, capability: int, m: int, packed: BsrWeight) -> dict[str, A
     tiles = config.linear_config(m, n, k, r, c, 2, capability, packed.density, unions)
     whole = plans[tiles.merge]
     every = m <= config.SMALL_M  # few rows are cheap: count all programs, and so the bytes that must move
-    some = plan.Plan(whole.merge, *_some_tiles(whole, whole.tiles if every else SAMPLE), whole.union)
+    some = whole if every else _some_tiles(packed, whole)
     rows = min(m, tiles.block_m)
     x, y = _rows(rows, k), torch.full((rows, n), torch.nan, dtype=torch.bfloat16)
     calls = launch.linear_calls(x, some, packed.values, None, None, y, r, c, c, 1, "none", tiles, "ieee")
@@ -249,15 +249,14 @@ def _triton(emulator, capability: int, m: int, packed: BsrWeight) -> dict[str, A
     return _headline(row, capability, m, packed)
 
 
-def _some_tiles(whole, sample: int) -> tuple[int, int, Tensor]:
-    """Tiles, steps and table of a plan that holds only `sample` of the tiles, spread over all."""
-    sample = min(sample, whole.tiles)
+def _some_tiles(packed: BsrWeight, whole):
+    """A plan that holds only SAMPLE of the tiles of a whole one, spread over all."""
+    from sparse_prune_kernels import plan
+
+    sample = min(SAMPLE, whole.tiles)
     chosen = [int((place + 0.5) * whole.tiles / sample) for place in range(sample)]
-    begin = whole.table[: whole.tiles + 1, 0]
-    steps = [whole.table[whole.tiles + 1 + begin[t] : whole.tiles + 1 + begin[t + 1]] for t in chosen]
-    heads = torch.cat([whole.table[chosen], whole.table[whole.tiles][None]])
-    heads[:, 0] = torch.tensor([0, *(len(s) for s in steps)]).cumsum(0)
-    return sample, int(heads[-1, 0]), torch.cat([heads, *steps])
+    slots = plan.places(packed.crow_indices, packed.col_indices, packed.shape[1] // packed.blocksize[1])
+    return plan.plan_of(slots, whole.table[chosen, 1:].long(), whole.table.device)
 
 
 def _torch(emulator, capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:

@@ -77,7 +77,8 @@ def _measured(row: dict[str, Any]) -> Any:
     for name in ("block_m", "block_k", "num_warps"):
         if getattr(config, name) & (getattr(config, name) - 1):
             raise ValueError(f"{name} must be a power of two, not {getattr(config, name)}")
-    if type(config.swap) is not bool or config.merge not in merges(r, itemsize):
+    skips = config.skip is False or (config.merge in (2, 4) and (itemsize, config.split, config.swap) == (2, 1, False))
+    if type(config.swap) is not bool or config.merge not in merges(r, itemsize) or not skips:
         raise ValueError(f"no kernel has the tiling {dataclasses.asdict(config)}")
     if config.block_k > max(c, 32 if itemsize == 1 else c) or (config.block_k < c and c % config.block_k):
         raise ValueError(f"block_k must divide blocks of {c} inputs, not be {config.block_k}")

@@ -135,6 +135,20 @@ def test_merged_rows(tiling, capability):
     packed, counts = check_forward((130, 9 * 16 - 5, 90, 16, 16, 0.4), F16, capability, config=config)
 
 
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+@pytest.mark.parametrize("merge, side", [(2, 32), (4, 16), (2, 16)])
+def test_skipping_what_a_block_row_lacks(merge, side, mode):
+    """As they ship for A100, with K and N that no block divides, in both directions."""
+    from sparse_prune_kernels.config import LinearConfig
+
+    config = LinearConfig(merge, 256, side, 8, 1, False, 4, 3, skip=True)
+    check_forward((300, 9 * side - 5, 9 * side + 5, side, side, 0.4), BF16, 80, config=config, mode=mode)
+    packed, _, _, dy = make_problem(40, 5 * side - 3, 7 * side, side, side, 0.4, F16)
+    weight, config = packed.to_dense(), LinearConfig(merge, 128, side, 8, 1, False, 4, 3, skip=True)
+    dx, _ = product(dy, packed, None, None, "none", 120, transposed=True, config=config, mode=mode)
+    assert_as_good_as_torch(dx, dy.double() @ weight.double(), dy @ weight)
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
     "problem", [(7, 45, 70, 16, 32, 0.5), (130, 96, 128, 32, 64, 0.4), (33, 64, 96, 64, 16, 0.3)], ids=str
@@ -277,18 +291,18 @@ def test_offsets_beyond_int32():
     assert not dvalues[0].any()
 
 
-@pytest.mark.parametrize("capability, merge", [(80, 1), (80, 2), (90, 4)])
-def test_work_is_what_config_counts(capability, merge):
+@pytest.mark.parametrize("capability, merge, skip", [(80, 1, False), (80, 2, False), (90, 4, False), (80, 2, True)])
+def test_work_is_what_config_counts(capability, merge, skip):
     """Multiplications, zeros included, and bytes, zeros not: the arithmetic that tilings are chosen by."""
     from sparse_prune_kernels import launch
     from sparse_prune_kernels.config import LinearConfig
 
-    config = LinearConfig(merge, 256, 32, 8, 1, False, 8, 3)
+    config = LinearConfig(merge, 256, 32, 8, 1, False, 8, 3, skip)
     packed, (counts,) = check_forward(
         (512, 256, 1024, 32, 32, 0.2), BF16, capability, "none", (False, False), config=config
     )
     plan = launch.plans_of(*arrays(packed)[:2], 256, 1024, 32, 32, 2, False)[merge]
-    assert counts.tensor_fma == 512 * merge * 32 * plan.steps * 32
+    assert counts.tensor_fma == 512 * 32 * 32 * (packed.nnzb if skip else merge * plan.steps)
     loaded = 2 * 32 * (512 * plan.steps + 2 * 32 * packed.nnzb)  # x once per step, blocks once per row tile
     index = 4 * plan.table.numel()
     assert loaded <= 32 * counts.l2_load_sectors <= 1.02 * loaded + 64 * index

@@ -86,6 +86,7 @@ LINEAR_GATES = [
     (32, 32, 16, "bfloat16", 80, "ieee", False),
     (32, 32, 4096, "bfloat16", 80, "ieee", False),
     (16, 16, 4096, "float16", 80, "ieee", True),
+    (32, 128, 512, "bfloat16", 86, "ieee", False),
     (128, 128, 4096, "bfloat16", 80, "ieee", True),
     (16, 16, 4096, "bfloat16", 90, "ieee", False),
     (32, 32, 16, "bfloat16", 90, "ieee", False),
@@ -279,11 +280,17 @@ def test_linear_config_fits_its_problem():
     small = [tiling(m, 32, 32, 2, 80) for m in (1, 16, 17, 64)]
     assert [(t.block_m, t.swap) for t in small] == [(16, True), (16, True), (32, True), (64, True)]
     assert all(t.split > 1 and t.merge * 32 >= t.block_m for t in small)
-    assert [tiling(4096, 32, c, 2, 80).block_k for c in SIDES] == [16, 32, 64, 64]
+    assert [tiling(4096, 32, c, 2, 90).block_k for c in SIDES] == [16, 32, 64, 64]
     assert [tiling(64, 32, c, 4, 80).block_k for c in SIDES] == [16, 16, 16, 16]
     # Where L2 is the wall small blocks are merged; where tensor cores are it, zeros cost more than bytes.
     assert [tiling(4096, side, side, 2, 90).merge for side in SIDES] == [8, 4, 2, 1]
-    assert [tiling(4096, side, side, 2, 86).merge for side in SIDES] == [1, 1, 1, 1]
+    assert not any(tiling(4096, side, side, 2, 90).skip for side in SIDES)
+    assert [(t.merge, t.skip) for t in (tiling(4096, side, side, 2, 80) for side in SIDES)] == [
+        (4, True),
+        (2, True),
+        (1, False),
+        (1, False),
+    ]
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
@@ -405,6 +412,25 @@ def test_plan_holds_every_block_once(rows, columns, density, merge, transposed):
                     found[(column, row) if transposed else (row, column)] = slot
     expected = {(r, c): slot for slot, (r, c) in enumerate(mask.nonzero().tolist())}
     assert found == expected
+    assert (made.lists is not None) is (merge in (2, 4))
+    if made.lists is not None:
+        check_lists(made, heads, expected, transposed)
+
+
+def check_lists(made, heads, expected, transposed):
+    """Every block once, those of a column that a block-row has alone in the second list of its tile."""
+    served, begin = made.lists[: 2 * made.tiles + 1], made.lists[: 2 * made.tiles + 1, 0]
+    steps, found = made.lists[2 * made.tiles + 1 :], {}
+    assert torch.equal(served[:-1:2, 1:], heads[:-1, 1:]) and len(steps) == made.steps == begin[-1]
+    for tile in range(made.tiles):
+        rows = served[2 * tile, 1:].tolist()
+        for column, *slots in steps[begin[2 * tile] : begin[2 * tile + 1]].tolist():
+            assert sum(slot >= 0 for slot in slots) > 1
+            found |= {(row, column): slot for row, slot in zip(rows, slots, strict=True) if slot >= 0}
+        for column, slot, which, *_ in steps[begin[2 * tile + 1] : begin[2 * tile + 2]].tolist():
+            assert (rows[which], column) not in found
+            found[rows[which], column] = slot
+    assert {(c, r) if transposed else (r, c): slot for (r, c), slot in found.items()} == expected
 
 
 def test_rows_that_share_columns_share_a_tile():

@@ -233,6 +233,31 @@ def test_every_tiling(tiling):
     check_int8(packed.to(torch.float32).quantize(), x, bias, residual, "silu", None, config)
 
 
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.4, 1.0])
+@pytest.mark.parametrize("merge", [2, 4])
+def test_skipping_what_a_block_row_lacks(merge, density):
+    """Shared columns, columns of one block-row alone, tiles without either, and block-rows that are not there."""
+    packed, x, bias, residual = make(37, 9 * 16 - 5, 150, 16, 32, density, torch.bfloat16)
+    config = LinearConfig(merge, 32, 16, 8, 1, False, 4, 2, skip=True)
+    check_linear(packed, x, bias, residual, "silu", config)
+    weight = packed.to_dense()
+    dx = launch.bsr_linear_dx(residual, *arrays(packed), 150, LinearConfig(merge, 16, 16, 8, 1, False, 4, 2, skip=True))
+    assert_as_good_as_torch(dx, residual.double() @ weight.double(), residual @ weight)
+
+
+@pytest.mark.parametrize("merge", [2, 4])
+def test_nan_stays_with_the_block_rows_that_read_it(merge):
+    packed, x, *_ = make(20, 9 * 16, 160, 16, 32, 0.4, torch.float16)
+    config = LinearConfig(merge, 32, 16, 8, 1, False, 4, 2, skip=True)
+    clean = launch.bsr_linear(x, *arrays(packed), 144, config=config)
+    for column in range(5):
+        spoilt = x.clone()
+        spoilt[:, 32 * column : 32 * (column + 1)] = torch.nan
+        y = launch.bsr_linear(spoilt, *arrays(packed), 144, config=config)
+        reads = packed.block_mask()[:, column].repeat_interleave(16)
+        assert y[:, reads].isnan().all() and torch.equal(y[:, ~reads], clean[:, ~reads])
+
+
 def test_split_inputs_add_up_in_one_order():
     packed, x, *_ = make(5, 64, 640, 32, 32, 0.7, torch.float16)
     config = LinearConfig(2, 16, 32, 1, 4, True, 4, 2)

@@ -7,7 +7,9 @@ the merged rows' union and d the density, a tile of block_m x (merge * side_n) o
     L2             (block_m * u + merge * side_n * d) elements: a block that a row lacks is not loaded
     shared memory  every loaded element written once, zeros too; x tile and blocks read once by each warp that multiplies them
 
-so merging pays where L2 is the wall (small blocks, Hopper) until the zeros make the tensor cores the wall.
+so merging pays where L2 is the wall (small blocks, Hopper) until the zeros make the tensor cores the wall. With mma.sync a program
+may instead keep accumulators for each of its block-rows and skip what one lacks (`skip`): u for x, d for the rest. wgmma takes
+blocks of 16 and 32 only merged.
 """
 
 from __future__ import annotations
@@ -98,6 +100,7 @@ class LinearConfig:
     swap         whether y^T = W x^T is computed
     num_warps    warps of a program
     num_stages   depth of the software pipeline: tiles on their way while one is multiplied
+    skip         whether a block-row has accumulators of its own and skips what it lacks; merge is then 2 or 4, split 1, swap False
     """
 
     merge: int
@@ -108,16 +111,18 @@ class LinearConfig:
     swap: bool
     num_warps: int
     num_stages: int
+    skip: bool = False
 
     def narrow(self, side_n: int) -> int:
         """Columns of the accumulators that the kernel finishes at a time.
 
         32 accumulators a thread, or offsets and residual would not fit beside 128; never fewer than 16 outputs, one sector of y.
         """
-        block_n = self.merge * side_n
+        block_n = side_n if self.skip else self.merge * side_n
         columns = self.block_m if self.swap else block_n
         accumulators = self.block_m * block_n // (32 * self.num_warps)  # of a thread
-        return columns if accumulators < 128 else max(16, columns * 32 // accumulators)
+        full = self.merge * side_n * self.block_m // (32 * self.num_warps) >= 128
+        return max(16, columns * 32 // accumulators) if full and accumulators > 32 else columns
 
 
 @dataclass(frozen=True)
@@ -183,31 +188,40 @@ def linear_candidates(
 
 
 def _large_configs(m, n, side_n, side_k, itemsize, density, unions, gpu: Gpu, sms: int) -> Iterator[LinearConfig]:
-    def cost(tile: tuple[int, int]) -> tuple[float, int]:
-        merge, block_m = tile
-        warps = _warps(block_m, merge * side_n, itemsize, gpu)
-        resources = _resources(m, n, merge, block_m, warps, side_n, side_k, itemsize, density, unions[merge], gpu, sms)
+    def cost(tile: tuple[int, int, bool]) -> tuple[float, int]:
+        merge, block_m, skip = tile
+        warps, union = _warps(block_m, merge * side_n, itemsize, gpu), unions[merge]
+        resources = _resources(m, n, merge, block_m, warps, side_n, side_k, itemsize, density, union, gpu, sms, skip)
         # the wall first; among equal walls the tiling that leaves more to spare
         return max(resources.values()) + sum(resources.values()) / 16, merge
 
     # 512 rows only where a block-row alone is 32 outputs or fewer: 512 x 32 has the accumulators of 128 x 128.
     roomy = _is_roomy(itemsize, gpu)
     limit = (256 if roomy else 128) * MERGED_SIDE
-    tiles = [(g, b) for g in unions for b in (64, 128, 256, 512) if b * g * side_n <= limit and b < 2 * m]
-    tiles = sorted([(g, b) for g, b in tiles if b < 512 or (g * side_n <= 32 and roomy)], key=cost)
-    for merge, block_m in tiles:
+    tiles = [(g, b, False) for g in unions for b in (64, 128, 256, 512) if b * g * side_n <= limit and b < 2 * m]
+    tiles = [(g, b, skip) for g, b, skip in tiles if b < 512 or (g * side_n <= 32 and roomy)]
+    if itemsize == 2 and not (gpu.warpgroup or gpu.tensor_memory or gpu.amd):
+        # From 16 rows a warp on: 128 accumulators a thread are 64 outputs of 256 rows in four warps, of 512 in eight.
+        tiles += [
+            (g, b, True) for g in unions if g in (2, 4) and g * side_n <= 64 for b in (128, 256, 512) if b < 2 * m
+        ]
+    tiles = sorted(tiles, key=cost)
+    for merge, block_m, skip in tiles:
         num_warps = _warps(block_m, merge * side_n, itemsize, gpu)
         # 128 bytes are one line of x and of the block, and one swizzle of shared memory. Four warps with 128 accumulators a
         # thread have registers for the operands of 64 bytes.
-        full = num_warps == 4 and block_m * merge * side_n == 128 * 128
+        full = skip or (num_warps == 4 and block_m * merge * side_n == 128 * 128)
         block_k = _block_k(side_k, itemsize, 64 if full or not roomy else 128)
         # As the left operand, W's 64 rows meet x of 256 in one wgmma: fewer reads of shared memory than x's 64 rows and W's 128.
         swap = gpu.warpgroup and merge * side_n == 2 * 64 and num_warps == 8
         room = gpu.shared // (1 if num_warps == 8 else 2)
-        stages = _stages((block_m + merge * side_n) * block_k * itemsize, room, gpu)
-        chosen = LinearConfig(merge, block_m, block_k, GROUP_M, 1, swap, num_warps, stages)
+        # Both loops of a program that skips fill a pipeline, with zeros beyond their end: three stages cost less of that than four.
+        # Steps of 16 inputs are so short that latency needs the fourth.
+        deepest = 3 if skip and block_k > 16 else 4
+        stages = _stages((block_m + merge * side_n) * block_k * itemsize, room, gpu, deepest, skip)
+        chosen = LinearConfig(merge, block_m, block_k, GROUP_M, 1, swap, num_warps, stages, skip)
         yield chosen
-        if (merge, block_m) in tiles[:2]:  # what the arithmetic does not see
+        if (merge, block_m, skip) in tiles[:2]:  # what the arithmetic does not see
             yield replace(chosen, num_stages=stages - 1 if stages > 2 else 3)
             yield replace(chosen, num_warps=12 - num_warps)
             if gpu.warpgroup and merge * side_n >= 64:
@@ -228,7 +242,7 @@ def predicted_cycles(
     """Clocks per input that each resource of the GPU is busy, at its peak, as the module's text counts them."""
     gpu = gpu_of(capability)
     tile = (config.merge, config.block_m, config.num_warps)
-    return _resources(m, n, *tile, side_n, side_k, itemsize, density, union, gpu, gpu.sms)
+    return _resources(m, n, *tile, side_n, side_k, itemsize, density, union, gpu, gpu.sms, config.skip)
 
 
 def sdd_config(r: int, c: int, itemsize: int, capability: int) -> SddConfig:
@@ -293,31 +307,34 @@ def _warps(block_m: int, block_n: int, itemsize: int, gpu: Gpu) -> int:
     return 8 if outputs > 128 * 128 or (outputs == 128 * 128 and alone) else 4
 
 
-def _resources(m, n, merge, block_m, warps, side_n, side_k, itemsize, density, union, gpu, sms) -> dict[str, float]:
+def _resources(
+    m, n, merge, block_m, warps, side_n, side_k, itemsize, density, union, gpu, sms, skip=False
+) -> dict[str, float]:
     block_n = merge * side_n
     tiles = -(-m // block_m) * -(-n // block_n)
     busiest = -(-tiles // sms)  # tiles that the busiest SM makes: the last wave is seldom full
     loaded = block_m * union + block_n * density  # elements
-    width = max(
-        itemsize, _block_k(side_k, itemsize, 128) // side_k
-    )  # bytes of an input past L2, zeros behind it included
+    # bytes of an input past L2, zeros behind it included
+    width = max(itemsize, _block_k(side_k, itemsize, 128) // side_k)
+    # Of the zeros: 4 block-rows that skip still bring in those of the columns that some share, about half of what they lack.
+    filled = union if not skip else density if merge == 2 else (union + density) / 2
     if gpu.warpgroup:  # a warp group's 64 rows read the blocks once, and x tiles straight from shared memory
         read = block_m * union + block_n * union * max(1, block_m // 64)
     else:
         across = min(warps, max(1, block_m // 32))  # warps along m: each reads all blocks; those along n all of x
-        read = block_m * union * (warps // across) + block_n * union * across
+        read = block_m * union * (warps // across) + block_n * filled * across
     return {
-        "tensor": busiest * block_m * block_n * union * width / (2 * gpu.multiply_adds),
+        "tensor": busiest * block_m * block_n * (density if skip else union) * width / (2 * gpu.multiply_adds),
         "L2": tiles * itemsize * loaded / gpu.l2_bytes,
-        "shared": busiest * width * (block_m * union + block_n * union + read) / gpu.shared_bytes,
+        "shared": busiest * width * (block_m * union + block_n * filled + read) / gpu.shared_bytes,
     }
 
 
-def _stages(bytes_per_stage: int, limit: int, gpu: Gpu, deepest: int = 4) -> int:
+def _stages(bytes_per_stage: int, limit: int, gpu: Gpu, deepest: int = 4, conditional: bool = False) -> int:
     """Four stages cover the latency of an indirect load (column, then tile); fewer where shared memory ends first.
 
-    Triton keeps as many tiles of each operand as stages for wgmma, tcgen05 and AMD's loads past the registers, and one fewer for
-    mma.sync, whose operands go to registers.
+    Triton keeps as many tiles of each operand as stages for wgmma, tcgen05, AMD's loads past the registers and products under a
+    condition, and one fewer for mma.sync, whose operands go to registers.
     """
     tiles = (limit - 1024) // bytes_per_stage  # 1024: scratch and alignment
-    return max(2, min(deepest, tiles + (0 if gpu.warpgroup or gpu.tensor_memory or gpu.amd else 1)))
+    return max(2, min(deepest, tiles + (0 if gpu.warpgroup or gpu.tensor_memory or gpu.amd or conditional else 1)))

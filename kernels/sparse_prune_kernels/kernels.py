@@ -50,6 +50,22 @@ def round_to(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def place(M, tiles_n, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
+    """This program's row tile and tile of block-rows.
+
+    Programs that start together share: GROUP_M row tiles take one tile of block-rows, then the next, and so on.
+    """
+    program = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    programs_in_group = GROUP_M * tiles_n
+    first_tile = program // programs_in_group * GROUP_M
+    tiles_in_group = tl.minimum(tiles_m - first_tile, GROUP_M)
+    tile_m = first_tile + program % programs_in_group % tiles_in_group
+    tile_n = program % programs_in_group // tiles_in_group
+    return tile_m, tile_n
+
+
+@triton.jit
 def finish(
     acc,  # float32 [BLOCK_M, L], int32 if SCALED; [BLOCK_N, L] if SWAP
     START: tl.constexpr,  # place of acc's first column within the tile
@@ -145,14 +161,7 @@ def bsr_linear_kernel(
     INTERPRETED: tl.constexpr,
 ):
     """y = act(x @ W^T * scales * x_scales + bias) + residual. One program makes BLOCK_M rows of the outputs of MERGE block-rows."""
-    # Programs that start together share: GROUP_M row tiles take one tile of block-rows, then the next, and so on.
-    program = tl.program_id(0)
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    programs_in_group = GROUP_M * tiles_n
-    first_tile = program // programs_in_group * GROUP_M
-    tiles_in_group = tl.minimum(tiles_m - first_tile, GROUP_M)
-    tile_m = first_tile + program % programs_in_group % tiles_in_group
-    tile_n = program % programs_in_group // tiles_in_group
+    tile_m, tile_n = place(M, tiles_n, BLOCK_M, GROUP_M)
     part = tl.program_id(1)
 
     BLOCK_N: tl.constexpr = MERGE * SIDE_N
@@ -209,6 +218,153 @@ def bsr_linear_kernel(
         acc, 0, NARROW, head, first_m, x_scales, scales, bias, residual, y, M, N,
         SIDE_N, SWAP, ACTIVATION, SCALED, HAS_BIAS, HAS_RESIDUAL, SPLIT == 1, INTERPRETED,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M"])
+def bsr_linear_skip_kernel(
+    x,  # [M, K], rows stride_x apart
+    lists,  # int32 [2 tiles_n + 1 + U, 1 + MERGE], as Plan.lists in plan.py
+    values,  # [nnzb, ...], blocks of SIDE_N * SIDE_K elements
+    bias,  # [N], read if HAS_BIAS
+    residual,  # [M, N], read if HAS_RESIDUAL
+    y,  # [M, N]
+    M,
+    N,
+    K,
+    stride_x,
+    tiles_n,
+    SIDE_N: tl.constexpr,
+    SIDE_K: tl.constexpr,
+    VALUE_STRIDE_N: tl.constexpr,
+    VALUE_STRIDE_K: tl.constexpr,
+    MERGE: tl.constexpr,  # 2 or 4
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    STAGES: tl.constexpr,
+    NARROW: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """As bsr_linear_kernel, each block-row with accumulators of its own, so that what it lacks is not multiplied."""
+    tile_m, tile_n = place(M, tiles_n, BLOCK_M, GROUP_M)
+    WIDTH: tl.constexpr = 1 + MERGE  # of the lists
+    BLOCK: tl.constexpr = SIDE_N * SIDE_K
+    STEPS: tl.constexpr = SIDE_K // BLOCK_K
+    first_m = tile_m.to(tl.int64) * BLOCK_M
+    m = first_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    x_rows = x + m[:, None] * stride_x  # [BLOCK_M, 1]
+    w = values + k[:, None] * VALUE_STRIDE_K + tl.arange(0, SIDE_N)[None, :] * VALUE_STRIDE_N  # [BLOCK_K, SIDE_N]
+
+    head = lists + 2 * tile_n * WIDTH
+    begin = tl.load(head)
+    middle = tl.load(head + WIDTH)
+    end = tl.load(head + 2 * WIDTH)
+    steps = lists + (2 * tiles_n + 1) * WIDTH
+    last = end - 1  # of an empty tile: a row of the lists all the same, the heads' last one at worst
+    acc0 = tl.zeros((BLOCK_M, SIDE_N), tl.float32)  # [BLOCK_M, SIDE_N], as all four
+    acc1 = tl.zeros((BLOCK_M, SIDE_N), tl.float32)
+    acc2 = acc0
+    acc3 = acc0
+    # Columns that several block-rows have. The next step's places are read one step ahead, as in bsr_linear_kernel. num_stages on
+    # the loop itself lets the compiler pipeline loads whose products stand under a condition.
+    at = steps + tl.minimum(begin, last) * WIDTH
+    column = tl.load(at)
+    slot0 = tl.load(at + 1)
+    slot1 = tl.load(at + 2)
+    slot2 = tl.load(at + 3) if MERGE == 4 else slot0
+    slot3 = tl.load(at + 4) if MERGE == 4 else slot0
+    for step in tl.range(begin * STEPS, middle * STEPS, num_stages=STAGES):
+        inner = step % STEPS * BLOCK_K
+        columns = column * SIDE_K + inner + k  # [BLOCK_K]
+        x_mask = m[:, None] < M  # [BLOCK_M, 1]
+        if not EVEN_K:
+            x_mask = x_mask & (columns[None, :] < K)  # [BLOCK_M, BLOCK_K]
+        x_tile = tl.load(x_rows + columns[None, :], mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        w_inner = w + inner * VALUE_STRIDE_K  # [BLOCK_K, SIDE_N]
+        if MERGE == 2:
+            w0 = tl.load(w_inner + slot0.to(tl.int64) * BLOCK)  # [BLOCK_K, SIDE_N]
+            w1 = tl.load(w_inner + slot1.to(tl.int64) * BLOCK)  # [BLOCK_K, SIDE_N]
+            acc0 = multiply(x_tile, w0, acc0, PRECISION, INTERPRETED)
+            acc1 = multiply(x_tile, w1, acc1, PRECISION, INTERPRETED)
+        else:
+            nothing = tl.zeros((1, 1), tl.int32)  # [1, 1]; the interpreter takes no mask that is not a tensor
+            w0 = tl.load(
+                w_inner + slot0.to(tl.int64) * BLOCK, mask=slot0 + nothing >= 0, other=0.0
+            )  # [BLOCK_K, SIDE_N]
+            w1 = tl.load(
+                w_inner + slot1.to(tl.int64) * BLOCK, mask=slot1 + nothing >= 0, other=0.0
+            )  # [BLOCK_K, SIDE_N]
+            w2 = tl.load(
+                w_inner + slot2.to(tl.int64) * BLOCK, mask=slot2 + nothing >= 0, other=0.0
+            )  # [BLOCK_K, SIDE_N]
+            w3 = tl.load(
+                w_inner + slot3.to(tl.int64) * BLOCK, mask=slot3 + nothing >= 0, other=0.0
+            )  # [BLOCK_K, SIDE_N]
+            if slot0 >= 0:
+                acc0 = multiply(x_tile, w0, acc0, PRECISION, INTERPRETED)
+            if slot1 >= 0:
+                acc1 = multiply(x_tile, w1, acc1, PRECISION, INTERPRETED)
+            if slot2 >= 0:
+                acc2 = multiply(x_tile, w2, acc2, PRECISION, INTERPRETED)
+            if slot3 >= 0:
+                acc3 = multiply(x_tile, w3, acc3, PRECISION, INTERPRETED)
+        at = steps + tl.minimum((step + 1) // STEPS, last) * WIDTH
+        column = tl.load(at)
+        slot0 = tl.load(at + 1)
+        slot1 = tl.load(at + 2)
+        if MERGE == 4:
+            slot2 = tl.load(at + 3)
+            slot3 = tl.load(at + 4)
+
+    # Columns that one block-row has alone.
+    at = steps + tl.minimum(middle, last) * WIDTH
+    column = tl.load(at)
+    slot = tl.load(at + 1)
+    which = tl.load(at + 2)
+    for step in tl.range(middle * STEPS, end * STEPS, num_stages=STAGES):
+        inner = step % STEPS * BLOCK_K
+        columns = column * SIDE_K + inner + k  # [BLOCK_K]
+        x_mask = m[:, None] < M  # [BLOCK_M, 1]
+        if not EVEN_K:
+            x_mask = x_mask & (columns[None, :] < K)  # [BLOCK_M, BLOCK_K]
+        x_tile = tl.load(x_rows + columns[None, :], mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        w_tile = tl.load(w + inner * VALUE_STRIDE_K + slot.to(tl.int64) * BLOCK)  # [BLOCK_K, SIDE_N]
+        if which == 0:
+            acc0 = multiply(x_tile, w_tile, acc0, PRECISION, INTERPRETED)
+        elif MERGE == 2 or which == 1:
+            acc1 = multiply(x_tile, w_tile, acc1, PRECISION, INTERPRETED)
+        elif which == 2:
+            acc2 = multiply(x_tile, w_tile, acc2, PRECISION, INTERPRETED)
+        else:
+            acc3 = multiply(x_tile, w_tile, acc3, PRECISION, INTERPRETED)
+        at = steps + tl.minimum((step + 1) // STEPS, last) * WIDTH
+        column = tl.load(at)
+        slot = tl.load(at + 1)
+        which = tl.load(at + 2)
+
+    finish(
+        acc0, 0, NARROW, head, first_m, None, None, bias, residual, y, M, N,
+        SIDE_N, False, ACTIVATION, False, HAS_BIAS, HAS_RESIDUAL, True, INTERPRETED,
+    )  # fmt: skip
+    finish(
+        acc1, 0, NARROW, head + 1, first_m, None, None, bias, residual, y, M, N,
+        SIDE_N, False, ACTIVATION, False, HAS_BIAS, HAS_RESIDUAL, True, INTERPRETED,
+    )  # fmt: skip
+    if MERGE == 4:
+        finish(
+            acc2, 0, NARROW, head + 2, first_m, None, None, bias, residual, y, M, N,
+            SIDE_N, False, ACTIVATION, False, HAS_BIAS, HAS_RESIDUAL, True, INTERPRETED,
+        )  # fmt: skip
+        finish(
+            acc3, 0, NARROW, head + 3, first_m, None, None, bias, residual, y, M, N,
+            SIDE_N, False, ACTIVATION, False, HAS_BIAS, HAS_RESIDUAL, True, INTERPRETED,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])

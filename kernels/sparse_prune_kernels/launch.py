@@ -29,7 +29,7 @@ from .config import (
     merges,
     sdd_config,
 )
-from .kernels import bsr_linear_kernel, bsr_sdd_kernel, round_rows_kernel, sum_parts_kernel
+from .kernels import bsr_linear_kernel, bsr_linear_skip_kernel, bsr_sdd_kernel, round_rows_kernel, sum_parts_kernel
 from .plan import Plan, make_plans
 from .support import ArgumentError, check_device
 
@@ -348,6 +348,14 @@ def linear_calls(
         "EVEN_K": k % side_k == 0,
         "PRECISION": precision,
     }
+    if config.skip:
+        arguments = {"x": x, "lists": plan.lists, "values": values, "bias": bias, "residual": residual, "y": y}
+        arguments |= {"M": m, "N": n, "K": k, "stride_x": x.stride(0), "tiles_n": plan.tiles}
+        constants = {name: value for name, value in constants.items() if name not in ("SPLIT", "SWAP")}
+        constants |= {name: value for name, value in epilogue.items() if name != "SCALED"}
+        constants["STAGES"] = config.num_stages
+        grid = (triton.cdiv(m, config.block_m) * plan.tiles, 1)
+        return [Call(bsr_linear_skip_kernel, grid, arguments, constants, config.num_warps, config.num_stages)]
     grid = (triton.cdiv(m, config.block_m) * plan.tiles, config.split)
     product = Call(bsr_linear_kernel, grid, arguments, constants | epilogue, config.num_warps, config.num_stages)
     if whole:

@@ -72,7 +72,8 @@ def compile_linear(
     bias, y = (_imagined(torch.bfloat16 if quantized else kind, *shape) for shape in ((4096,), (4096, 4096)))
     scales = (_imagined(torch.float32, 4096),) * 2 if quantized else ()
     tiles = 4096 // (config.merge * side_n)
-    plan = Plan(config.merge, tiles, 1, _imagined(torch.int32, tiles + 2, 1 + config.merge), 1.0)
+    table, lists = (_imagined(torch.int32, rows, 1 + config.merge) for rows in (tiles + 2, 2 * tiles + 2))
+    plan = Plan(config.merge, tiles, 1, table, 1.0, lists)
     strides = (1, side_n) if transposed else (side_k, 1)
     calls = linear_calls(x, plan, values, bias, y, y, side_n, side_k, *strides, activation, config, precision, *scales)
     return [compile_call(call, capability) for call in calls]

@@ -23,6 +23,11 @@ class Plan:
             rows t <= T: the first of tile t's steps (U at t = T), then the block-rows that it serves, -1 for none
             rows T + 1 + s: the block-column of step s, then the place in values of each block-row's block, -1 where it has none
     union   filled fraction of the grid of tiles and block-columns: u, at least the density and at most 1
+    lists   for 2 or 4 block-rows, else None: the same in two lists a tile, for programs that skip what a block-row lacks
+            int32 [2 T + 1 + U, 1 + merge]
+            rows 2 t: the first of tile t's steps that several block-rows share (U at t = T), then the block-rows that it serves
+            rows 2 t + 1: the first of its steps that one block-row has alone
+            rows 2 T + 1 + s: as above where shared, else block-column, place in values, which of the block-rows it is
     """
 
     merge: int
@@ -30,6 +35,7 @@ class Plan:
     steps: int
     table: Tensor
     union: float
+    lists: Tensor | None = None
 
 
 def make_plans(
@@ -41,7 +47,7 @@ def make_plans(
     """
     slots = places(crow_indices, col_indices, block_columns)
     slots = slots.T.contiguous() if transposed else slots
-    return {merge: _make_plan(slots, merge, crow_indices.device) for merge in merges}
+    return {merge: plan_of(slots, row_order(slots >= 0, merge), crow_indices.device) for merge in merges}
 
 
 def places(crow_indices: Tensor, col_indices: Tensor, block_columns: int) -> Tensor:
@@ -59,17 +65,32 @@ def with_no_row(slots: Tensor) -> Tensor:
     return torch.cat([slots, slots.new_full((1, slots.shape[1]), -1)])
 
 
-def _make_plan(slots: Tensor, merge: int, device: torch.device) -> Plan:
-    """slots int32 [rows, columns]: the place in values of each block, -1 where there is none."""
-    order = row_order(slots >= 0, merge)  # [T, merge]
-    tiles, columns = order.shape[0], slots.shape[1]
+def plan_of(slots: Tensor, order: Tensor, device: torch.device) -> Plan:
+    """The plan of tiles that serve the block-rows order [T, merge] (-1 for none) of slots, as `places` gives them."""
+    (tiles, merge), columns = order.shape, slots.shape[1]
     grouped = with_no_row(slots)[order]  # [T, merge, columns]
     tile, column = (grouped >= 0).any(1).nonzero(as_tuple=True)  # [U] each, by tile and then by column
     begin = torch.searchsorted(tile, torch.arange(tiles + 1))  # [T + 1]
     heads = torch.cat([begin[:, None], torch.cat([order, order.new_full((1, merge), -1)])], 1)  # [T + 1, 1 + merge]
     steps = torch.cat([column[:, None], grouped[tile, :, column]], 1)  # [U, 1 + merge]
     table = torch.cat([heads, steps]).to(torch.int32).to(device)
-    return Plan(merge, tiles, tile.numel(), table, tile.numel() / max(1, tiles * columns))
+    lists = _lists(order, tile, steps).to(torch.int32).to(device) if merge in (2, 4) else None
+    return Plan(merge, tiles, tile.numel(), table, tile.numel() / max(1, tiles * columns), lists)
+
+
+def _lists(order: Tensor, tile: Tensor, steps: Tensor) -> Tensor:
+    """Plan.lists from order [T, merge], the tile of each step [U], and steps [U, 1 + merge]."""
+    tiles, merge = order.shape
+    alone = (steps[:, 1:] >= 0).sum(1) == 1  # [U]
+    place = 2 * tile + alone  # [U]
+    by_list = place.argsort(stable=True)  # [U]
+    which = (steps[:, 1:] >= 0).int().argmax(1)  # [U]
+    slot = steps[:, 1:].gather(1, which[:, None])  # [U, 1]
+    short = torch.cat([steps[:, :1], slot, which[:, None], steps.new_full((len(steps), merge - 2), -1)], 1)
+    begin = torch.searchsorted(place[by_list], torch.arange(2 * tiles + 1))  # [2 T + 1]
+    heads = torch.cat([begin[:, None], order.new_full((2 * tiles + 1, merge), -1)], 1)  # [2 T + 1, 1 + merge]
+    heads[:-1:2, 1:] = order
+    return torch.cat([heads, torch.where(alone[:, None], short, steps)[by_list]])
 
 
 def row_order(mask: Tensor, merge: int) -> Tensor:
