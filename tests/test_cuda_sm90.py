@@ -71,6 +71,21 @@ def test_forward(case):
     check(problem, BF16, tokens=tokens, cluster=cluster, clusters=clusters)
 
 
+@pytest.mark.parametrize("m", [9, 140])
+@pytest.mark.parametrize("block", [(64, 16), (16, 128), (32, 32)], ids=str)
+def test_layout_of_the_transpose(block, m):
+    """x @ W, as for dx: by both kernels that read the layout."""
+    packed, *_ = make_problem(1, 300, 200, *block, 0.4, BF16)
+    r, c = block
+    x = cuda_kernels.aligned(torch.randn(m, 300).bfloat16())
+    layout = cuda_sm90.make_layout(packed.crow_indices, packed.col_indices, 200, r, c, transposed=True)
+    plan = layout.plan
+    weight = cuda_kernels.PackedSm90(c, r, plan.cluster, packed.nnzb, plan.groups, plan.lines)
+    y, counts = cuda_kernels.linear_sm90(x, layout.pack(packed.values), weight, 200)
+    assert (counts.kinds["wgmma"] > 0) == (m > cuda_kernels.FEW_TOKENS)
+    assert_as_good_as_torch(y, *exact_and_dense(x, packed.to_dense().T.contiguous(), None, "none", None))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("n", [45, 48])  # outputs one by one, and four at a time
 def test_epilogues(n, activation):
