@@ -36,7 +36,12 @@ FLAGS = [
     "-g0",
 ]
 ARCHS = "80;90;100;120+PTX"
-CUDA_SOURCES = ("csrc/cuda/kernels_sm80.cu", "csrc/cuda/kernels_sdd.cu", "csrc/cuda/kernels_sm90.cu")
+CUDA_SOURCES = (
+    "csrc/cuda/kernels_sm80.cu",
+    "csrc/cuda/kernels_int8.cu",
+    "csrc/cuda/kernels_sdd.cu",
+    "csrc/cuda/kernels_sm90.cu",
+)
 COMPILER_BYTES = 3 << 30  # memory that one nvcc may take: cicc and ptxas stay below 1 GB here
 
 

@@ -141,6 +141,37 @@ Tensor cuda_linear_sm90(const Tensor& x, const Tensor& packed, int64_t nnzb, int
   });
 }
 
+Tensor cuda_linear_int8(const Tensor& x_any, const Tensor& packed, const Tensor& scales, int64_t nnzb, int64_t block_rows,
+                        int64_t block_cols, int64_t out_features, std::optional<Tensor> bias, std::string activation,
+                        std::optional<Tensor> residual, std::optional<double> x_scale) {
+  sp::LinearProblem p = problem_of(x_any, packed, nnzb, block_rows, block_cols, out_features, bias, activation, residual);
+  STD_TORCH_CHECK(block_cols >= 32, "block_cols: expected 32, 64 or 128 beside an int8 weight, got ", block_cols);
+  p.layout = sp::layout_of(p.N, nnzb, static_cast<int>(block_rows), static_cast<int>(block_cols / 2), sp::kMostRowInt8);
+  check_size(packed, p.layout.least_bytes);
+  check_cuda(scales, "scales", x_any, "x");
+  check_shape(scales, "scales", {p.N});
+  STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Float && scales.is_contiguous(), "scales: expected contiguous float32");
+  const int32_t device = x_any.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Tensor y = torch::stable::new_empty(x_any, {p.M, p.N});
+  if (p.M == 0) return y;
+  const Tensor x = with_aligned_rows(x_any);
+  sp::QuantizeProblem q = {p.bfloat16, p.M, p.K, x.const_data_ptr(), p.M > 1 ? x.stride(0) : 0};
+  q.ldq = (p.K + 31) / 32 * 32;
+  q.x_scale = static_cast<float>(x_scale.value_or(0.0));
+  Tensor rounded = torch::stable::new_empty(x_any, {p.M, q.ldq}, ScalarType::Char);
+  Tensor x_scales = torch::stable::new_empty(x_any, {p.M}, ScalarType::Float);
+  q.q = rounded.mutable_data_ptr(), q.scales = x_scales.mutable_data_ptr();
+  p.x = q.q, p.ldx = p.K = q.ldq / 2;
+  p.x_scales = q.scales, p.scales = scales.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  void* stream = stream_of(device);
+  const char* reason = sp::launch_quantize(q, stream);
+  if (reason == nullptr) reason = sp::launch_linear(p, stream);
+  STD_TORCH_CHECK(reason == nullptr, "cuda_linear_int8: the launch failed: ", reason);
+  return y;
+}
+
 Tensor cuda_sdd(const Tensor& dy_any, const Tensor& x_any, const Tensor& jobs, int64_t nnzb, int64_t block_rows, int64_t block_cols) {
   check_matrix(x_any, "x");
   check_matrix(dy_any, "dy");
@@ -190,12 +221,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparse_prune, m) {
   m.def(
       "cuda_linear_sm90(Tensor x, Tensor packed, int nnzb, int block_rows, int block_cols, int out_features, int cluster, int groups, "
       "int lines, Tensor? bias, str activation, Tensor? residual) -> Tensor");
+  m.def(
+      "cuda_linear_int8(Tensor x, Tensor packed, Tensor scales, int nnzb, int block_rows, int block_cols, int out_features, "
+      "Tensor? bias, str activation, Tensor? residual, float? x_scale) -> Tensor");
   m.def("cuda_sdd(Tensor dy, Tensor x, Tensor jobs, int nnzb, int block_rows, int block_cols) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_prune, CUDA, m) {
   m.impl("cuda_linear", TORCH_BOX(&cuda_linear));
   m.impl("cuda_linear_sm90", TORCH_BOX(&cuda_linear_sm90));
+  m.impl("cuda_linear_int8", TORCH_BOX(&cuda_linear_int8));
   m.impl("cuda_sdd", TORCH_BOX(&cuda_sdd));
 }
 

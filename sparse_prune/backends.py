@@ -107,6 +107,8 @@ def cuda_unavailable(device: torch.device, dtype: torch.dtype, blocksize: tuple[
     refused = _kernels.refused("CUDA", _kernels.CUDA_DTYPES, device, dtype, blocksize)
     if refused is not None:
         return refused
+    if dtype == torch.int8 and blocksize[1] < 32:
+        return f"the CUDA kernels take int8 blocks of 32, 64 or 128 inputs, not {blocksize[0]}x{blocksize[1]}"
     library, reason = _load_cuda()
     if library is None:
         return reason
@@ -158,6 +160,10 @@ def _load_cuda() -> tuple[ctypes.CDLL | None, str]:
     def _(x, packed, nnzb, block_rows, block_cols, out_features, *others):
         return x.new_empty(x.shape[0], out_features)
 
+    @torch.library.register_fake("sparse_prune::cuda_linear_int8")
+    def _(x, packed, scales, nnzb, block_rows, block_cols, out_features, *others):
+        return x.new_empty(x.shape[0], out_features)
+
     @torch.library.register_fake("sparse_prune::cuda_sdd")
     def _(dy, x, jobs, nnzb, block_rows, block_cols):
         return dy.new_empty(nnzb, block_rows, block_cols)
@@ -195,6 +201,10 @@ def cuda_layout(
 
     r, c = values.shape[1:]
     try:
+        if values.dtype == torch.int8:  # two of them count as one number
+            return cuda.layout_of(crow, col, -(-in_features // c), r, c // 2, most_row=cuda.ROW_INT8).pack(
+                values.contiguous().view(torch.int16)
+            )
         if cuda_sm90_unavailable(values.device) is None:
             return cuda_sm90.layout_of(crow, col, in_features, r, c, transposed).pack(values)
         return cuda.layout_of(crow, col, -(-in_features // c), r, c, transposed).pack(values)

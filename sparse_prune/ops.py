@@ -24,6 +24,7 @@ from .masks import grid_shape
 Activation = Literal["none", "relu", "gelu", "gelu_tanh", "silu"]
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 INT8_INPUTS = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of x beside an int8 weight
+CUDA_INT8_INPUTS = (torch.bfloat16, torch.float16)  # of these by the CUDA C++ kernels
 BACKENDS = ("auto", "cpu", "triton", "cuda", "dense", "reference")
 
 _LINEAR = (
@@ -58,7 +59,9 @@ _SCHEMAS = {
 # What names end with: the planner's choice, or one kernel.
 _FORCED = ("", *(f"_{kernel}" for kernel in planner.GPU_KERNELS))
 _SCHEMAS |= {
-    name + kernel: _SCHEMAS[name] for kernel in _FORCED[1:] for name in ("bsr_linear", "bsr_linear_dx", "bsr_sdd")
+    name + kernel: _SCHEMAS[name]
+    for kernel in _FORCED[1:]
+    for name in ("bsr_linear", "bsr_linear_int8", "bsr_linear_dx", "bsr_sdd")
 }
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -91,12 +94,27 @@ def _cuda_linear_dx(dy, crow_indices, col_indices, values, in_features):
     return backends.cuda_linear(dy, *bsr, shape, transposed, transposed=True)
 
 
+def _cuda_int8(
+    x, crow_indices, col_indices, values, scales, prepacked, out_features, bias, activation, residual, x_scale
+):
+    _require(x.dtype in CUDA_INT8_INPUTS, "x", "bfloat16 or float16 beside an int8 weight on backend 'cuda'", x.dtype)
+    if prepacked is None:
+        prepacked = backends.cuda_layout(crow_indices, col_indices, values, x.shape[1])
+    extras = (bias, activation, residual, x_scale)
+    return torch.ops.sparse_prune.cuda_linear_int8(x, prepacked, scales, *values.shape, out_features, *extras)
+
+
 def _cuda_sdd(dy, x, crow_indices, col_indices, block_rows, block_cols):
     jobs = backends.cuda_jobs(crow_indices, col_indices, x.shape[1], block_rows, block_cols)
     return torch.ops.sparse_prune.cuda_sdd(dy, x, jobs, col_indices.shape[0], block_rows, block_cols)
 
 
-_CUDA: dict[str, Callable] = {"bsr_linear": _cuda_linear, "bsr_linear_dx": _cuda_linear_dx, "bsr_sdd": _cuda_sdd}
+_CUDA: dict[str, Callable] = {
+    "bsr_linear": _cuda_linear,
+    "bsr_linear_int8": _cuda_int8,
+    "bsr_linear_dx": _cuda_linear_dx,
+    "bsr_sdd": _cuda_sdd,
+}
 for _name, _function in _CUDA.items():
     _library.impl(f"{_name}_cuda", _function, "CompositeExplicitAutograd")
 
@@ -104,8 +122,9 @@ for _name, _function in _CUDA.items():
 def problem_of(name: str, arguments: tuple) -> tuple[tuple[int, int], int, tuple[int, int], int]:
     """Blocksize, number of blocks, (N, K) and M of a call of one of _CUDA's operators, by its arguments."""
     first, m = arguments[0], arguments[0].shape[0]
-    if name == "bsr_linear":  # x, ..., values, prepacked, out_features
-        return tuple(arguments[3].shape[1:]), arguments[3].shape[0], (arguments[5], first.shape[1]), m
+    if name in ("bsr_linear", "bsr_linear_int8"):  # x, crow, col, values, [scales,] prepacked, out_features
+        outputs = arguments[5 if name == "bsr_linear" else 6]
+        return tuple(arguments[3].shape[1:]), arguments[3].shape[0], (outputs, first.shape[1]), m
     if name == "bsr_linear_dx":  # dy, ..., values, in_features
         return tuple(arguments[3].shape[1:]), arguments[3].shape[0], (first.shape[1], arguments[4]), m
     return arguments[4:6], arguments[3].shape[0], (first.shape[1], arguments[1].shape[1]), m  # dy, x, crow, col, R, C
@@ -127,8 +146,10 @@ def picking(name: str, triton: Callable) -> Callable:
         blocksize, nnzb, shape, m = problem_of(name, arguments)
         rows, cols = grid_shape(shape, blocksize)
         first = arguments[0]
-        kernel = planner.gpu_kernel(first.device, first.dtype, blocksize, nnzb / (rows * cols), shape, m)
-        return (cuda if kernel == "cuda" else triton)(*arguments)
+        dtype = torch.int8 if name == "bsr_linear_int8" else first.dtype
+        kernel = planner.gpu_kernel(first.device, dtype, blocksize, nnzb / (rows * cols), shape, m)
+        takes = dtype != torch.int8 or first.dtype in CUDA_INT8_INPUTS
+        return (cuda if kernel == "cuda" and takes else triton)(*arguments)
 
     return run
 
@@ -175,8 +196,9 @@ def _fake_linear(x, crow_indices, col_indices, values, prepacked, out_features, 
     return x.new_empty(x.shape[0], out_features)
 
 
-@torch.library.register_fake("sparse_prune::bsr_linear_int8", lib=_library)
-def _(x, crow_indices, col_indices, values, scales, prepacked, out_features, bias, activation, residual, x_scale):
+def _fake_int8(
+    x, crow_indices, col_indices, values, scales, prepacked, out_features, bias, activation, residual, x_scale
+):
     return x.new_empty(x.shape[0], out_features)
 
 
@@ -193,9 +215,15 @@ def _fake_sdd(dy, x, crow_indices, col_indices, block_rows, block_cols):
     return dy.new_empty(col_indices.shape[0], block_rows, block_cols)
 
 
+_FAKES: dict[str, Callable] = {
+    "linear": _fake_linear,
+    "linear_int8": _fake_int8,
+    "linear_dx": _fake_linear_dx,
+    "sdd": _fake_sdd,
+}
 for _kernel in _FORCED:
-    for _name, _function in (("linear", _fake_linear), ("linear_dx", _fake_linear_dx), ("sdd", _fake_sdd)):
-        torch.library.register_fake(f"sparse_prune::bsr_{_name}{_kernel}", _function, lib=_library)
+    for _name, _fake in _FAKES.items():
+        torch.library.register_fake(f"sparse_prune::bsr_{_name}{_kernel}", _fake, lib=_library)
 
 
 @torch.library.register_fake("sparse_prune::attention", lib=_library)
@@ -346,9 +374,13 @@ def _no_backward(ctx, dy):
     )
 
 
-torch.library.register_autograd(
-    "sparse_prune::bsr_linear_int8", _no_backward, setup_context=lambda ctx, inputs, output: None, lib=_library
-)
+for _kernel in _FORCED:
+    torch.library.register_autograd(
+        f"sparse_prune::bsr_linear_int8{_kernel}",
+        _no_backward,
+        setup_context=lambda ctx, inputs, output: None,
+        lib=_library,
+    )
 
 
 def backend_for(
@@ -453,25 +485,22 @@ def bsr_linear(
         if backend == "auto":
             form = dense_form(derived, rows.shape[0])
     prepacked = None if derived is None else derived.prepacked
+    forced = f"_{backend}" if backend in planner.GPU_KERNELS else ""
+    if backend == "cuda" and derived is not None and prepacked is None:  # the plan would take another kernel
+        derived.prepacked = prepacked = backends.cuda_layout(*bsr[:2], packed.values.detach(), packed.shape[1])
     if quantized:
         arguments = (rows, *bsr, packed.scales, prepacked, n, bias, activation, flat_residual, x_scale)
         if backend == "reference":
             with torch.no_grad():
                 y = _reference_int8(*arguments)
         else:
-            y = torch.ops.sparse_prune.bsr_linear_int8(*arguments)
+            y = getattr(torch.ops.sparse_prune, f"bsr_linear_int8{forced}")(*arguments)
     elif form and derived is not None:
         y = dense_linear(dense_weight(derived, form, packed.to_dense), form, rows, bias, activation, flat_residual)
     elif form or chosen == "reference":
         y = reference.bsr_linear(rows, *bsr, n, bias, activation, flat_residual)
     else:
-        run = torch.ops.sparse_prune.bsr_linear
-        if backend in planner.GPU_KERNELS:
-            run = getattr(torch.ops.sparse_prune, f"bsr_linear_{backend}")
-        if (
-            backend == "cuda" and derived is not None and derived.prepacked is None
-        ):  # the plan would take another kernel
-            derived.prepacked = prepacked = backends.cuda_layout(*bsr[:2], packed.values.detach(), packed.shape[1])
+        run = getattr(torch.ops.sparse_prune, f"bsr_linear{forced}")
         y = run(rows, *bsr, prepacked, n, bias, activation, flat_residual)
     return y.reshape(out_shape)
 
@@ -566,9 +595,16 @@ def current(derived: Derived, packed: BsrWeight) -> Derived:
     rows, cols = grid_shape(packed.shape, packed.blocksize)
     plan = planner.plan(values.device, values.dtype, packed.blocksize, packed.nnzb / (rows * cols), packed.shape)
     derived = Derived(key, prepack(values, packed.crow_indices), plan)
-    if plan is not None and any(choice.kernel == "cuda" for choice in plan.choices):
+    if values.is_cuda and "cuda" in _kernels_of(plan, values, packed, rows * cols):
         derived.prepacked = backends.cuda_layout(packed.crow_indices, packed.col_indices, values, packed.shape[1])
     return derived
+
+
+def _kernels_of(plan: planner.Plan | None, values: Tensor, packed: BsrWeight, blocks: int) -> set[str]:
+    """The kernels that a weight on a GPU runs by, over all M."""
+    if plan is not None:
+        return {choice.kernel for choice in plan.choices}
+    return {planner.gpu_kernel(values.device, values.dtype, packed.blocksize, packed.nnzb / blocks, packed.shape, 1)}
 
 
 def values_key(values: Tensor) -> tuple:
@@ -635,7 +671,7 @@ def _check_linear(
     _require(
         not quantized or backend != "dense",
         "backend",
-        "auto, cpu, triton or reference beside an int8 weight",
+        "auto, cpu, triton, cuda or reference beside an int8 weight",
         repr(backend),
     )
     _require(x_scale is None or quantized, "x_scale", f"None beside a weight of {packed.values.dtype}", x_scale)

@@ -155,12 +155,14 @@ def _config() -> ctypes.CDLL:
     return library
 
 
-def linear_launch(m: int, n: int, blocks: tuple[int, int, int], sms: int = 108) -> tuple[Layout, LinearLaunch]:
+def linear_launch(
+    m: int, n: int, blocks: tuple[int, int, int], sms: int = 108, most_row: int = 64
+) -> tuple[Layout, LinearLaunch]:
     """What csrc/cuda/config.cpp chooses for a weight of n outputs, and its layout; blocks are (nnzb, R, C)."""
     layout, launch = Layout(), LinearLaunch()
     call = _config().sparse_prune_linear_launch
-    call.argtypes = (ctypes.c_int64,) * 3 + (ctypes.c_int,) * 3 + (ctypes.c_void_p,) * 2
-    call(m, n, *blocks, sms, ctypes.byref(layout), ctypes.byref(launch))
+    call.argtypes = (ctypes.c_int64,) * 3 + (ctypes.c_int,) * 4 + (ctypes.c_void_p,) * 2
+    call(m, n, *blocks, most_row, sms, ctypes.byref(layout), ctypes.byref(launch))
     return layout, launch
 
 
@@ -213,6 +215,51 @@ def linear(
     arguments += [m, n, k, x.stride(0), *last, ACTIVATIONS.index(activation), int(vector)]
     counts = code.launch(launch.blocks, launch.threads, arguments, shared_bytes=launch.shared_bytes, **options)
     return y, counts
+
+
+def quantize(
+    x: Tensor, x_scale: float | None, arch: str, patch: tuple[tuple[str, str, str], ...] = (), **options
+) -> tuple[Tensor, Tensor]:
+    """int8 [M, K and zeros up to a multiple of 32] and float32 [M] of the kernel that launch_quantize would run."""
+    (m, k), wide = x.shape, -(-x.shape[1] // 32) * 32
+    q, scales = torch.full((m, wide), -128, dtype=torch.int8), torch.full((m,), -1.0)
+    code = program(ptx("kernels_int8.cu", arch, patch), f"quantize_rows_{NAMES[x.dtype]}")
+    code.launch(m, 128, [x, q, scales, k, x.stride(0), wide, x_scale or 0.0], shared_bytes=0, **options)
+    return q, scales
+
+
+def linear_int8(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    blocks: tuple[int, int, int],
+    n: int,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    x_scale: float | None = None,
+    tokens: int | None = None,
+    arch: str = "sm_80",
+    patch: tuple[tuple[str, str, str], ...] = (),
+    **options,
+) -> tuple[Tensor, ptx_emulator.Counts]:
+    """As linear, by the kernels that cuda_linear_int8 runs for `blocks` (nnzb, R, C) of int8; counts of the product."""
+    q, x_scales = quantize(x, x_scale, arch, patch, **options)
+    pairs, (nnzb, r, c) = q.view(torch.int16), blocks
+    at, launch = linear_launch(len(x), n, (nnzb, r, c // 2), most_row=32)
+    if tokens is not None:
+        launch = LinearLaunch(0, tokens, 0, 256, {128: 49152, 256: 98304}[tokens], -(-len(x) // tokens) * at.tiles)
+    y = x.new_full((len(x), n), torch.nan)  # [M, N]
+    assert len(packed) >= at.least_bytes
+    weights, heads, starts, pieces, steps = packed.tensor_split((at.tables, at.starts, at.piece_table, at.steps))
+    tables, last = ((starts, pieces), [at.row // 16, at.order]) if launch.skinny else ((heads, steps), [at.tiles])
+    vector = n % 8 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in (y, bias, residual))
+    name = entry(at, launch, x.dtype).replace(f"_{NAMES[x.dtype]}_", f"_int8_{NAMES[x.dtype]}_")
+    arguments = [pairs, weights if len(weights) else 0, *tables, *(0 if t is None else t for t in (bias, residual)), y]
+    arguments += [*y.shape, pairs.shape[1], pairs.stride(0), *last, ACTIVATIONS.index(activation), int(vector)]
+    code = program(ptx("kernels_int8.cu", arch, patch), name)
+    given = [*arguments, x_scales, scales]
+    return y, code.launch(launch.blocks, launch.threads, given, shared_bytes=launch.shared_bytes, **options)
 
 
 def sdd_launch(m: int, jobs: int, blocks: tuple[int, int, int], sms: int = 108) -> SddLaunch:

@@ -77,13 +77,13 @@ def test_code_for_every_architecture(library):
     assert {"sm_80", "sm_90", "sm_90a", "sm_100", "sm_120"} <= set(seen)
     for arch, names in seen.items():
         hopper = arch == "sm_90a"
-        ours = "bsr_linear_sm90_" if hopper else "bsr_linear_s(m80|kinny)_|bsr_sdd_|sum_parts_"
-        assert len(names) == 16 if hopper else len(names) >= 24, arch
+        ours = "bsr_linear_sm90_" if hopper else "bsr_linear_s(m80|kinny)_|bsr_sdd_|sum_parts_|quantize_rows_"
+        assert len(names) == (16 if hopper else 40), arch
         assert all(re.match(ours, name) for name in names), arch
         code = subprocess.run(
             [tool("cuobjdump"), "-sass", "-arch", arch, library], capture_output=True, text=True
         ).stdout
-        for instruction in ("HGMMA", "UTMALDG", "UBLKCP") if hopper else ("HMMA", "LDGSTS"):
+        for instruction in ("HGMMA", "UTMALDG", "UBLKCP") if hopper else ("HMMA", "IMMA", "LDGSTS"):
             assert re.search(rf"\b{instruction}\b", code), f"no {instruction} for {arch}"
     told = ctypes.CDLL(str(library)).sparse_prune_cuda_contents
     told.restype = ctypes.c_char_p
@@ -114,7 +114,8 @@ def test_it_loads_beside_any_torch_and_says_why_it_cannot_run(library):
 def test_reasons():
     for device, dtype, block, reason in (
         ("cpu", torch.float16, (32, 32), "run on CUDA devices, not on cpu"),
-        ("cuda", torch.float32, (32, 32), "take bfloat16 and float16, not float32"),
+        ("cuda", torch.float32, (32, 32), "take bfloat16, float16 and int8, not float32"),
+        ("cuda", torch.int8, (32, 16), "take int8 blocks of 32, 64 or 128 inputs, not 32x16"),
         ("cuda", torch.float16, (32, 8), "take blocks with sides 16, 32, 64 or 128, not 32x8"),
     ):
         with pytest.raises(sp.SparsePruneError, match=f"got 'cuda'; the CUDA kernels {reason}"):
@@ -146,13 +147,19 @@ def emulated(monkeypatch, request):
             cuda_kernels.aligned(x), packed, weight, out_features, bias, activation, residual
         )[0]
 
+    def cuda_linear_int8(x, packed, scales, nnzb, r, c, out_features, bias, activation, residual, x_scale):
+        calls.append(("int8", packed.data_ptr()))
+        given = (cuda_kernels.aligned(x), packed, scales, (nnzb, r, c), out_features, bias, activation, residual)
+        return cuda_kernels.linear_int8(*given, x_scale)[0]
+
     def cuda_sdd(dy, x, jobs, nnzb, block_rows, block_cols):
         calls.append(("sdd", jobs.data_ptr()))
         dy, x = cuda_kernels.aligned(dy), cuda_kernels.aligned(x)
         return cuda_kernels.sdd(dy, x, jobs, (nnzb, block_rows, block_cols))[0]
 
     scope = torch.library.Library("sparse_prune", "FRAGMENT")
-    played = {"cuda_linear": cuda_linear, "cuda_linear_sm90": cuda_linear_sm90, "cuda_sdd": cuda_sdd}
+    played = {"cuda_linear": cuda_linear, "cuda_linear_sm90": cuda_linear_sm90}
+    played |= {"cuda_linear_int8": cuda_linear_int8, "cuda_sdd": cuda_sdd}
     assert sorted(schema.partition("(")[0] for schema in schemas) == sorted(played)
     for schema in schemas:
         name = schema.partition("(")[0]
@@ -262,6 +269,25 @@ def test_what_is_made_of_an_index_is_made_once():
     col[0] = col[0].clone()
     assert cuda.jobs_of(crow, col, 4, 32, 32) is not jobs
     assert cuda.layout_of(crow, col, 4, 32, 32, False) is not layout
+
+
+@needs_nvcc
+def test_backend_cuda_int8(emulated):
+    packed, generator = some_weight(torch.float32)
+    packed = packed.quantize()
+    for dtype, x_scale in ((torch.bfloat16, None), (torch.float16, 0.03)):
+        x, residual = (torch.randn(2, 20, size, generator=generator).to(dtype) for size in (100, 70))
+        bias = torch.randn(70, generator=generator).to(dtype)
+        got = sp.bsr_linear(x, packed, bias, "gelu", residual, backend="cuda", x_scale=x_scale)
+        wanted = sp.bsr_linear(x, packed, bias, "gelu", residual, backend="reference", x_scale=x_scale)
+        torch.testing.assert_close(got, wanted)
+    assert [name for name, _ in emulated] == ["int8"] * 2 and emulated[0] == emulated[1], "the layout was not kept"
+    index = (packed.crow_indices, packed.col_indices, packed.values, packed.scales)
+    rows = x.view(-1, 100)
+    arguments = (rows, *index, None, 70, bias, "none", None, None)
+    torch.library.opcheck(torch.ops.sparse_prune.bsr_linear_int8_cuda.default, arguments)
+    with pytest.raises(sp.SparsePruneError, match="x: expected bfloat16 or float16 beside an int8 weight"):
+        sp.bsr_linear(x.float(), packed, backend="cuda")
 
 
 @needs_nvcc

@@ -6,7 +6,14 @@ import cuda_kernels
 import ptx_emulator
 import pytest
 import torch
-from triton_problems import ACTIVATIONS, PROBLEMS, assert_as_good_as_torch, exact_and_dense, make_problem
+from triton_problems import (
+    ACTIVATIONS,
+    PROBLEMS,
+    assert_as_good_as_torch,
+    exact_and_dense,
+    exact_and_reference_int8,
+    make_problem,
+)
 
 from sparse_prune import reference
 
@@ -237,6 +244,102 @@ def test_planted_bugs_in_sdd_are_caught(bug):
                 except (AssertionError, ptx_emulator.EmulationError):
                     failed = True
         assert failed == bool(patch)
+
+
+# (M, N, K, R, C, density); int8 blocks have 32 inputs or more.
+INT8_PROBLEMS = [
+    (1, 96, 64, 32, 32, 0.5),
+    (7, 45, 70, 16, 32, 0.5),
+    (9, 64, 64, 32, 32, 0.0),
+    (20, 100, 300, 128, 128, 0.7),
+    (64, 300, 500, 64, 64, 0.4),
+    (260, 300, 500, 16, 128, 0.4),
+    (140, 96, 400, 128, 32, 0.4),
+    (1100, 40, 33, 32, 32, 0.5),
+]
+
+
+def check_int8(problem, dtype=BF16, activation="gelu", extras=(True, True), x_scale=None, **options):
+    from sparse_prune_kernels.cuda import ROW_INT8, make_layout
+
+    packed, x, bias, residual = make_problem(*problem, dtype)
+    packed = packed.to(torch.float32).quantize()
+    bias, residual = (tensor if used else None for tensor, used in zip((bias, residual), extras, strict=True))
+    (_, k), (r, c) = packed.shape, packed.blocksize
+    index = (packed.crow_indices, packed.col_indices, -(-k // c))
+    weight = make_layout(*index, r, c // 2, most_row=ROW_INT8).pack(packed.values.view(torch.int16))
+    given = (cuda_kernels.aligned(x, 8), weight, packed.scales, tuple(packed.values.shape), packed.shape[0])
+    y, counts = cuda_kernels.linear_int8(*given, bias, activation, residual, x_scale, **options)
+    assert_as_good_as_torch(y, *exact_and_reference_int8(x, packed, bias, activation, residual, x_scale))
+    return packed, counts
+
+
+@pytest.mark.parametrize("tokens", [None, 128, 256])
+@pytest.mark.parametrize("problem", INT8_PROBLEMS, ids=str)
+def test_int8(problem, tokens):
+    check_int8(problem, tokens=tokens)
+
+
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+@pytest.mark.parametrize("block", [(16, 32), (32, 32), (64, 64), (128, 128)], ids=str)
+def test_int8_with_copies_that_end_whenever_they_like(block, mode):
+    check_int8((260, 300, 900, *block, 0.4), F16, "none", (True, False), mode=mode)
+    packed, counts = check_int8((16, 300, 900, *block, 0.4), F16, "relu", (False, True), x_scale=0.02, mode=mode)
+
+
+def check_rounding(dtype, x_scale, **options):
+    """Bit for bit as the reference, NaN and infinity included, and zeros behind the last input."""
+    x = torch.randn(9, 1203, dtype=torch.float64).mul_(torch.logspace(-6, 4, 9, dtype=torch.float64)[:, None]).to(dtype)
+    x[1], x[3, 1202], x[4, 0], x[5, 700] = 0.0, torch.nan, torch.inf, -torch.inf
+    for k in (1203, 1200, 5):
+        q, scales = cuda_kernels.quantize(cuda_kernels.aligned(x[:, :k]), x_scale, "sm_80", **options)
+        wanted, wanted_scales = reference.quantize_rows(x[:, :k], x_scale)
+        assert torch.equal(q[:, :k], wanted) and not q[:, k:].any()
+        torch.testing.assert_close(scales, wanted_scales, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("x_scale", [None, 0.013], ids=str)
+def test_rows_are_rounded_as_the_reference_does(dtype, x_scale):
+    check_rounding(dtype, x_scale)
+
+
+INT8_BUGS = {
+    "scales of other outputs": ("epilogue.cuh", "scales[n + i] * x_scale", "scales[n] * x_scale"),
+    "no scale of the token": ("epilogue.cuh", "scales[n + i] * x_scale", "scales[n + i]"),
+    "scales past the end are read": ("epilogue.cuh", "n + i < epilogue.N ? sums", "true ? sums"),
+    "the padding of x is left as it was": ("kernels_int8.cu", "k < ldq;", "k < K;"),
+    "rounded towards zero": ("kernels_int8.cu", "__float2int_rn", "__float2int_rz"),
+    "the last inputs do not count for the scale": (
+        "kernels_int8.cu",
+        "for (int k = threadIdx.x * 8; k < K;",
+        "for (int k = threadIdx.x * 8; k + 8 <= K;",
+    ),
+    "one warp's highest alone": ("kernels_int8.cu", "highest = max(highest, highest_of[warp]);", ""),
+}
+
+
+@pytest.mark.parametrize("bug", INT8_BUGS)
+def test_planted_bugs_in_int8_are_caught(bug):
+    """In kernels for bfloat16 alone, which compile sooner."""
+    few = (
+        (
+            "kernels_int8.cu",
+            "ALL(bf16, __nv_bfloat16)\nALL(f16, __half)",
+            "LINEAR(bf16, __nv_bfloat16, 16, 128) QUANTIZE(bf16, __nv_bfloat16)",
+        ),
+        ("kernels_int8.cu", "  ENTRIES(bf16, true)\n  ENTRIES(f16, false)\n", ""),
+        ("kernels_int8.cu", ": reinterpret_cast<const void*>(quantize_rows_f16)", ": nullptr"),
+    )
+    for patch in (few, (*few, INT8_BUGS[bug])):
+        failed = False
+        for problem in ((130, 45, 1111, 16, 32, 0.5), (65, 96, 64, 16, 32, 0.5)):
+            try:
+                check_rounding(BF16, None, patch=patch)
+                check_int8(problem, tokens=128, patch=patch)
+            except (AssertionError, ptx_emulator.EmulationError):
+                failed = True
+        assert failed == (patch != few)
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_120"])

@@ -18,15 +18,16 @@ using Piece = int2;
 template <int kUnits>
 constexpr int kSkinnyStride = 16 * kUnits + 4;
 
-template <typename T, int kTokenTiles, int kUnits>
+template <typename T, int kTokenTiles, int kUnits, class Ending>
 __device__ __forceinline__ void bsr_linear_skinny(const T* __restrict__ x, const uint4* __restrict__ weights,
                                                   const int* __restrict__ starts, const Piece* __restrict__ pieces,
-                                                  const Epilogue<T>& epilogue, int M, int K, int64_t ldx, int row_units,
+                                                  const Ending& epilogue, int M, int K, int64_t ldx, int row_units,
                                                   int order) {
-  static_assert(sizeof(T) == 2, "fragments hold pairs of 16-bit numbers.");
+  static_assert(sizeof(T) == 2, "fragments hold pairs of 16-bit numbers, or of pairs of int8.");
   // Pieces whose loads are on their way together: as many as registers allow beside the sums, 128 a thread and none spilled.
   constexpr int kBatch = kTokenTiles == 2 ? 8 : 2 / kUnits;
-  extern __shared__ __align__(16) float partial[];  // [warps, tokens, kSkinnyStride]
+  extern __shared__ __align__(16) int shared_sums[];  // [warps, tokens, kSkinnyStride]
+  Sum<T>* partial = reinterpret_cast<Sum<T>*>(shared_sums);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const bool left = order == kLeftOrder;
   const int parts = row_units / kUnits, row = blockIdx.x / parts, first_unit = blockIdx.x % parts * kUnits;
@@ -37,7 +38,7 @@ __device__ __forceinline__ void bsr_linear_skinny(const T* __restrict__ x, const
 #pragma unroll
   for (int i = 0; i < kTokenTiles; ++i) x_from[i] = x + min(lane / 4 + 8 * i, M - 1) * ldx + lane % 4 * 2;
 
-  float sums[kUnits][kTokenTiles][4] = {};  // [outputs / 16, tokens / 8, fragment]
+  Sum<T> sums[kUnits][kTokenTiles][4] = {};  // [outputs / 16, tokens / 8, fragment]
   for (int some = from; some < to; some += 32) {
     const Piece mine = pieces[min(some + lane, to - 1)];
     const int count = min(32, to - some);
@@ -91,7 +92,7 @@ __device__ __forceinline__ void bsr_linear_skinny(const T* __restrict__ x, const
   for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
     for (int i = 0; i < kTokenTiles; ++i) {
-      float* at = partial + (warp * 8 * kTokenTiles + 8 * i + lane % 4 * 2) * kStride + u * 16 + slot;
+      Sum<T>* at = partial + (warp * 8 * kTokenTiles + 8 * i + lane % 4 * 2) * kStride + u * 16 + slot;
       at[0] = sums[u][i][0], at[kStride] = sums[u][i][1];
       at[2] = sums[u][i][2], at[kStride + 2] = sums[u][i][3];
     }
@@ -99,10 +100,11 @@ __device__ __forceinline__ void bsr_linear_skinny(const T* __restrict__ x, const
   __syncthreads();
   for (int run = threadIdx.x; run < M * 4 * kUnits; run += blockDim.x) {  // four adjacent outputs of one token
     const int m = run / (4 * kUnits), q = run % (4 * kUnits);
-    float v[4] = {};
+    Sum<T> v[4] = {};
     for (int other = 0; other < warps; ++other) {
-      const float4 part = *reinterpret_cast<const float4*>(partial + (other * 8 * kTokenTiles + m) * kStride + q * 4);
-      v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
+      const Sum<T>* part = partial + (other * 8 * kTokenTiles + m) * kStride + q * 4;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i] += part[i];
     }
     const int unit = first_unit + q / 4;
     const int within = order != kRightOrder ? first_unit * 16 + q * 4 : unit / 2 * 32 + q % 4 * 8 + unit % 2 * 4;

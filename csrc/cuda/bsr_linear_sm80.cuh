@@ -42,12 +42,12 @@ struct Sm80Tile {
   static constexpr int kSharedBytes = kStages * kStageBytes;
 };
 
-template <typename T, int kRow, int kTokenTiles>
+template <typename T, int kRow, int kTokenTiles, class Ending>
 __device__ __forceinline__ void bsr_linear_sm80(const T* __restrict__ x, const uint4* __restrict__ weights,
                                                 const Tile* __restrict__ tiles, const Step* __restrict__ steps,
-                                                const Epilogue<T>& epilogue, int M, int K, int64_t ldx, int tile_count) {
+                                                const Ending& epilogue, int M, int K, int64_t ldx, int tile_count) {
   using Shape = Sm80Tile<kTokenTiles>;
-  static_assert(sizeof(T) == 2, "fragments hold pairs of 16-bit numbers.");
+  static_assert(sizeof(T) == 2, "fragments hold pairs of 16-bit numbers, or of pairs of int8.");
   static_assert(kRow == 16 || kRow == 32 || kRow == 64, "a row is a whole number of units and at most one group.");
   constexpr int kGroupRows = 64 / kRow;  // rows of a group
   constexpr int kUnits = kRow / kUnit;   // units of a row in one column
@@ -95,7 +95,7 @@ __device__ __forceinline__ void bsr_linear_sm80(const T* __restrict__ x, const u
     if (thread + 256 < pieces) copy_async(w_to + stage * Shape::kStageBytes + 4096, from + 256);
   };
 
-  float sums[kTokenTiles][kGroupRows][kUnits][2][4] = {};  // [tokens / 16, rows, outputs / 16, outputs / 8, fragment]
+  Sum<T> sums[kTokenTiles][kGroupRows][kUnits][2][4] = {};  // [tokens / 16, rows, outputs / 16, outputs / 8, fragment]
 
 #pragma unroll
   for (int s = 0; s < Shape::kStages - 1; ++s) {
@@ -156,7 +156,7 @@ __device__ __forceinline__ void bsr_linear_sm80(const T* __restrict__ x, const u
           const int n = v * kRow + run * 4 * kRun + lane % 4 * kRun;
 #pragma unroll
           for (int below = 0; below < 2; ++below) {  // fragments hold tokens lane / 4 and lane / 4 + 8
-            float out[kRun];
+            Sum<T> out[kRun];
 #pragma unroll
             for (int e = 0; e < kRun; ++e) out[e] = sums[0][row][run * (kRun / 4) + e / 4][e / 2 % 2][2 * below + e % 2];
             epilogue.store(out, m + 8 * below, n);

@@ -33,9 +33,9 @@ LinearLaunch skinny_launch(int64_t M, const Layout& layout, int sms) {
 
 }  // namespace
 
-Layout layout_of(int64_t out_features, int64_t nnzb, int block_rows, int block_cols) {
+Layout layout_of(int64_t out_features, int64_t nnzb, int block_rows, int block_cols, int most_row) {
   Layout l = {};
-  l.row = std::min(block_rows, 64);
+  l.row = std::min(block_rows, most_row);
   l.order = l.row == 16 ? kRightOrder16 : kRightOrder;
   const int64_t block_row_count = ceil_div(out_features, block_rows);
   l.rows = block_row_count * (block_rows / l.row);
@@ -91,8 +91,9 @@ SddLaunch sdd_launch(int64_t M, int64_t jobs, int64_t nnzb, int block_rows, int 
 namespace sm90 = sparse_prune::sm90;
 
 SPARSE_PRUNE_EXPORT void sparse_prune_linear_launch(int64_t M, int64_t out_features, int64_t nnzb, int block_rows, int block_cols,
-                                                    int sms, sparse_prune::Layout* layout, sparse_prune::LinearLaunch* launch) {
-  *layout = sparse_prune::layout_of(out_features, nnzb, block_rows, block_cols);
+                                                    int most_row, int sms, sparse_prune::Layout* layout,
+                                                    sparse_prune::LinearLaunch* launch) {
+  *layout = sparse_prune::layout_of(out_features, nnzb, block_rows, block_cols, most_row);
   *launch = sparse_prune::linear_launch(M, *layout, sms);
 }
 

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "bsr_linear_sm90.h"
+#include "problem.h"
 
 namespace sparse_prune {
 
@@ -19,8 +20,8 @@ struct Layout {
   int64_t least_bytes;                         // of the whole, with one spare step at least
 };
 
-// Sides in {16, 32, 64, 128}.
-Layout layout_of(int64_t out_features, int64_t nnzb, int block_rows, int block_cols);
+// Sides in {16, 32, 64, 128}; int8 weights count pairs of inputs, and have rows of kMostRowInt8.
+Layout layout_of(int64_t out_features, int64_t nnzb, int block_rows, int block_cols, int most_row = kMostRow);
 
 // What bsr_linear_skinny needs of a weight packed for sm_90a; the rest is zero.
 Layout layout_of_sm90(int64_t out_features, const sm90::Packed& weight);

@@ -91,4 +91,22 @@ struct Epilogue {
   }
 };
 
+// The same of sums of int8 products: act(sum * scales[n] * x_scales[m] + bias) + residual.
+template <typename T>
+struct ScaledEpilogue {
+  Epilogue<T> epilogue;
+  const float* x_scales;  // [M]
+  const float* scales;    // [N]
+
+  template <int kCount>
+  __device__ __forceinline__ void store(int (&sums)[kCount], int m, int n) const {
+    if (m >= epilogue.M || n >= epilogue.N) return;
+    const float x_scale = x_scales[m];
+    float v[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) v[i] = n + i < epilogue.N ? sums[i] * scales[n + i] * x_scale : 0.0f;
+    epilogue.store(v, m, n);
+  }
+};
+
 }  // namespace sparse_prune::device

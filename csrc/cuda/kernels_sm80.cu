@@ -75,8 +75,9 @@ const char* sparse_prune::launch_linear(const LinearProblem& p, void* stream) {
   const LinearLaunch launch = linear_launch(p.M, p.layout, sms);
   if (launch.blocks > INT32_MAX || p.M > INT32_MAX || p.N > INT32_MAX || p.K > INT32_MAX) return "a size that int32 cannot number";
   const int row_or_units = launch.skinny ? launch.units : p.layout.row;
-  const void* function = nullptr;
+  const void* function = p.scales ? int8_kernel(p.bfloat16, launch.skinny, launch.tokens, row_or_units) : nullptr;
   for (const Kernel& kernel : kKernels) {
+    if (p.scales) break;
     if (kernel.bfloat16 == p.bfloat16 && kernel.skinny == launch.skinny && kernel.tokens == launch.tokens &&
         kernel.row_or_units == row_or_units)
       function = kernel.function;
@@ -85,12 +86,14 @@ const char* sparse_prune::launch_linear(const LinearProblem& p, void* stream) {
   const char* packed = static_cast<const char*>(p.packed);
   const void *tiles = packed + p.layout.tables, *starts = packed + p.layout.starts, *pieces = packed + p.layout.piece_table;
   const void *steps = packed + p.layout.steps, *x = p.x, *bias = p.bias, *residual = p.residual;
+  const void *x_scales = p.x_scales, *scales = p.scales;  // behind the others, where a kernel takes them
   void* y = p.y;
   int M = p.M, N = p.N, K = p.K, tile_count = p.layout.tiles, row_units = p.layout.row / kUnit, activation = p.activation;
   int order = p.layout.order, vector = N % 8 == 0 && aligned(bias) && aligned(residual) && aligned(y);
   int64_t ldx = p.ldx;
-  void* wide[] = {&x, &packed, &tiles, &steps, &bias, &residual, &y, &M, &N, &K, &ldx, &tile_count, &activation, &vector};
-  void* skinny[] = {&x, &packed, &starts, &pieces, &bias, &residual, &y, &M, &N, &K, &ldx, &row_units, &order, &activation, &vector};
+  void* wide[] = {&x, &packed, &tiles, &steps, &bias, &residual, &y, &M, &N, &K, &ldx, &tile_count, &activation, &vector, &x_scales, &scales};
+  void* skinny[] = {&x, &packed, &starts, &pieces, &bias, &residual, &y, &M, &N, &K, &ldx, &row_units, &order, &activation,
+                    &vector, &x_scales, &scales};
   cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
   if (error == cudaSuccess)
     error = cudaLaunchKernel(function, dim3(launch.blocks), dim3(launch.threads), launch.skinny ? skinny : wide, launch.shared_bytes,

@@ -20,10 +20,30 @@ struct LinearProblem {
   const void* residual;  // [M, N] or null
   void* y;
   int activation;  // Activation
+  // int8 weights: x is int8 pairs, and K, ldx and the layout count pairs of inputs; else both null.
+  const void* x_scales;  // float [M]
+  const void* scales;    // float [N]
 };
 
 // Queues the product on a stream of the current device and returns null, or why it cannot. Never waits for the device.
 const char* launch_linear(const LinearProblem& problem, void* stream);
+
+// int8 q[M, K] and float scales[M] with x[m, k] ~ scales[m] * q[m, k]; zeros up to ldq, a multiple of 32.
+struct QuantizeProblem {
+  bool bfloat16;
+  int64_t M, K;
+  const void* x;  // [M, K], rows ldx elements apart; both multiples of 16 bytes
+  int64_t ldx;
+  void *q, *scales;
+  int64_t ldq;
+  float x_scale;  // of all rows; 0: each row's own
+};
+
+// As launch_linear.
+const char* launch_quantize(const QuantizeProblem& problem, void* stream);
+
+// The kernel for int8 weights of that shape, or null.
+const void* int8_kernel(bool bfloat16, bool skinny, int tokens, int row_or_units);
 
 // dvalues[nnzb, R, C]: the stored blocks of dy[M, N]^T @ x[M, K], summed in float32.
 struct SddProblem {

@@ -60,6 +60,31 @@ __device__ __forceinline__ uint4 load_once(const uint4* from) {
   return v;
 }
 
+// Two int8: x and weights of a product in int8 move, lie and meet as the 16-bit numbers of the other products do.
+struct Int8Pair {
+  int8_t low, high;
+};
+
+// What products of T are summed in.
+template <typename T>
+struct SumOf {
+  using Type = float;
+};
+template <>
+struct SumOf<Int8Pair> {
+  using Type = int;
+};
+template <typename T>
+using Sum = typename SumOf<T>::Type;
+
+// d[16, 8] += a[16, 32] @ b[32, 8] in int8, exactly
+template <typename T>
+__device__ __forceinline__ void multiply_add(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // d[16, 8] += a[16, 16] @ b[16, 8]
 template <typename T>
 __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);

@@ -22,7 +22,7 @@ from .support import ArgumentError
 Made = TypeVar("Made")
 
 TILE_OUTPUTS = 128  # outputs of a tile
-ROW = 64  # outputs of a row at most: a block-row of 128 is two rows
+ROW, ROW_INT8 = 64, 32  # outputs of a row at most: a block-row of 128 is two rows
 GROUPS = 2  # groups of rows in a tile, each for its own warps
 UNIT = 16  # outputs and inputs of a unit
 TILE_INTS, STEP_INTS = 12, 4  # of struct Tile and Step
@@ -71,10 +71,16 @@ class Layout:
 
 
 def layout_of(
-    crow_indices: Tensor, col_indices: Tensor, block_columns: int, r: int, c: int, transposed: bool
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    block_columns: int,
+    r: int,
+    c: int,
+    transposed: bool = False,
+    most_row: int = ROW,
 ) -> Layout:
     """make_layout's, made once for an index."""
-    key = ("layout", block_columns, r, c, transposed)
+    key = ("layout", block_columns, r, c, transposed, most_row)
     return once(key, crow_indices, col_indices, lambda: make_layout(crow_indices, col_indices, *key[1:]))
 
 
@@ -99,15 +105,21 @@ def once(key: tuple, crow: Tensor, col: Tensor, make: Callable[[], Made]) -> Mad
 
 
 def make_layout(
-    crow_indices: Tensor, col_indices: Tensor, block_columns: int, r: int, c: int, transposed: bool = False
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    block_columns: int,
+    r: int,
+    c: int,
+    transposed: bool = False,
+    most_row: int = ROW,
 ) -> Layout:
     """The layout of a weight of blocks r x c, sides in {16, 32, 64, 128}, or of its transpose. Reads the index on the host, so a
-    GPU is waited for.
+    GPU is waited for. Two int8 count as one number: such a weight is packed as int16 in blocks of r x c / 2, most_row ROW_INT8.
     """
     slots = places(crow_indices, col_indices, block_columns)  # [block-rows, block-columns]
     if transposed:
         slots, r, c = slots.T, c, r
-    (rows, block_columns), row = slots.shape, min(r, ROW)
+    (rows, block_columns), row = slots.shape, min(r, most_row)
     slots = with_no_row(slots).long()  # [rows + 1, columns]
     order = row_order(slots[:-1] >= 0, TILE_OUTPUTS // r)  # [T, merged block-rows]
     parts = r // row  # rows of a block-row

@@ -18,7 +18,7 @@ BLOCK_SIDES = (
     128,
 )  # 16 is the shortest side that tensor cores take; beyond 128 an accumulator leaves the registers
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)  # of weights; x beside int8 is one of the others
-CUDA_DTYPES = (torch.bfloat16, torch.float16)  # of the CUDA C++ kernels
+CUDA_DTYPES = (torch.bfloat16, torch.float16, torch.int8)  # of weights, of the CUDA C++ kernels
 MIN_CAPABILITY = (
     8,
     0,
