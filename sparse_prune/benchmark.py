@@ -7,12 +7,12 @@ plain dicts that go to JSON; a ratio to dense is a ratio to the best dense PyTor
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import json
 import platform
 import random
 import statistics
-import subprocess
 import tempfile
 import time
 import warnings
@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,6 +31,7 @@ from .bsr import BsrWeight
 from .errors import SparsePruneError
 from .layers import SparseLinear
 from .masks import check_blocksize, check_density, expand_mask, grid_shape
+from .peers import Peer, PeerError, installed, linear_onnx
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # bench_linear also takes int8: weights in int8 and x in bfloat16, against bfloat16 dense and our bfloat16.
@@ -214,74 +214,28 @@ def _relative_error(got: object, exact: Tensor) -> float:
     return float((torch.as_tensor(got).double() - exact).norm() / exact.norm())
 
 
-class Engine:
-    """A peer in an environment of its own (`make peers`): a process that times a model whenever it is asked to."""
-
-    def __init__(self, name: str, folder: str | Path) -> None:
-        """Start runs/peers/NAME; raises SparsePruneError if it does not answer."""
-        self.name, self.reason = name, ""
-        command = [str(Path(folder) / name / "bin" / "python"), str(Path(folder) / "peers.py"), name]
-        pipe, null = subprocess.PIPE, subprocess.DEVNULL
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, text=True)
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._asks, self._answers = self._process.stdin, self._process.stdout
-        self.version = self._read().get("ready", "")
-        if not self.version:
-            raise SparsePruneError(
-                "peers", f"an engine that starts under {folder}", f"{name}: {self.reason}", "make peers"
-            )
-
-    def time(
-        self, model: str | Path, inputs: dict[str, Tensor], dtype: str, threads: int, seconds: float
-    ) -> tuple[float, list[Tensor]] | None:
-        """Median seconds of a call and its outputs, or None, with `reason` saying why the engine cannot run that.
-
-        model is an ONNX file, or an .npz file of linear layers (see bench/peers.py); inputs go in as they are, dtype is what the
-        engine may compute in.
-        """
-        if self._process.poll() is not None:
-            return None
-        with tempfile.TemporaryDirectory() as folder:
-            files = {name: str(Path(folder) / f"{name}.npz") for name in ("inputs", "outputs")}
-            arrays: dict[str, Any] = {name: value.numpy() for name, value in inputs.items()}
-            np.savez(files["inputs"], **arrays)
-            request = {"model": str(model), **files, "dtype": dtype, "threads": threads, "seconds": seconds}
-            try:
-                print(json.dumps(request), file=self._asks, flush=True)
-            except BrokenPipeError:
-                self.reason = "its process has ended"
-                return None
-            answer = self._read()
-            if "us" not in answer:
-                return None
-            with np.load(files["outputs"]) as outputs:
-                return answer["us"] * 1e-6, [torch.from_numpy(outputs[name]) for name in outputs.files]
-
-    def _read(self) -> dict:
-        line = self._answers.readline()
-        answer = json.loads(line) if line else {"error": f"its process has ended with code {self._process.wait()}"}
-        self.reason = answer.get("error", "")
-        return answer
-
-    def close(self) -> None:
-        """End the process."""
-        self._asks.close()
-        self._answers.close()
-        self._process.wait()
-
-
 @contextlib.contextmanager
-def engines(folder: str | Path | None) -> Iterator[list[Engine]]:
-    """The engines that `make peers` has installed under folder (None: none), running inside the block."""
-    found: list[Engine] = []
-    try:
-        if folder is not None:
-            for path in sorted(Path(folder).glob("*/.installed")):
-                found.append(Engine(path.parent.name, folder))
+def engines(folder: str | Path | None) -> Iterator[list[Peer]]:
+    """The engines that `make peers` has installed under folder (None: none), running inside the block.
+
+    Raises SparsePruneError for one that does not start, and without onnx, which hands them the layers.
+    """
+    with contextlib.ExitStack() as opened:
+        found: list[Peer] = []
+        for name, python in installed(folder).items():
+            require_onnx()
+            try:
+                found.append(opened.enter_context(Peer(name, python)))
+            except (PeerError, OSError) as error:
+                expected = f"an engine that starts under {folder}"
+                raise SparsePruneError("peers", expected, f"{name}: {error}", "make peers") from None
         yield found
-    finally:
-        for engine in found:
-            engine.close()
+
+
+def require_onnx() -> None:
+    """Raise SparsePruneError where the package onnx is not installed."""
+    if importlib.util.find_spec("onnx") is None:
+        raise SparsePruneError("peers", "the package onnx, which hands them the model", "none", "pip install onnx")
 
 
 GRIDS: dict[str, dict[str, Any]] = {
@@ -347,7 +301,7 @@ def bench_linear(
     seconds: float = 1.0,
     keep: str | Path | None = None,
     on_row: Callable[[dict], None] | None = None,
-    peers: Sequence[Engine] = (),
+    peers: Sequence[Peer] = (),
 ) -> list[dict]:
     """Time y[M, N] = x[M, K] @ W[N, K]^T + b for each of linear_problems, one row each.
 
@@ -363,7 +317,7 @@ def bench_linear(
     Raises SparsePruneError for seconds below 0, ArithmeticError if the result of any candidate is wrong.
     """
     check_seconds(seconds)
-    about, rows = machine() | {"engines": {engine.name: engine.version for engine in peers}}, []
+    about, rows = machine() | {"engines": {engine.runtime: engine.version for engine in peers}}, []
     kept = kept_rows(keep, about)
     roofs: dict[tuple, dict | None] = {}
     for problem in problems:
@@ -404,7 +358,7 @@ def kept_rows(path: str | Path | None, about: dict) -> dict[str, dict]:
 
 
 @torch.no_grad()
-def _time_linear(problem: dict, seconds: float, limit: dict | None, engines: Sequence[Engine]) -> dict:
+def _time_linear(problem: dict, seconds: float, limit: dict | None, engines: Sequence[Peer]) -> dict:
     k, n, m, blocksize, dtype = (
         problem["K"],
         problem["N"],
@@ -456,7 +410,8 @@ def _time_linear(problem: dict, seconds: float, limit: dict | None, engines: Seq
         if engines:
             # As an engine runs in its process: nothing between two calls that would sweep the caches.
             medians["sparse_alone"] = interleaved_medians({"sparse": candidates["sparse"]}, seconds / 2)["sparse"]
-    medians |= _time_engines(engines, problem, linear, x, exact, 4 * allowed, seconds / 2)
+    timed, failed = _time_engines(engines, problem, linear, x, exact, 4 * allowed, seconds / 2)
+    medians |= timed
     best_dense = min(medians[name] for name in DENSE if name in medians)
     sparse, density = medians["sparse"], kernel.density
     moved = kernel.packed.nbytes + (x.numel() + m * n) * x.element_size()
@@ -473,35 +428,43 @@ def _time_linear(problem: dict, seconds: float, limit: dict | None, engines: Seq
         "error": errors["sparse"],
         "dense_error": errors["dense"],
     }
+    if failed:
+        row["failed"] = failed
     if limit is not None:
         row |= {"limits": limit, "roofline": _bound_seconds(limit, 2 * m * k * n * density, moved) / sparse}
     return row
 
 
 def _time_engines(
-    engines: Sequence[Engine],
+    engines: Sequence[Peer],
     problem: dict,
     linear: nn.Linear,
     x: Tensor,
     exact: Tensor,
     allowed: float,
     seconds: float,
-) -> dict[str, float]:
-    """Median seconds of each engine that can run the layer; their weights and inputs are float32, whatever they compute in."""
-    found = {}
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Median seconds of each engine that can run the layer, and why the others cannot; their weights and inputs are float32,
+    whatever they compute in."""
+    found: dict[str, float] = {}
+    failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "layers.npz"
+        model = Path(folder) / "linear.onnx"
         if engines:
-            np.savez(model, w0=linear.weight.float().numpy(), b0=linear.bias.float().numpy())
+            linear_onnx(linear.weight.float().numpy(), linear.bias.float().numpy(), len(x), model)
         for engine in engines:
-            timed = engine.time(model, {"x": x.float()}, problem["dtype"], problem["threads"], seconds)
-            if timed is None:
+            try:
+                engine.load(model, {"x": x.float().numpy()}, problem["dtype"], problem["threads"])
+                median = engine.time(seconds)
+                error = _relative_error(engine.outputs()[0], exact)
+            except PeerError as reason:
+                failed[engine.runtime] = str(reason)
                 continue
-            error = _relative_error(timed[1][0], exact)
             if not error <= allowed:
-                raise ArithmeticError(f"{engine.name} is wrong at {problem}: error {error:.1e}, allowed {allowed:.1e}")
-            found[engine.name] = timed[0]
-    return found
+                name = engine.runtime
+                raise ArithmeticError(f"{name} is wrong at {problem}: error {error:.1e}, allowed {allowed:.1e}")
+            found[engine.runtime] = median
+    return found, failed
 
 
 def plot_linear(rows: Sequence[dict], path: str | Path) -> None:

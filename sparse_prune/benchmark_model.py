@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 import statistics
 import tempfile
 import time
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from . import peers as peers_
-from .benchmark import DTYPES, check_block_fits, check_seconds, machine, thread_count
+from .benchmark import DTYPES, check_block_fits, check_seconds, machine, require_onnx, thread_count
 from .convert import BlockSparseConfig, sparsify_, swap_modules
 from .criteria import block_mask
 from .errors import SparsePruneError
@@ -175,7 +174,7 @@ class _PeerCandidate:
 
     def hidden(self) -> Tensor:
         self.peer.run()
-        return torch.from_numpy(self.peer.output()).double()
+        return torch.from_numpy(self.peer.outputs()[0]).double()
 
     def seconds(self) -> float:
         time.sleep(0.005)  # PyTorch's threads spin for some milliseconds after their work: not on this one's time
@@ -225,8 +224,8 @@ def bench_model(
     """
     check_seconds(seconds)
     dtypes, peers = list(dtypes), peers or {}
-    if peers and importlib.util.find_spec("onnx") is None:
-        raise SparsePruneError("peers", "the package onnx, which hands them the model", "none", "pip install onnx")
+    if peers:
+        require_onnx()
     for name in dtypes:
         if name not in DTYPES:
             raise SparsePruneError("dtypes", f"names among {', '.join(DTYPES)}", name, "choose some of these")
@@ -323,7 +322,8 @@ def _peer_candidates(opened, peers, files, arguments, dtypes, threads, row) -> I
                     continue
                 name = f"{runtime} {source.partition(' ')[2]}".strip() if source != "dense" else runtime
                 try:
-                    peer = opened.enter_context(peers_.Peer(runtime, python, file, inputs, dtype, threads))
+                    peer = opened.enter_context(peers_.Peer(runtime, python, threads))
+                    peer.load(file, inputs, dtype, threads)
                     peer.run()
                 except peers_.PeerError as error:
                     row["failed"][f"{name} {SHORT[dtype]}"] = str(error)

@@ -1,14 +1,16 @@
 """Other inference runtimes, each in a Python environment of its own (`make peers`), driven over a pipe.
 
 This file is both ends. `Peer` starts the environment's Python on this very file, which then imports nothing of sparse_prune.
-Requests and answers are lines of JSON, tensors travel as files, and the worker times a run itself, so the pipe does not count.
+Requests and answers are lines of JSON, tensors travel as files, and the worker times runs itself, so the pipe does not count.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 RUNTIMES = {"openvino": ("float32", "bfloat16"), "onnxruntime": ("float32",), "deepsparse": ("float32",)}
+TURNS = (5, 200)  # runs that a median is taken of, at least and at most
 
 
 class PeerError(RuntimeError):
@@ -24,38 +27,33 @@ class PeerError(RuntimeError):
 
 
 class Peer:
-    """One ONNX model in one runtime, in a process of its own. A context manager.
+    """One runtime in a process of its own, with one model at a time. A context manager.
 
     runtime   a key of RUNTIMES
     python    the interpreter of the environment that has it
-    model     an .onnx file with free batch and length
-    inputs    name -> numpy array; their shapes are fixed for the runtime before it compiles the model
-    dtype     "float32" or, where RUNTIMES lists it, "bfloat16": the precision it may compute in
+    threads   for OMP_NUM_THREADS; None: as it is
 
-    Raises PeerError with the last line the worker said.
+    version is that of the runtime's package. Every method raises PeerError: with what the runtime said, or where the process has
+    ended, with the last line that it wrote.
     """
 
-    def __init__(self, runtime: str, python: str | Path, model: Path, inputs: dict, dtype: str, threads: int) -> None:
-        import numpy
-
+    def __init__(self, runtime: str, python: str | Path, threads: int | None = None) -> None:
+        self.runtime = runtime
         self._folder = tempfile.TemporaryDirectory()
-        self._output = Path(self._folder.name, "output.npy")
-        numpy.savez(Path(self._folder.name, "inputs.npz"), **inputs)
         self._log = open(Path(self._folder.name, "log"), "w+")  # noqa: SIM115
-        environment = {"NM_DISABLE_ANALYTICS": "1", **os.environ, "OMP_NUM_THREADS": str(threads)}
+        omp = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
         self._process = subprocess.Popen(
             [str(python), __file__, runtime],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=environment,
+            env={"NM_DISABLE_ANALYTICS": "1", **os.environ, **omp},
         )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._asks, self._answers = self._process.stdin, self._process.stdout
         try:
-            options = {"model": str(model), "inputs": str(Path(self._folder.name, "inputs.npz"))}
-            self.version = self._ask("load", **options, dtype=dtype, threads=threads)["version"]
+            self.version: str = self._ask("hello")["version"]
         except BaseException:
             self.close()
             raise
@@ -66,31 +64,50 @@ class Peer:
             self._process.send_signal(signal.SIGCONT)
             self._asks.write(json.dumps({"command": command, **options}) + "\n")
             self._asks.flush()
-            answer = self._answers.readline()
+            line = self._answers.readline()
         except BrokenPipeError:
-            answer = ""
-        if not answer:
+            line = ""
+        if not line:
             self._log.seek(0)
-            said = self._log.read().strip().splitlines()
-            raise PeerError(said[-1][:300] if said else f"ended with code {self._process.wait()}")
+            code, said = self._process.wait(), self._log.read().strip().splitlines()
+            raise PeerError(f"its process has ended with code {code}{': ' + said[-1][:300] if said else ''}")
         self._process.send_signal(signal.SIGSTOP)
-        return json.loads(answer)
+        answer = json.loads(line)
+        if "error" in answer:
+            raise PeerError(answer["error"])
+        return answer
+
+    def load(self, model: str | Path, inputs: dict[str, Any], dtype: str, threads: int) -> None:
+        """Take an .onnx file, whose inputs (name -> numpy array) fix the shapes it is compiled for; dtype is the precision that the
+        runtime may compute in: "float32" or, where RUNTIMES lists it, "bfloat16"."""
+        import numpy
+
+        path = Path(self._folder.name, "inputs.npz")
+        numpy.savez(path, **inputs)
+        self._ask("load", model=str(model), inputs=str(path), dtype=dtype, threads=threads)
 
     def run(self) -> float:
         """One inference; its seconds by the worker's clock."""
         return self._ask("run")["seconds"]
 
-    def output(self):
-        """The first output of the last run, as a numpy array."""
+    def time(self, seconds: float) -> float:
+        """Median seconds of inferences one after another for about that time, after three to warm up."""
+        return self._ask("time", seconds=seconds)["seconds"]
+
+    def outputs(self) -> list[Any]:
+        """The outputs of the last run, as numpy arrays."""
         import numpy
 
-        self._ask("output", file=str(self._output))
-        return numpy.load(self._output)
+        path = Path(self._folder.name, "outputs.npz")
+        self._ask("outputs", file=str(path))
+        with numpy.load(path) as arrays:
+            return [arrays[name] for name in arrays.files]
 
     def close(self) -> None:
         """End the process."""
         self._process.send_signal(signal.SIGCONT)
-        self._asks.close()
+        with contextlib.suppress(BrokenPipeError):  # what a process that has ended did not read
+            self._asks.close()
         self._answers.close()
         try:
             self._process.wait(10)
@@ -107,10 +124,26 @@ class Peer:
         self.close()
 
 
-def installed(folder: str | Path) -> dict[str, Path]:
-    """The runtimes whose environments `make peers` made in folder: name -> interpreter."""
-    pythons = {name: Path(folder, name, "bin", "python") for name in RUNTIMES}
-    return {name: python for name, python in pythons.items() if python.exists()}
+def installed(folder: str | Path | None) -> dict[str, Path]:
+    """The runtimes whose environments `make peers` made in folder: name -> interpreter; none without a folder."""
+    marks = sorted(Path(folder).glob("*/.installed")) if folder is not None else []
+    return {mark.parent.name: mark.parent / "bin" / "python" for mark in marks}
+
+
+def linear_onnx(weight: Any, bias: Any, tokens: int, path: Path) -> None:
+    """Write y = x[M, K] @ weight[N, K]^T + bias[N] as a float32 ONNX graph with numpy weights as constants, zeros and all."""
+    import numpy
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    constants = [numpy_helper.from_array(numpy.ascontiguousarray(weight.T), "w"), numpy_helper.from_array(bias, "b")]
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Add", ["p", "b"], ["y"])]
+    inputs = helper.make_tensor_value_info("x", TensorProto.FLOAT, [tokens, weight.shape[1]])
+    outputs = helper.make_tensor_value_info("y", TensorProto.FLOAT, [tokens, weight.shape[0]])
+    graph = helper.make_graph(nodes, "linear", [inputs], [outputs], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
+    model.ir_version = 8
+    onnx.save(model, str(path))
 
 
 def _openvino(options: dict, inputs: dict):
@@ -125,7 +158,14 @@ def _openvino(options: dict, inputs: dict):
         "PERFORMANCE_HINT": "LATENCY",
     }
     request = openvino.compile_model(model, "CPU", hints).create_infer_request()
-    return openvino.__version__.split("-")[0], lambda: request.infer(inputs, share_inputs=True)[0]
+    for name, array in inputs.items():
+        request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
+
+    def run() -> list:
+        request.infer()
+        return [request.get_output_tensor(i).data for i in range(len(model.outputs))]
+
+    return run
 
 
 def _onnxruntime(options: dict, inputs: dict):
@@ -135,7 +175,7 @@ def _onnxruntime(options: dict, inputs: dict):
     settings.intra_op_num_threads = options["threads"]
     settings.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(options["model"], settings, providers=["CPUExecutionProvider"])
-    return onnxruntime.__version__, lambda: session.run(None, inputs)[0]
+    return lambda: session.run(None, inputs)
 
 
 def _deepsparse(options: dict, inputs: dict):
@@ -146,33 +186,71 @@ def _deepsparse(options: dict, inputs: dict):
     engine = deepsparse.Engine(
         options["model"], batch_size=shapes[0][0], num_cores=options["threads"], input_shapes=shapes
     )
-    return deepsparse.__version__, lambda: engine.run(arrays)[0]
+    return lambda: engine.run(arrays)
+
+
+class _Worker:
+    """The far end: runs one model at a time."""
+
+    def __init__(self, runtime: str) -> None:
+        self.runtime = runtime
+        self.infer: Any = None
+        self.last: Any = None
+
+    def hello(self, request: dict) -> dict:
+        from importlib.metadata import version
+
+        return {"version": version(self.runtime)}
+
+    def load(self, request: dict) -> dict:
+        import numpy
+
+        if request["dtype"] not in RUNTIMES.get(self.runtime, (request["dtype"],)):
+            raise ValueError(f"{self.runtime} runs {' and '.join(RUNTIMES[self.runtime])}")
+        arrays = dict(numpy.load(request["inputs"]))
+        # Kept here, for a runtime may read them where they lie.
+        self.inputs = {name: numpy.ascontiguousarray(array) for name, array in arrays.items()}
+        self.infer = globals()[f"_{self.runtime}"](request, self.inputs)
+        return {}
+
+    def run(self, request: dict) -> dict:
+        start = time.perf_counter()
+        self.last = self.infer()
+        return {"seconds": time.perf_counter() - start}
+
+    def time(self, request: dict) -> dict:
+        for _ in range(3):
+            self.run(request)
+        times: list[float] = []
+        end = time.perf_counter() + request["seconds"]
+        while len(times) < TURNS[0] or (time.perf_counter() < end and len(times) < TURNS[1]):
+            times.append(self.run(request)["seconds"])
+        return {"seconds": statistics.median(times)}
+
+    def outputs(self, request: dict) -> dict:
+        import numpy
+
+        numpy.savez(request["file"], *self.last)
+        return {}
 
 
 def _serve(runtime: str) -> None:
     """Answer requests until standard input ends; what the runtime prints goes to standard error."""
-    import numpy
-
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    infer: Any = None
-    last: Any = None
+    worker = _Worker(runtime)
     for line in sys.stdin:
         request = json.loads(line)
-        if request["command"] == "load":
-            inputs = dict(numpy.load(request["inputs"]))
-            version, infer = globals()[f"_{runtime}"](request, inputs)
-            answer: dict[str, Any] = {"version": version}
-        elif request["command"] == "run":
-            start = time.perf_counter()
-            last = infer()
-            answer = {"seconds": time.perf_counter() - start}
-        else:
-            numpy.save(request["file"], last)
-            answer = {}
+        try:
+            answer = getattr(worker, request["command"])(request)
+        except (
+            Exception
+        ) as error:  # a runtime may raise anything: whoever asked is told, and may ask for something else
+            answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
+        _serve(sys.argv[1])

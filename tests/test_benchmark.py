@@ -12,6 +12,7 @@ import torch
 
 import sparse_prune as sp
 from sparse_prune import backends, benchmark, planner
+from sparse_prune import peers as runtimes
 
 GRID = {
     "shapes": [(64, 96)],
@@ -122,24 +123,24 @@ def peers(tmp_path):
     folder = tmp_path / "peers"
     (folder / "numpy" / "bin").mkdir(parents=True)
     (folder / "numpy" / ".installed").touch()
-    python = folder / "numpy" / "bin" / "python"  # no link: Python would look for its packages from where the link lies
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python = folder / "numpy" / "bin" / "python"  # that runs the file below in the place of sparse_prune/peers.py
+    python.write_text(f'#!/bin/sh\nshift\nexec "{sys.executable}" "{folder}/peers.py" "$@"\n')
     python.chmod(0o755)
-    source = (Path(__file__).parents[1] / "bench" / "peers.py").read_text()
+    source = Path(runtimes.__file__).read_text()
     cut = source.index('if __name__ == "__main__":')
     engine = """
-def fake(path, inputs, threads, dtype):
-    if dtype == "float16":
+def _numpy(options, inputs):
+    import onnx, onnx.numpy_helper
+    if options["dtype"] == "float16":
         raise ValueError("no float16 here")
-    if dtype == "bfloat16":
+    if options["dtype"] == "bfloat16":
         os._exit(3)
-    layers = np.load(path + ".npz")
+    held = onnx.load(options["model"]).graph.initializer
+    w, b = (onnx.numpy_helper.to_array(tensor) for tensor in held)
     print("a greeting on stdout")
-    return lambda: [inputs["x"] @ layers["w0"].T + layers["b0"] * threads]
+    return lambda: [inputs["x"] @ w + b * options["threads"]]
 
 
-ENGINES["numpy"] = fake
-linear_onnx = lambda layers, tokens, path: np.savez(path, **layers)
 """
     (folder / "peers.py").write_text(source[:cut] + engine + source[cut:])
     return folder
@@ -148,21 +149,21 @@ linear_onnx = lambda layers, tokens, path: np.savez(path, **layers)
 def test_an_engine_in_its_own_process_is_timed_and_checked(peers):
     problems = benchmark.linear_problems(**GRID)
     with benchmark.engines(peers) as found:
-        assert [engine.name for engine in found] == ["numpy"] and found[0].version == f"numpy {np.__version__}"
+        assert [engine.runtime for engine in found] == ["numpy"] and found[0].version == np.__version__
         rows = benchmark.bench_linear(problems, 0, None, peers=found)
         assert all(row["us"]["numpy"] > 0 and row["engines"] == {"numpy": found[0].version} for row in rows)
         with pytest.raises(ArithmeticError, match="numpy is wrong at"):
             benchmark.bench_linear(benchmark.linear_problems(**GRID | {"threads": [2]}), 0, None, peers=found)
-        x = {"x": torch.randn(2, 4)}
-        assert found[0].time("nowhere.npz", x, "float32", 1, 0) is None and "No such file" in found[0].reason
+        with pytest.raises(runtimes.PeerError, match="No such file"):
+            found[0].load("nowhere.onnx", {"x": np.ones((2, 4), np.float32)}, "float32", 1)
         (row,) = benchmark.bench_linear(
             benchmark.linear_problems(**GRID | {"dtypes": ["float16"]})[:1], 0, None, peers=found
         )
-        assert "numpy" not in row["us"] and "no float16 here" in found[0].reason
+        assert "numpy" not in row["us"] and "no float16 here" in row["failed"]["numpy"]
         rows = benchmark.bench_linear(
             benchmark.linear_problems(**GRID | {"dtypes": ["bfloat16"]}), 0, None, peers=found
         )
-        assert all("numpy" not in row["us"] for row in rows) and "ended with code 3" in found[0].reason
+        assert all("numpy" not in row["us"] and "ended with code 3" in row["failed"]["numpy"] for row in rows)
     with benchmark.engines(None) as found:
         assert found == []
 
