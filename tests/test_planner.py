@@ -389,17 +389,17 @@ def test_a_row_is_the_worst_ratio_to_the_best_dense(monkeypatch):
 
     def medians(candidates, seconds, hopeless):
         threads.append(torch.get_num_threads())
-        sparse = {str(density): (1 + len(threads)) * density for density in tuning.DENSITIES}
-        assert set(candidates) - set(planner.DENSE_FORMS) == set(sparse)
+        assert set(candidates) - set(planner.DENSE_FORMS) == {"sparse"}
         for run in candidates.values():
             assert run().shape == (4, 64)
-        return {name: 9.0 for name in candidates} | {"plain": 2.0} | sparse
+        density = tuning.DENSITIES[(len(threads) - 1) % len(tuning.DENSITIES)]
+        return {name: 9.0 for name in candidates} | {"plain": 2.0, "sparse": (1 + threads[-1]) * density}
 
     monkeypatch.setattr(tuning, "interleaved_medians", medians)
     isa = backends.cpu_isa(torch.float32)
     problem = {"isa": isa, "dtype": "float32", "block": [16, 16], "M": 4, "weight": [32, 64]}
     found = tuning._measure(problem, (1, 2), 0.0)
-    assert threads == [1, 2]
+    assert threads == [1] * len(tuning.DENSITIES) + [2] * len(tuning.DENSITIES)
     assert found == {
         "dense": "plain",
         "ratio": pytest.approx([1.5 * density for density in tuning.DENSITIES], rel=0.01),
@@ -408,15 +408,17 @@ def test_a_row_is_the_worst_ratio_to_the_best_dense(monkeypatch):
 
 @needs_kernels
 def test_a_row_that_another_program_disturbed_is_measured_again(monkeypatch):
-    straight = dict(zip(map(str, tuning.DENSITIES), (0.3, 0.45, 0.7, 0.95, 1.2), strict=True))
-    results = iter([straight | {"0.25": 9.0}, straight | {"1.0": 0.4}, straight])
-    assert tuning._stray(list(straight.values())) < 1e-6 < tuning.STRAY < tuning._stray([0.3, 0.45, 0.7, 0.95, 0.4])
-    monkeypatch.setattr(tuning, "interleaved_medians", lambda *_: {"plain": 1.0} | next(results))
+    straight = [0.3, 0.45, 0.7, 0.95, 1.2]
+    results = iter([0.3, 9.0, 0.7, 0.95, 1.2, 0.3, 0.45, 0.7, 0.95, 0.4, *straight])
+    assert tuning._stray(straight) < 1e-6 < tuning.STRAY < tuning._stray([0.3, 0.45, 0.7, 0.95, 0.4])
+    monkeypatch.setattr(
+        tuning, "interleaved_medians", lambda candidates, *_: dict.fromkeys(candidates, 1.0) | {"sparse": next(results)}
+    )
     isa = backends.cpu_isa(torch.float32)
     problem = {"isa": isa, "dtype": "float32", "block": [16, 16], "M": 4, "weight": [32, 64]}
-    assert tuning._measure(problem, (1,), 0.0)["ratio"] == list(straight.values())
+    assert tuning._measure(problem, (1,), 0.0)["ratio"] == straight
     assert next(results, None) is None
-    monkeypatch.setattr(tuning, "interleaved_medians", lambda *_: {"plain": 1.0} | straight | {"1.0": 0.4})
+    results = iter([*straight[:-1], 0.4] * tuning.TRIES)
     assert tuning._measure(problem, (1,), 0.0)["ratio"][-1] == 0.4, "the best of a few tries, not a loop without end"
 
 
