@@ -48,4 +48,4 @@ def _dispatch(target: nn.Module, adapter_name: str, **options: Any) -> nn.Module
 
 # peft's own list of custom layers belongs to one LoraConfig and is not saved with it; this one also serves from_pretrained.
 _default = lora_model.dispatch_default
-lora_model.dispatch_default = _dispatch  # type: ignore[assignment]  # theirs names more parameters
+lora_model.dispatch_default = _dispatch

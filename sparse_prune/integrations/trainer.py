@@ -66,6 +66,8 @@ class DistillationTrainer(Trainer):
     embedding_rate   factor on the learning rate of nn.Embedding weights, whose rows rarely see a gradient
     """
 
+    optimizer: torch.optim.Optimizer | None  # Trainer's
+
     def __init__(
         self,
         *args,
