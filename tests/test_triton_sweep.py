@@ -31,6 +31,7 @@ from triton_problems import (
     make_problem,
 )
 
+import sparse_prune as sp
 from sparse_prune import reference
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -243,6 +244,19 @@ def test_skipping_what_a_block_row_lacks(merge, density):
     weight = packed.to_dense()
     dx = launch.bsr_linear_dx(residual, *arrays(packed), 150, LinearConfig(merge, 16, 16, 8, 1, False, 4, 2, skip=True))
     assert_as_good_as_torch(dx, residual.double() @ weight.double(), residual @ weight)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_skipping_with_the_first_block_in_every_place(place):
+    """Block 0 is the first number that means a block (-1: none); here it stands in a column that another row of its tile lacks."""
+    columns = [range(5), range(1, 5), range(2, 5), (0, 4)]  # by the place in a tile that a block-row gets
+    mask = torch.zeros(4, 5, dtype=torch.bool)
+    for at, row in enumerate([place, *(other for other in range(4) if other != place)]):
+        mask[at, list(columns[row])] = True
+    assert plan.row_order(mask, 4).tolist()[0].index(0) == place
+    weight, x = torch.randn(64, 160).bfloat16(), torch.randn(20, 160).bfloat16()
+    packed = sp.BsrWeight.from_dense(weight.to(DEVICE), mask.to(DEVICE), (16, 32))
+    check_linear(packed, x.to(DEVICE), None, None, "none", LinearConfig(4, 32, 16, 8, 1, False, 4, 2, skip=True))
 
 
 @pytest.mark.parametrize("merge", [2, 4])
