@@ -103,9 +103,9 @@ void check_size(const Tensor& packed, int64_t least) {
                   shape_of(packed));
 }
 
-// y of a product: launch(problem, stream) queues it and returns null, or why it cannot.
+// y of a product: launch(problem, stream) queues it and returns null, or why it cannot. `name` of the operator.
 template <class Launch>
-Tensor run(const Tensor& x_any, sp::LinearProblem p, const Launch& launch) {
+Tensor run(const char* name, const Tensor& x_any, sp::LinearProblem p, const Launch& launch) {
   const int32_t device = x_any.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   Tensor y = torch::stable::new_empty(x_any, {p.M, p.N});
@@ -114,7 +114,7 @@ Tensor run(const Tensor& x_any, sp::LinearProblem p, const Launch& launch) {
   p.x = x.const_data_ptr(), p.ldx = p.M > 1 ? x.stride(0) : 0;
   p.y = y.mutable_data_ptr();
   const char* reason = launch(p, stream_of(device));
-  STD_TORCH_CHECK(reason == nullptr, "cuda_linear: the launch failed: ", reason);
+  STD_TORCH_CHECK(reason == nullptr, name, ": the launch failed: ", reason);
   return y;
 }
 
@@ -123,7 +123,7 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, int64_t nnzb, int64_t 
   sp::LinearProblem p = problem_of(x, packed, nnzb, block_rows, block_cols, out_features, bias, activation, residual);
   p.layout = sp::layout_of(p.N, nnzb, static_cast<int>(block_rows), static_cast<int>(block_cols));
   check_size(packed, p.layout.least_bytes);
-  return run(x, p, [](const sp::LinearProblem& p, void* stream) { return sp::launch_linear(p, stream); });
+  return run("cuda_linear", x, p, [](const sp::LinearProblem& p, void* stream) { return sp::launch_linear(p, stream); });
 }
 
 Tensor cuda_linear_sm90(const Tensor& x, const Tensor& packed, int64_t nnzb, int64_t block_rows, int64_t block_cols,
@@ -136,7 +136,7 @@ Tensor cuda_linear_sm90(const Tensor& x, const Tensor& packed, int64_t nnzb, int
       static_cast<int>(block_rows), static_cast<int>(block_cols), static_cast<int>(cluster), nnzb, groups, lines};
   p.layout = sp::layout_of_sm90(p.N, weight);
   check_size(packed, weight.bytes(p.N));
-  return run(x, p, [&](const sp::LinearProblem& p, void* stream) {
+  return run("cuda_linear", x, p, [&](const sp::LinearProblem& p, void* stream) {
     return p.M <= sp::kSkinnyTokens ? sp::launch_linear(p, stream) : sp::launch_linear_sm90(p, weight, stream);
   });
 }
@@ -151,25 +151,19 @@ Tensor cuda_linear_int8(const Tensor& x_any, const Tensor& packed, const Tensor&
   check_cuda(scales, "scales", x_any, "x");
   check_shape(scales, "scales", {p.N});
   STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Float && scales.is_contiguous(), "scales: expected contiguous float32");
-  const int32_t device = x_any.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  Tensor y = torch::stable::new_empty(x_any, {p.M, p.N});
-  if (p.M == 0) return y;
-  const Tensor x = with_aligned_rows(x_any);
-  sp::QuantizeProblem q = {p.bfloat16, p.M, p.K, x.const_data_ptr(), p.M > 1 ? x.stride(0) : 0};
-  q.ldq = (p.K + 31) / 32 * 32;
-  q.x_scale = static_cast<float>(x_scale.value_or(0.0));
-  Tensor rounded = torch::stable::new_empty(x_any, {p.M, q.ldq}, ScalarType::Char);
-  Tensor x_scales = torch::stable::new_empty(x_any, {p.M}, ScalarType::Float);
-  q.q = rounded.mutable_data_ptr(), q.scales = x_scales.mutable_data_ptr();
-  p.x = q.q, p.ldx = p.K = q.ldq / 2;
-  p.x_scales = q.scales, p.scales = scales.const_data_ptr();
-  p.y = y.mutable_data_ptr();
-  void* stream = stream_of(device);
-  const char* reason = sp::launch_quantize(q, stream);
-  if (reason == nullptr) reason = sp::launch_linear(p, stream);
-  STD_TORCH_CHECK(reason == nullptr, "cuda_linear_int8: the launch failed: ", reason);
-  return y;
+  return run("cuda_linear_int8", x_any, p, [&](sp::LinearProblem p, void* stream) {
+    sp::QuantizeProblem q = {p.bfloat16, p.M, p.K, p.x, p.ldx};
+    q.ldq = (p.K + 31) / 32 * 32;
+    q.x_scale = static_cast<float>(x_scale.value_or(0.0));
+    // Their memory may be given back before the kernels run: to work that the stream does after them.
+    Tensor rounded = torch::stable::new_empty(x_any, {p.M, q.ldq}, ScalarType::Char);
+    Tensor x_scales = torch::stable::new_empty(x_any, {p.M}, ScalarType::Float);
+    q.q = rounded.mutable_data_ptr(), q.scales = x_scales.mutable_data_ptr();
+    p.x = q.q, p.ldx = p.K = q.ldq / 2;
+    p.x_scales = q.scales, p.scales = scales.const_data_ptr();
+    const char* reason = sp::launch_quantize(q, stream);
+    return reason ? reason : sp::launch_linear(p, stream);
+  });
 }
 
 Tensor cuda_sdd(const Tensor& dy_any, const Tensor& x_any, const Tensor& jobs, int64_t nnzb, int64_t block_rows, int64_t block_cols) {

@@ -328,7 +328,7 @@ def test_planted_bugs_in_int8_are_caught(bug):
             "ALL(bf16, __nv_bfloat16)\nALL(f16, __half)",
             "LINEAR(bf16, __nv_bfloat16, 16, 128) QUANTIZE(bf16, __nv_bfloat16)",
         ),
-        ("kernels_int8.cu", "  ENTRIES(bf16, true)\n  ENTRIES(f16, false)\n", ""),
+        ("kernels_int8.cu", "{ENTRIES(bf16, true) ENTRIES(f16, false)}", "{LINEAR_ENTRY(bf16, true, 16, 128)}"),
         ("kernels_int8.cu", ": reinterpret_cast<const void*>(quantize_rows_f16)", ": nullptr"),
     )
     for patch in (few, (*few, INT8_BUGS[bug])):

@@ -6,6 +6,7 @@
 #include "bsr_linear_skinny.cuh"
 #include "bsr_linear_sm80.cuh"
 #include "launch.h"
+#include "runtime.h"
 
 using namespace sparse_prune;
 using namespace sparse_prune::device;
@@ -92,25 +93,26 @@ __device__ __forceinline__ void quantize_rows(const T* __restrict__ x, int8_t* _
 ALL(bf16, __nv_bfloat16)
 ALL(f16, __half)
 
+namespace {
+
 #define LINEAR_ENTRY(NAME, BF16, ROW, TOKENS) \
-  if (bfloat16 == BF16 && !skinny && tokens == TOKENS && row_or_units == ROW) \
-    return reinterpret_cast<const void*>(bsr_linear_sm80_int8_##NAME##_##ROW##_##TOKENS);
+  {BF16, false, TOKENS, ROW, reinterpret_cast<const void*>(bsr_linear_sm80_int8_##NAME##_##ROW##_##TOKENS)},
 #define SKINNY_ENTRY(NAME, BF16, TOKENS, UNITS) \
-  if (bfloat16 == BF16 && skinny && tokens == TOKENS && row_or_units == UNITS) \
-    return reinterpret_cast<const void*>(bsr_linear_skinny_int8_##NAME##_##TOKENS##_##UNITS);
+  {BF16, true, TOKENS, UNITS, reinterpret_cast<const void*>(bsr_linear_skinny_int8_##NAME##_##TOKENS##_##UNITS)},
 #define ENTRIES(NAME, BF16)                                                                                             \
   LINEAR_ENTRY(NAME, BF16, 16, 128) LINEAR_ENTRY(NAME, BF16, 16, 256) LINEAR_ENTRY(NAME, BF16, 32, 128)                 \
   LINEAR_ENTRY(NAME, BF16, 32, 256)                                                                                     \
   SKINNY_ENTRY(NAME, BF16, 16, 1) SKINNY_ENTRY(NAME, BF16, 64, 1) SKINNY_ENTRY(NAME, BF16, 64, 2)
+const LinearKernel kKernels[] = {ENTRIES(bf16, true) ENTRIES(f16, false)};
+
+}  // namespace
 
 const void* sparse_prune::int8_kernel(bool bfloat16, bool skinny, int tokens, int row_or_units) {
-  ENTRIES(bf16, true)
-  ENTRIES(f16, false)
-  return nullptr;
+  return find(kKernels, bfloat16, skinny, tokens, row_or_units);
 }
 
 const char* sparse_prune::launch_quantize(const QuantizeProblem& p, void* stream) {
-  if (p.M > INT32_MAX || p.K > INT32_MAX) return "a size that int32 cannot number";
+  if (p.M > INT32_MAX || p.K > INT32_MAX) return kTooLarge;
   const void* function = p.bfloat16 ? reinterpret_cast<const void*>(quantize_rows_bf16) : reinterpret_cast<const void*>(quantize_rows_f16);
   const void* x = p.x;
   void *q = p.q, *scales = p.scales;
@@ -118,6 +120,5 @@ const char* sparse_prune::launch_quantize(const QuantizeProblem& p, void* stream
   int64_t ldx = p.ldx, ldq = p.ldq;
   float x_scale = p.x_scale;
   void* arguments[] = {&x, &q, &scales, &K, &ldx, &ldq, &x_scale};
-  const cudaError_t error = cudaLaunchKernel(function, dim3(p.M), dim3(128), arguments, 0, static_cast<cudaStream_t>(stream));
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return told(cudaLaunchKernel(function, dim3(p.M), dim3(128), arguments, 0, static_cast<cudaStream_t>(stream)));
 }

@@ -6,6 +6,7 @@
 #include "bsr_sdd_sm80.cuh"
 #include "config.h"
 #include "launch.h"
+#include "runtime.h"
 
 using namespace sparse_prune;
 using namespace sparse_prune::device;
@@ -36,7 +37,7 @@ int sparse_prune::multiprocessors() {
 }
 
 const char* sparse_prune::launch_sdd(const SddProblem& p, const SddLaunch& launch, void* stream) {
-  if (std::max({p.M, p.N, p.K, launch.blocks, launch.sum_blocks}) > INT32_MAX) return "a size that int32 cannot number";
+  if (std::max({p.M, p.N, p.K, launch.blocks, launch.sum_blocks}) > INT32_MAX) return kTooLarge;
   const auto* sdd = p.bfloat16 ? launch.units == 1 ? reinterpret_cast<const void*>(bsr_sdd_bf16_1) : reinterpret_cast<const void*>(bsr_sdd_bf16_2)
                     : launch.units == 1 ? reinterpret_cast<const void*>(bsr_sdd_f16_1) : reinterpret_cast<const void*>(bsr_sdd_f16_2);
   const void *dy = p.dy, *x = p.x, *jobs = p.jobs;
@@ -53,5 +54,5 @@ const char* sparse_prune::launch_sdd(const SddProblem& p, const SddLaunch& launc
     void* of_sum[] = {&parts, &dvalues, &size, &splits};
     error = cudaLaunchKernel(sum, dim3(launch.sum_blocks), dim3(launch.threads), of_sum, 0, queue);
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return told(error);
 }

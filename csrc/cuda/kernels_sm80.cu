@@ -5,6 +5,7 @@
 #include "bsr_linear_sm80.cuh"
 #include "config.h"
 #include "launch.h"
+#include "runtime.h"
 
 using namespace sparse_prune;
 using namespace sparse_prune::device;
@@ -37,23 +38,15 @@ SKINNIES(f16, __half)
 
 namespace {
 
-struct Kernel {
-  bool bfloat16;
-  int skinny, tokens, row_or_units;
-  const void* function;
-};
-
 #define LINEAR_ENTRY(NAME, BF16, ROW, TOKENS) \
-  {BF16, 0, TOKENS, ROW, reinterpret_cast<const void*>(bsr_linear_sm80_##NAME##_##ROW##_##TOKENS)},
+  {BF16, false, TOKENS, ROW, reinterpret_cast<const void*>(bsr_linear_sm80_##NAME##_##ROW##_##TOKENS)},
 #define SKINNY_ENTRY(NAME, BF16, TOKENS, UNITS) \
-  {BF16, 1, TOKENS, UNITS, reinterpret_cast<const void*>(bsr_linear_skinny_##NAME##_##TOKENS##_##UNITS)},
+  {BF16, true, TOKENS, UNITS, reinterpret_cast<const void*>(bsr_linear_skinny_##NAME##_##TOKENS##_##UNITS)},
 #define ENTRIES(NAME, BF16)                                                                                             \
   LINEAR_ENTRY(NAME, BF16, 16, 128) LINEAR_ENTRY(NAME, BF16, 16, 256) LINEAR_ENTRY(NAME, BF16, 32, 128)                 \
   LINEAR_ENTRY(NAME, BF16, 32, 256) LINEAR_ENTRY(NAME, BF16, 64, 128) LINEAR_ENTRY(NAME, BF16, 64, 256)                 \
   SKINNY_ENTRY(NAME, BF16, 16, 1) SKINNY_ENTRY(NAME, BF16, 64, 1) SKINNY_ENTRY(NAME, BF16, 64, 2)
-const Kernel kKernels[] = {ENTRIES(bf16, true) ENTRIES(f16, false)};
-
-const char* told(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+const LinearKernel kKernels[] = {ENTRIES(bf16, true) ENTRIES(f16, false)};
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
@@ -61,7 +54,7 @@ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 
 const char* sparse_prune::device_problem() {
   int device, major;
-  if (const cudaError_t error = cudaGetDevice(&device)) return cudaGetErrorString(error);
+  if (const cudaError_t error = cudaGetDevice(&device)) return told(error);
   if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return told(error);
   if (major < 8) return "its compute capability is older than 8.0";
   cudaFuncAttributes attributes;
@@ -73,15 +66,10 @@ const char* sparse_prune::launch_linear(const LinearProblem& p, void* stream) {
   if (const cudaError_t error = cudaGetDevice(&device)) return told(error);
   if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device)) return told(error);
   const LinearLaunch launch = linear_launch(p.M, p.layout, sms);
-  if (launch.blocks > INT32_MAX || p.M > INT32_MAX || p.N > INT32_MAX || p.K > INT32_MAX) return "a size that int32 cannot number";
+  if (launch.blocks > INT32_MAX || p.M > INT32_MAX || p.N > INT32_MAX || p.K > INT32_MAX) return kTooLarge;
   const int row_or_units = launch.skinny ? launch.units : p.layout.row;
-  const void* function = p.scales ? int8_kernel(p.bfloat16, launch.skinny, launch.tokens, row_or_units) : nullptr;
-  for (const Kernel& kernel : kKernels) {
-    if (p.scales) break;
-    if (kernel.bfloat16 == p.bfloat16 && kernel.skinny == launch.skinny && kernel.tokens == launch.tokens &&
-        kernel.row_or_units == row_or_units)
-      function = kernel.function;
-  }
+  const void* function = p.scales ? int8_kernel(p.bfloat16, launch.skinny, launch.tokens, row_or_units)
+                                  : find(kKernels, p.bfloat16, launch.skinny, launch.tokens, row_or_units);
   if (function == nullptr) return "no kernel of that shape";
   const char* packed = static_cast<const char*>(p.packed);
   const void *tiles = packed + p.layout.tables, *starts = packed + p.layout.starts, *pieces = packed + p.layout.piece_table;

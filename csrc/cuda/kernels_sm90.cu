@@ -4,6 +4,7 @@
 
 #include "bsr_linear_sm90.cuh"
 #include "launch.h"
+#include "runtime.h"
 
 using namespace sparse_prune;
 
@@ -38,8 +39,6 @@ struct Kernel {
   ENTRY(NAME, BF16, 128, 16, 1) ENTRY(NAME, BF16, 128, 16, 4)
 const Kernel kKernels[] = {ENTRIES(bf16, true) ENTRIES(f16, false)};
 constexpr int kKernelCount = sizeof(kKernels) / sizeof(Kernel);
-
-const char* told(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 // The driver's cuTensorMapEncodeTiled, asked for by name: libcuda is not linked, so that the library loads where there is no driver.
 decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
