@@ -200,7 +200,7 @@ def cuda_layout(
     from sparse_prune_kernels import cuda, cuda_sm90
 
     r, c = values.shape[1:]
-    try:
+    with _in_our_words():
         if values.dtype == torch.int8:  # two of them count as one number
             return cuda.layout_of(crow, col, -(-in_features // c), r, c // 2, most_row=cuda.ROW_INT8).pack(
                 values.contiguous().view(torch.int16)
@@ -208,7 +208,16 @@ def cuda_layout(
         if cuda_sm90_unavailable(values.device) is None:
             return cuda_sm90.layout_of(crow, col, in_features, r, c, transposed).pack(values)
         return cuda.layout_of(crow, col, -(-in_features // c), r, c, transposed).pack(values)
-    except cuda.ArgumentError as mistake:
+
+
+@contextlib.contextmanager
+def _in_our_words() -> Iterator[None]:
+    """Errors of the kernels' package as SparsePruneError."""
+    from sparse_prune_kernels.support import ArgumentError
+
+    try:
+        yield
+    except ArgumentError as mistake:
         raise SparsePruneError(*mistake.problem) from None
 
 
@@ -244,10 +253,8 @@ def cuda_jobs(crow: torch.Tensor, col: torch.Tensor, in_features: int, r: int, c
     """The table that the operator cuda_sdd reads for the gradient of values[nnzb, R, C]. A new index makes it wait for the GPU."""
     from sparse_prune_kernels import cuda
 
-    try:
+    with _in_our_words():
         return cuda.jobs_of(crow, col, -(-in_features // c), r, c)
-    except cuda.ArgumentError as mistake:
-        raise SparsePruneError(*mistake.problem) from None
 
 
 def register_triton(

@@ -291,10 +291,10 @@ def test_plans_are_kept_until_the_index_changes(monkeypatch):
     packed.col_indices.copy_(packed.col_indices.clone())
     launch.bsr_linear(x, *arrays(packed), 64)
     assert len(made) == 3
-    kept = len(launch._plans)
+    kept = len(plan._made)
     del packed
     gc.collect()
-    assert len(launch._plans) < kept
+    assert len(plan._made) < kept
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,12 @@ beside it, and never saved.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from .plan import places, row_order, with_no_row
-from .support import ArgumentError
-
-Made = TypeVar("Made")
+from .plan import once, places, row_order, with_no_row
 
 TILE_OUTPUTS = 128  # outputs of a tile
 ROW, ROW_INT8 = 64, 32  # outputs of a row at most: a block-row of 128 is two rows
@@ -29,9 +23,6 @@ TILE_INTS, STEP_INTS = 12, 4  # of struct Tile and Step
 SPARE_STEPS = 4  # behind the last one: a kernel looks that far ahead
 JOB_COLUMNS, JOB_UNITS, WARPS = 24, 64, 8  # of struct SddJob: columns and units at most, and who makes them
 JOB_INTS = 8 + JOB_COLUMNS + 2 * JOB_UNITS
-
-# What was made of an index, by its col_indices: it goes when those go, and is made again when the index is written to.
-_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -88,20 +79,6 @@ def jobs_of(crow_indices: Tensor, col_indices: Tensor, block_columns: int, r: in
     """make_jobs', made once for an index."""
     key = ("jobs", block_columns, r, c)
     return once(key, crow_indices, col_indices, lambda: make_jobs(crow_indices, col_indices, *key[1:]))
-
-
-def once(key: tuple, crow: Tensor, col: Tensor, make: Callable[[], Made]) -> Made:
-    """What make() gives for key and an index: kept until the index goes or is written to."""
-    # An in-place write to an inference tensor leaves no trace: such an index must not change.
-    version = (crow.data_ptr(), *(-1 if index.is_inference() else index._version for index in (crow, col)))
-    known = _made.setdefault(col, {})
-    if key not in known or known[key][0] != version:
-        if col.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise ArgumentError(
-                "col_indices", "an index that ran once before a CUDA graph is captured", "a new one", "call once before"
-            )
-        known[key] = (version, make())
-    return known[key][1]
 
 
 def make_layout(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .config import Gpu
-from .cuda import once, whole_vectors
-from .plan import places, row_order, with_no_row
+from .cuda import whole_vectors
+from .plan import once, places, row_order, with_no_row
 
 ROWS = 128  # outputs that a block of the grid makes: two warpgroups of 64
 LINE = 64  # inputs of a line at most

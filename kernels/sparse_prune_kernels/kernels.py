@@ -220,6 +220,22 @@ def bsr_linear_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def load_x(x_rows, columns, m, M, K, EVEN_K: tl.constexpr):
+    """x[m, columns], zeros outside [M, K]: [BLOCK_M, BLOCK_K]."""
+    mask = m[:, None] < M  # [BLOCK_M, 1]
+    if not EVEN_K:
+        mask = mask & (columns[None, :] < K)  # [BLOCK_M, BLOCK_K]
+    return tl.load(x_rows + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_block(w, slot, BLOCK: tl.constexpr):
+    """What w points at in the block in that place of the values, zeros where slot is -1: as w."""
+    nothing = tl.zeros((1, 1), tl.int32)  # [1, 1]; the interpreter takes no mask that is not a tensor
+    return tl.load(w + slot.to(tl.int64) * BLOCK, mask=slot + nothing >= 0, other=0.0)
+
+
 @triton.jit(do_not_specialize=["M"])
 def bsr_linear_skip_kernel(
     x,  # [M, K], rows stride_x apart
@@ -282,10 +298,7 @@ def bsr_linear_skip_kernel(
     for step in tl.range(begin * STEPS, middle * STEPS, num_stages=STAGES):
         inner = step % STEPS * BLOCK_K
         columns = column * SIDE_K + inner + k  # [BLOCK_K]
-        x_mask = m[:, None] < M  # [BLOCK_M, 1]
-        if not EVEN_K:
-            x_mask = x_mask & (columns[None, :] < K)  # [BLOCK_M, BLOCK_K]
-        x_tile = tl.load(x_rows + columns[None, :], mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        x_tile = load_x(x_rows, columns, m, M, K, EVEN_K)  # [BLOCK_M, BLOCK_K]
         w_inner = w + inner * VALUE_STRIDE_K  # [BLOCK_K, SIDE_N]
         if MERGE == 2:
             w0 = tl.load(w_inner + slot0.to(tl.int64) * BLOCK)  # [BLOCK_K, SIDE_N]
@@ -293,19 +306,10 @@ def bsr_linear_skip_kernel(
             acc0 = multiply(x_tile, w0, acc0, PRECISION, INTERPRETED)
             acc1 = multiply(x_tile, w1, acc1, PRECISION, INTERPRETED)
         else:
-            nothing = tl.zeros((1, 1), tl.int32)  # [1, 1]; the interpreter takes no mask that is not a tensor
-            w0 = tl.load(
-                w_inner + slot0.to(tl.int64) * BLOCK, mask=slot0 + nothing >= 0, other=0.0
-            )  # [BLOCK_K, SIDE_N]
-            w1 = tl.load(
-                w_inner + slot1.to(tl.int64) * BLOCK, mask=slot1 + nothing >= 0, other=0.0
-            )  # [BLOCK_K, SIDE_N]
-            w2 = tl.load(
-                w_inner + slot2.to(tl.int64) * BLOCK, mask=slot2 + nothing >= 0, other=0.0
-            )  # [BLOCK_K, SIDE_N]
-            w3 = tl.load(
-                w_inner + slot3.to(tl.int64) * BLOCK, mask=slot3 + nothing >= 0, other=0.0
-            )  # [BLOCK_K, SIDE_N]
+            w0 = load_block(w_inner, slot0, BLOCK)  # [BLOCK_K, SIDE_N]
+            w1 = load_block(w_inner, slot1, BLOCK)  # [BLOCK_K, SIDE_N]
+            w2 = load_block(w_inner, slot2, BLOCK)  # [BLOCK_K, SIDE_N]
+            w3 = load_block(w_inner, slot3, BLOCK)  # [BLOCK_K, SIDE_N]
             if slot0 >= 0:
                 acc0 = multiply(x_tile, w0, acc0, PRECISION, INTERPRETED)
             if slot1 >= 0:
@@ -330,10 +334,7 @@ def bsr_linear_skip_kernel(
     for step in tl.range(middle * STEPS, end * STEPS, num_stages=STAGES):
         inner = step % STEPS * BLOCK_K
         columns = column * SIDE_K + inner + k  # [BLOCK_K]
-        x_mask = m[:, None] < M  # [BLOCK_M, 1]
-        if not EVEN_K:
-            x_mask = x_mask & (columns[None, :] < K)  # [BLOCK_M, BLOCK_K]
-        x_tile = tl.load(x_rows + columns[None, :], mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        x_tile = load_x(x_rows, columns, m, M, K, EVEN_K)  # [BLOCK_M, BLOCK_K]
         w_tile = tl.load(w + inner * VALUE_STRIDE_K + slot.to(tl.int64) * BLOCK)  # [BLOCK_K, SIDE_N]
         if which == 0:
             acc0 = multiply(x_tile, w_tile, acc0, PRECISION, INTERPRETED)

@@ -14,7 +14,6 @@ from typing import TypeVar
 import torch
 import triton
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import tuned
 from .config import (
@@ -30,7 +29,7 @@ from .config import (
     sdd_config,
 )
 from .kernels import bsr_linear_kernel, bsr_linear_skip_kernel, bsr_sdd_kernel, round_rows_kernel, sum_parts_kernel
-from .plan import Plan, make_plans
+from .plan import Plan, make_plans, once
 from .support import ArgumentError, check_device
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
@@ -40,10 +39,6 @@ MAX_SIZE = 2**31 - 512
 INTERPRETED = not isinstance(
     bsr_linear_kernel, triton.JITFunction
 )  # TRITON_INTERPRET=1 was set when Triton was imported
-
-# Plans of every weight in use, by its col_indices: they go when those go, and are made again when the index is written to.
-_plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
 
 Arguments = dict[str, Tensor | int | float | None]
 Values = TypeVar("Values", Tensor, None)
@@ -205,19 +200,11 @@ def plans_of(
     """The plans of W[N, K], or of its transpose, for every number of merged block-rows: from the cache, else made now."""
     rows = triton.cdiv(n, r)
     _check("crow_indices", crow.shape == (rows + 1,), f"{rows + 1} entries", tuple(crow.shape))
-    # An in-place write to an inference tensor leaves no trace: such an index must not change.
-    version = tuple(-1 if index.is_inference() else index._version for index in (crow, col))
-    key = (transposed, merges(c if transposed else r, itemsize), crow.data_ptr(), n, k, r, c)
-    known = _plans.setdefault(col, {})
-    if key not in known or known[key][0] != version:
-        _check(
-            "col_indices",
-            not col.is_cuda or not torch.cuda.is_current_stream_capturing(),
-            "an index that ran once before a CUDA graph is captured",
-            "a new index inside a capture",
-        )
+    numbers = merges(c if transposed else r, itemsize)
+
+    def make() -> dict[int, Plan]:
         try:
-            plans = make_plans(crow, col, triton.cdiv(k, c), key[1], transposed)
+            return make_plans(crow, col, triton.cdiv(k, c), numbers, transposed)
         except IndexError:
             raise ArgumentError(
                 "col_indices",
@@ -225,8 +212,8 @@ def plans_of(
                 "one beyond",
                 "give x all K columns",
             ) from None
-        known[key] = (version, plans)
-    return known[key][1]
+
+    return once(("plans", transposed, numbers, n, k, r, c), crow, col, make)
 
 
 @cache

@@ -6,10 +6,20 @@ so that unions are small. Nothing here depends on values, so a plan outlives eve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .support import ArgumentError
+
+Made = TypeVar("Made")
+
+# What was made of an index, by its col_indices: it goes when those go, and is made again when the index is written to.
+_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,19 @@ def make_plans(
     slots = places(crow_indices, col_indices, block_columns)
     slots = slots.T.contiguous() if transposed else slots
     return {merge: plan_of(slots, row_order(slots >= 0, merge), crow_indices.device) for merge in merges}
+
+
+def once(key: tuple, crow: Tensor, col: Tensor, make: Callable[[], Made]) -> Made:
+    """What make() gives for key and an index: kept until the index goes or is written to."""
+    # An in-place write to an inference tensor leaves no trace: such an index must not change.
+    version = (crow.data_ptr(), *(-1 if index.is_inference() else index._version for index in (crow, col)))
+    known = _made.setdefault(col, {})
+    if key not in known or known[key][0] != version:
+        if col.is_cuda and torch.cuda.is_current_stream_capturing():
+            expected = "an index that ran once before a CUDA graph is captured"
+            raise ArgumentError("col_indices", expected, "a new index inside a capture", "call once before")
+        known[key] = (version, make())
+    return known[key][1]
 
 
 def places(crow_indices: Tensor, col_indices: Tensor, block_columns: int) -> Tensor:
