@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import re
 import statistics
 import subprocess
 import time
@@ -29,7 +28,7 @@ from .benchmark import DTYPES, kept_rows, linear_problems, random_mask
 from .bsr import BsrWeight
 from .errors import SparsePruneError
 from .masks import expand_mask
-from .planner import Row
+from .planner import Row, slug
 from .serialization import atomic_path, write_json
 
 GRID: dict[str, Any] = {
@@ -319,17 +318,17 @@ def _by(key: Sequence[str]) -> Callable[[dict], tuple]:
 
 def write_results(rows: Sequence[dict], machine: dict[str, Any], folder: str | Path) -> tuple[Path, Path | None]:
     """folder/GPU.json and, where matplotlib is installed, folder/GPU.png."""
-    slug = re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower()).strip("-")
+    stem = slug(machine["gpu"])
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     own = [{name: value for name, value in row.items() if name not in machine} for row in rows]
-    result = folder / f"{slug}.json"
+    result = folder / f"{stem}.json"
     write_json(result, {"machine": machine, "rows": own, "break_even": break_even(rows)})
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         return result, None
-    picture = folder / f"{slug}.png"
+    picture = folder / f"{stem}.png"
     with atomic_path(picture) as temporary:
         plot(rows, machine, temporary)
     return result, picture

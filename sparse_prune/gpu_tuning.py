@@ -29,7 +29,7 @@ from .errors import SparsePruneError
 from .masks import expand_mask
 from .ops import bsr_linear
 from .serialization import write_json
-from .tuning import make_table, resume
+from .tuning import make_table, measure_each
 
 SHAPES = ((768, 3072), (4096, 4096))  # (K, N)
 BLOCKS = ((16, 16), (32, 32), (64, 64), (128, 128), (64, 16), (128, 16))
@@ -78,22 +78,19 @@ def tune(
         machine |= gpu_bench.about()
     timer = timer or gpu_bench.GraphTimer(seconds)
     out = Path(out) if out is not None else tiles.cache_file(machine["gpu"])
-    partial = out.with_name(out.name + ".partial.jsonl")
-    done = resume(partial, machine)
-    rows = []
-    for step, problem in enumerate(of, 1):
-        key = json.dumps(problem)
-        if key not in done:
-            done[key] = problem | _measure(problem, timer, device)
-            with partial.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"problem": key, "row": done[key]}) + "\n")
-        row = done[key]
-        rows.append(row)
+
+    def measure(problem: dict[str, Any]) -> dict[str, Any]:
+        return problem | _measure(problem, timer, device)
+
+    def tell(problem: dict[str, Any], row: dict[str, Any]) -> str:
         block = "x".join(map(str, row["blocksize"]))
         gain = row["arithmetic_us"] / row["us"]
-        report("tune", step, len(of), f"{row['dtype']} {block} M={row['M']}: {gain:.2f}x the arithmetic's tiling")
-    write_json(out, {"format": tiles.FORMAT, "machine": machine, "rows": rows})
-    partial.unlink(missing_ok=True)
+        return f"{row['dtype']} {block} M={row['M']}: {gain:.2f}x the arithmetic's tiling"
+
+    def write(rows: list[dict[str, Any]]) -> None:
+        write_json(out, {"format": tiles.FORMAT, "machine": machine, "rows": rows})
+
+    rows = measure_each(of, measure, out, machine, write, tell, report)
     tiles.install()
     return rows
 

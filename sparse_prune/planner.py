@@ -118,18 +118,18 @@ def plan(
     PyTorch would make the weight dense on each call.
     Raises SparsePruneError for a table in force that cannot be read.
     """
-    if device.type not in ("cpu", "cuda") or dtype == torch.int8 or _setting() == OFF:
+    if device.type not in ("cpu", "cuda") or dtype == torch.int8 or setting() == OFF:
         return None
     (r, c), (n, k) = blocksize, shape or (4096, 4096)
     if device.type == "cuda":
-        return _gpu_plan(_setting(), backends.epoch, device, dtype, (r, c), density, (n, k))
+        return _gpu_plan(setting(), backends.epoch, device, dtype, (r, c), density, (n, k))
     missing = backends.cpu_unavailable(device, dtype)
     if missing is not None:
         return Plan((), (Choice(1, "plain", None, f"no sparse kernel runs here: {missing}"),))
     # Where an instruction set was not measured the next lower one is asked: what it calls too slow is too slow here as well,
     # for dense gains more from better instructions.
     isas = backends.ISAS[backends.ISAS.index(backends.cpu_isa(dtype)) :]
-    return _plan(_tables(_setting()), isas, _name(dtype), ("",), (r, c), density, (n, k))
+    return _plan(_tables(setting()), isas, _name(dtype), ("",), (r, c), density, (n, k))
 
 
 def gpu_kernel(
@@ -259,7 +259,7 @@ def refresh() -> None:
 
 def table_in_force() -> Table | None:
     """The table that plans here, None with the planner off; raises SparsePruneError if it cannot be read."""
-    return None if _setting() == OFF else _tables(_setting())[0]
+    return None if setting() == OFF else _tables(setting())[0]
 
 
 def describe() -> str:
@@ -278,21 +278,25 @@ def describe() -> str:
 
 def describe_gpu() -> str:
     """One sentence: the table that chooses between kernels and dense on a GPU, where it comes from, and how to measure this one."""
-    if _setting() == OFF:
+    if setting() == OFF:
         return f"off ({VARIABLE}={OFF}): the sparse kernels always run"
-    table = _gpu_tables(_setting())[0]
+    table = _gpu_tables(setting())[0]
     isas = ", ".join(sorted({row.isa for row in table.rows if row.kernel}))
     text = f"{table.source}, for {isas}"
     return text + "; `sparse-prune tune` measures this GPU" if "bounds" in table.source else text
 
 
-def cache_file(processor: str = "") -> Path:
-    """Where `sparse-prune tune` keeps this machine's table: one file per model of processor (the CPU's, or a GPU's name)
-    under the user's cache directory.
+def cache_file(processor: str = "", kind: str = "tuning") -> Path:
+    """Where `sparse-prune tune` keeps what it measured: one file per model of processor (a GPU's name; "" is this machine's CPU)
+    and kind ("tuning": the table of this module; "tiles": see tiles.py) under the user's cache directory.
     """
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    slug = re.sub(r"[^a-z0-9]+", "-", (processor or backends.cpu_name()).lower()).strip("-")
-    return Path(root) / "sparse-prune" / f"tuning-{slug}.json"
+    return Path(root) / "sparse-prune" / f"{kind}-{slug(processor or backends.cpu_name())}.json"
+
+
+def slug(processor: str) -> str:
+    """The name of a processor as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", processor.lower()).strip("-")
 
 
 def load_table(path: str | Path) -> Table:
@@ -345,7 +349,7 @@ def _row(entry: dict, densities: tuple[float, ...]) -> Row:
 _chosen: str | None = None
 
 
-def _setting() -> str:
+def setting() -> str:
     return _chosen or os.environ.get(VARIABLE, "")
 
 

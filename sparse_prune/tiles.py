@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ _LIMITS = {"merge": 8, "block_m": 512, "block_k": 128, "group_m": 64, "split": 1
 
 def cache_file(device: str) -> Path:
     """Where the measurements of a GPU, by its name, are kept."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return planner.cache_file().with_name(f"tiles-{slug}.json")
+    return planner.cache_file(device, "tiles")
 
 
 def install() -> None:
@@ -37,7 +35,7 @@ def install() -> None:
 
 
 def _rows_of(device: str) -> list[Any]:
-    if planner._setting() in (planner.OFF, planner.SHIPPED) or not cache_file(device).exists():
+    if planner.setting() in (planner.OFF, planner.SHIPPED) or not cache_file(device).exists():
         return []
     return load(cache_file(device))
 

@@ -78,26 +78,48 @@ def make_table(
     report: Callable[[str, int, int, str], None],
 ) -> planner.Table:
     """The table at out of the rows that measure() gives of each problem, those of a run that was stopped taken from there."""
-    partial_file = out.with_name(out.name + ".partial.jsonl")
-    done = resume(partial_file, about)
+
+    def tell(problem: dict, rows: list[dict]) -> str:
+        block = "x".join(map(str, problem["block"]))
+        ratios = ", ".join(f"{row.get('kernel', '')} {row['ratio'][0]:.2f}".strip() for row in rows) or "nothing runs"
+        return f"{problem['isa']} {problem['dtype']} {block} M={problem['M']}: {ratios} of dense"
+
+    def write(found: list[list[dict]]) -> None:
+        write_table(out, about, [row for rows in found for row in rows], densities)
+
     with planner.using_table(planner.OFF):
-        for step, problem in enumerate(problems, 1):
-            key = json.dumps(problem)
-            if key not in done:
-                done[key] = measure(problem)
-                with partial_file.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"problem": key, "row": done[key]}) + "\n")
-            block = "x".join(map(str, problem["block"]))
-            found = (
-                ", ".join(f"{row.get('kernel', '')} {row['ratio'][0]:.2f}".strip() for row in done[key])
-                or "nothing runs"
-            )
-            text = f"{problem['isa']} {problem['dtype']} {block} M={problem['M']}: {found} of dense"
-            report("tune", step, len(problems), text)
-    write_table(out, about, [row for problem in problems for row in done[json.dumps(problem)]], densities)
-    partial_file.unlink(missing_ok=True)
+        measure_each(problems, measure, out, about, write, tell, report)
     planner.refresh()
     return planner.load_table(out)
+
+
+def measure_each(
+    problems: list[dict],
+    measure: Callable[[dict], Any],
+    out: Path,
+    about: dict,
+    write: Callable[[list], None],
+    tell: Callable[[dict, Any], str],
+    report: Callable[[str, int, int, str], None],
+) -> list:
+    """measure(problem) of each, as write() gets them in the end, to make out of them.
+
+    Until then they lie beside out, and a run that was stopped loses none: what an earlier one of the same machine, versions and
+    threads left is not measured again. report("tune", step, of, tell(problem, result)) is called after each.
+    """
+    partial = out.with_name(out.name + ".partial.jsonl")
+    done = _resume(partial, about)
+    for step, problem in enumerate(problems, 1):
+        key = json.dumps(problem)
+        if key not in done:
+            done[key] = measure(problem)
+            with partial.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"problem": key, "row": done[key]}) + "\n")
+        report("tune", step, len(problems), tell(problem, done[key]))
+    found = [done[json.dumps(problem)] for problem in problems]
+    write(found)
+    partial.unlink(missing_ok=True)
+    return found
 
 
 def write_table(out: Path, about: dict, rows: list[dict], densities: tuple[float, ...] = DENSITIES) -> None:
@@ -123,7 +145,7 @@ def _problems(quick: bool, dtypes: tuple[str, ...], isas: Iterable[str] | None) 
                         yield {"isa": isa, "dtype": dtype, "block": list(block), "M": m, "weight": [k, n]}
 
 
-def resume(partial: Path, about: dict) -> dict[str, Any]:
+def _resume(partial: Path, about: dict) -> dict[str, Any]:
     """Rows that an earlier run of the same machine, versions and threads left; else an empty start."""
     try:
         lines = [json.loads(line) for line in partial.read_text(encoding="utf-8").splitlines()]
