@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .errors import SparsePruneError
 
@@ -80,6 +81,17 @@ _forced: list[str] = [os.environ.get("SPARSE_PRUNE_ISA", "")]
 epoch = (
     0  # changes whenever another kernel may be chosen than before, so that what layers derived for one is made again
 )
+optimizer_steps = 0  # taken in this process
+
+
+def _count_step(*_: object) -> None:
+    """Fused optimizers write weights, and FSDP2 gathers them, without raising the version that PyTorch counts for a tensor."""
+    global optimizer_steps
+    if not torch.compiler.is_compiling():  # what a compiled step writes, AOTAutograd counts
+        optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 def cpu_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:

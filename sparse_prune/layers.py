@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, ops, planner
+from . import backends, ops, planner, reference
 from .bsr import BsrWeight, Derived
 from .errors import SparsePruneError
 from .linears import as_matrix, is_linear
@@ -30,9 +30,12 @@ class SparseLinear(nn.Module):
     when the layer is cast. x is then float32, bfloat16 or float16 like the bias, and no gradient passes through.
 
     The kernels read values in an order of their own, which is derived on the first call without gradients and made again when
-    values change. A write through `values.data` is invisible to PyTorch's version counter: call `refresh_()` after one. Code that
-    torch.compile made sees no version counter at all: there it is made again by eval(), load_state_dict() and to(), and after
-    another write in place it takes a call outside of the compiled code.
+    values change. A write through `values.data`, or to values made under inference_mode, is invisible to PyTorch's version counter:
+    call `refresh_()` after one. Code that torch.compile made sees no version counter at all: there it is made again by eval(),
+    load_state_dict() and to(), and after another write in place it takes a call outside of the compiled code.
+
+    Gradients of gradients work. So do the transforms of torch.func (vmap, grad, jvp, ...), by plain PyTorch with the weight made
+    dense, since kernels of torch.library cannot be transformed.
 
     Where the planner expects dense to be faster on this CPU at the M of a call, dense PyTorch runs in the kernel's place, and the
     dense weight is kept too: `backend_for(M)` tells; `planned = False`, or SPARSE_PRUNE_TUNING=off for all layers, forbids it.
@@ -207,11 +210,12 @@ class SparseLinear(nn.Module):
         if ready is None:
             return None
         # Straight to the dicts: nn.Module's attribute lookup costs more than a small product, and there are several of them.
-        _, values, version, epoch, crow_indices, col_indices, scales, bias, _, _ = ready
+        _, values, version, steps, epoch, crow_indices, col_indices, scales, bias, _, _ = ready
         parameters, buffers = self._parameters, self._buffers
         same = (
             parameters["values"] is values
             and values._version == version
+            and (steps == backends.optimizer_steps or not values.requires_grad)
             and parameters["bias"] is bias
             and buffers["crow_indices"] is crow_indices
             and buffers["col_indices"] is col_indices
@@ -253,7 +257,8 @@ class SparseLinear(nn.Module):
         parameters, buffers = self._parameters, self._buffers
         own, bias = parameters["values"], parameters["bias"]
         values, device = own, own.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):
+        # As for nn.Linear, float64 is not cast.
+        if device != "meta" and torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, own.dtype):
             dtype = torch.get_autocast_dtype(device)
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
             values = own if own.dtype is torch.int8 else own.to(dtype)
@@ -268,8 +273,11 @@ class SparseLinear(nn.Module):
             residual = residual.reshape(-1, self.out_features).contiguous()
         x, prepacked, y = flatten_rows(x), None, None
         compiling = torch.compiler.is_compiling()
+        if not compiling and torch._C._are_functorch_transforms_active():
+            bsr = (self.crow_indices, self.col_indices, values)
+            y = reference.bsr_linear(x, *bsr, self.out_features, bias, activation, residual)
         # In training a compiled graph would keep the values that it was traced with.
-        if not changing and not (compiling and self.training):
+        elif not changing and not (compiling and self.training):
             derived = self._current(own)
             # A compiled graph serves every M, so it holds the sparse operator; sparsify_(tokens=...) decides before it is made.
             if self.planned and not compiling:

@@ -263,13 +263,47 @@ def _backward(kernel: str, ctx, dy):
     return dx, None, None, dvalues, None, None, dbias, None, dy if needs_residual else None
 
 
+def _save_dx(ctx, inputs, output):
+    dy, crow_indices, col_indices, values, _ = inputs
+    ctx.save_for_backward(dy, crow_indices, col_indices, values)
+
+
+def _backward_dx(kernel: str, ctx, g):
+    """Of dx = dy @ W, for gradients of gradients: ddy = g @ W^T, dvalues = blocks of dy^T @ g."""
+    linear, sdd = (getattr(torch.ops.sparse_prune, name + kernel) for name in ("bsr_linear", "bsr_sdd"))
+    dy, crow, col, values = ctx.saved_tensors
+    needs_dy, _, _, needs_values, _ = ctx.needs_input_grad
+    g = g.contiguous()  # [M, K]
+    ddy = linear(g, crow, col, values, None, dy.shape[1], None, "none", None) if needs_dy else None
+    return ddy, None, None, sdd(dy, g, crow, col, *values.shape[1:]) if needs_values else None, None
+
+
+def _save_sdd(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])  # dy, x, crow_indices, col_indices
+
+
+def _backward_sdd(kernel: str, ctx, g):
+    """Of dvalues = blocks of dy^T @ x, for gradients of gradients: with G the weight of blocks g, ddy = x @ G^T and dx = dy @ G."""
+    linear, linear_dx = (getattr(torch.ops.sparse_prune, name + kernel) for name in ("bsr_linear", "bsr_linear_dx"))
+    dy, x, crow, col = ctx.saved_tensors
+    needs_dy, needs_x, *_ = ctx.needs_input_grad
+    g = g.contiguous()  # [nnzb, R, C]
+    ddy = linear(x, crow, col, g, None, dy.shape[1], None, "none", None) if needs_dy else None
+    return ddy, linear_dx(dy, crow, col, g, x.shape[1]) if needs_x else None, None, None, None, None
+
+
 for _kernel in _FORCED:
-    torch.library.register_autograd(
-        f"sparse_prune::bsr_linear{_kernel}",
-        functools.partial(_backward, _kernel),
-        setup_context=_save_for_backward,
-        lib=_library,
-    )
+    for _name, _gradient, _save in (
+        ("bsr_linear", _backward, _save_for_backward),
+        ("bsr_linear_dx", _backward_dx, _save_dx),
+        ("bsr_sdd", _backward_sdd, _save_sdd),
+    ):
+        torch.library.register_autograd(
+            f"sparse_prune::{_name}{_kernel}",
+            functools.partial(_gradient, _kernel),
+            setup_context=_save,
+            lib=_library,
+        )
 
 
 def _save_glu(ctx, inputs, output):
@@ -306,6 +340,7 @@ class Ready(NamedTuple):
     number: int
     values: Tensor
     version: int
+    steps: int
     epoch: int
     crow_indices: Tensor
     col_indices: Tensor
@@ -335,8 +370,8 @@ def make_ready(packed: BsrWeight, derived: Derived, bias: Tensor | None) -> Read
     with torch.no_grad():
         number = torch.ops.sparse_prune.cpu_ready(*tensors, values, derived.prepacked, packed.scales, bias, n, k)
     plan = derived.plan if derived.plan is not None and any(choice.dense for choice in derived.plan.choices) else None
-    version = values._version
-    return Ready(number, values, version, backends.epoch, *tensors, packed.scales, bias, plan, _Owner(number))
+    seen = (values._version, backends.optimizer_steps, backends.epoch)
+    return Ready(number, values, *seen, *tensors, packed.scales, bias, plan, _Owner(number))
 
 
 def _never_ready(*arguments: object) -> Tensor | None:
@@ -594,9 +629,11 @@ def current(derived: Derived, packed: BsrWeight) -> Derived:
     values = packed.values.detach()
     rows, cols = grid_shape(packed.shape, packed.blocksize)
     plan = planner.plan(values.device, values.dtype, packed.blocksize, packed.nnzb / (rows * cols), packed.shape)
-    derived = Derived(key, prepack(values, packed.crow_indices), plan)
-    if values.is_cuda and "cuda" in _kernels_of(plan, values, packed, rows * cols):
-        derived.prepacked = backends.cuda_layout(packed.crow_indices, packed.col_indices, values, packed.shape[1])
+    # Not under inference_mode, for a later call may want gradients of x.
+    with torch.inference_mode(False), torch.no_grad():
+        derived = Derived(key, prepack(values, packed.crow_indices), plan)
+        if values.is_cuda and "cuda" in _kernels_of(plan, values, packed, rows * cols):
+            derived.prepacked = backends.cuda_layout(packed.crow_indices, packed.col_indices, values, packed.shape[1])
     return derived
 
 
@@ -610,7 +647,8 @@ def _kernels_of(plan: planner.Plan | None, values: Tensor, packed: BsrWeight, bl
 def values_key(values: Tensor) -> tuple:
     """Changes whenever values were written in place or replaced, or other kernels chosen, so that what is derived is made again."""
     version = 0 if values.is_inference() else values._version
-    return backends.epoch, version, values.data_ptr(), values.dtype, values.device
+    steps = backends.optimizer_steps if values.requires_grad else 0
+    return backends.epoch, version, steps, values.data_ptr(), values.dtype, values.device
 
 
 def dense_form(derived: Derived, tokens: int) -> str:

@@ -25,6 +25,9 @@ def activation_grad(grad: Tensor, z: Tensor, activation: str) -> Tensor:
         return aten.threshold_backward(grad, z, 0)
     if activation in ("gelu", "gelu_tanh"):
         return aten.gelu_backward(grad, z, approximate="tanh" if activation == "gelu_tanh" else "none")
+    if activation == "silu" and torch.is_grad_enabled():  # for gradients of gradients, which silu_backward lacks
+        s = torch.sigmoid(z)
+        return grad * s * (1 + z * (1 - s))
     if activation == "silu":
         return aten.silu_backward(grad, z)
     return grad

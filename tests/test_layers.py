@@ -108,6 +108,59 @@ def test_autocast():
     assert layer.values.grad.dtype == torch.float32
 
 
+def test_autocast_leaves_float64_alone():
+    linear, layer, _ = make()
+    linear.double(), layer.double()
+    x = torch.randn(4, 64, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == linear(x).dtype == torch.float64
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {}], ids=str)
+def test_inference_between_steps_sees_every_optimizer(options):
+    """Fused ones write weights without raising their version."""
+    _, layer, _ = make()
+    x = torch.randn(4, 64)
+    with planner.using_table("off"):
+        for optimizer in (
+            torch.optim.AdamW(layer.parameters(), 0.1, **options),
+            torch.optim.SGD(layer.parameters(), 0.1, **options),
+        ):
+            for _ in range(2):
+                layer(x).square().sum().backward()
+                optimizer.step()
+                for _ in range(2):  # derives, and calls the kernel by the layer's number
+                    with torch.no_grad():
+                        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_what_inference_mode_derived_serves_gradients_of_x():
+    _, layer, _ = make()
+    layer.requires_grad_(False)
+    x = torch.randn(4, 64)
+    with torch.inference_mode():
+        layer(x)
+    layer(x.requires_grad_()).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(4, -1))
+    packed, x.grad = layer.packed, None
+    with torch.inference_mode():
+        sp.bsr_linear(x, packed)
+    sp.bsr_linear(x, packed).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(4, -1))
+
+
+def test_gradients_of_gradients():
+    """A gradient penalty, against the dense layer: nothing was said, and values got a wrong one."""
+    _, layer, mask = make()
+    dense, x = layer.to_dense(), torch.randn(4, 64, requires_grad=True)
+    for module in (layer, dense):
+        y = F.gelu(module(x)).sum()
+        torch.autograd.grad(y, x, create_graph=True)[0].square().sum().backward()
+    torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
+    blocks = sp.BsrWeight.from_dense(dense.weight.grad, mask, (32, 32)).values
+    torch.testing.assert_close(layer.values.grad, blocks)
+
+
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 def test_fused_linear_is_the_same_for_both_kinds(activation):
     linear, layer, _ = make()
@@ -206,18 +259,29 @@ def test_each_wish_for_a_gradient_is_met_after_short_calls(short_calls, wants):
     assert len(short_calls) == 2
 
 
-def test_function_transforms_never_lose_a_gradient_in_a_frozen_layer(short_calls):
-    _, layer, _ = make()
+def test_function_transforms_see_the_layer_as_they_see_a_dense_one(short_calls):
+    linear, layer, _ = make()
     layer.requires_grad_(False)
     x = torch.randn(3, 64)
     for _ in range(2):
         layer(x)
-    with (
-        torch.no_grad(),
-        pytest.raises(RuntimeError, match="functorch transforms"),
-    ):  # which torch.library does not support
-        torch.func.grad(lambda x: layer(x).sum())(x)
+    func = torch.func
+    with torch.no_grad():
+        torch.testing.assert_close(
+            func.grad(lambda x: layer(x, "silu").sum())(x), func.grad(lambda x: F.silu(linear(x)).sum())(x)
+        )
+        torch.testing.assert_close(func.vmap(layer)(x[:, None]), linear(x)[:, None])
+        torch.testing.assert_close(func.jvp(layer, (x,), (x,))[1], F.linear(x, linear.weight))
     assert len(short_calls) == 2
+
+    def loss(parameters, row):
+        return func.functional_call(layer, parameters, (row,)).square().sum()
+
+    each = func.vmap(func.grad(loss), (None, 0))(dict(layer.named_parameters()), x)
+    layer.requires_grad_()
+    layer(x[1]).square().sum().backward()
+    torch.testing.assert_close(each["values"][1], layer.values.grad)
+    torch.testing.assert_close(each["bias"][1], layer.bias.grad)
 
 
 def test_short_calls_see_every_change_of_the_weight(short_calls):

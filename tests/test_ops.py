@@ -82,6 +82,8 @@ def test_gradcheck(problem, activation):
         return torch.ops.sparse_prune.bsr_linear(x, *arrays, None, bias.shape[0], bias, activation, residual)
 
     assert torch.autograd.gradcheck(run, inputs)
+    if problem[0] == 3:
+        assert torch.autograd.gradgradcheck(run, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
