@@ -5,6 +5,8 @@
 #if SPARSE_PRUNE_X86
 #include <immintrin.h>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 #include <utility>
 #ifdef SPARSE_PRUNE_EMULATE_AMX
 extern "C" int64_t tile_counts[3];  // loads, products, stores
@@ -19,8 +21,8 @@ namespace {
 #include "activations.h"
 #include "amx_tile.h"
 #include "avx512.h"
-#include "avx512_int8.h"
 #include "tile_kernel.h"
+#include "avx512_int8.h"
 #include "int8_tile.h"
 #include "vnni.h"
 #include "native_bf16.h"

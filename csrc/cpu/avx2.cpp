@@ -102,23 +102,14 @@ struct Avx2 {
 
 struct Avx2Int8 : Avx2 {
   static inline F from_int32(const int32_t* p) { return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-  // The bits of |a| and |b| order like the numbers, and NaN above all: highest() then tells the largest magnitude, or NaN.
-  static inline F max_bits(F a, F b) {
-    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(abs(b))));
-  }
-  static inline float highest(F bits) {
-    int32_t lanes[W], top = 0;
-    memcpy(lanes, &bits, sizeof lanes);
-    for (int32_t lane : lanes) top = lane > top ? lane : top;
-    float v;
-    memcpy(&v, &top, sizeof v);
-    return v;
-  }
-  static inline void store_quantized(uint8_t* p, F v) {
-    const __m256i wide = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(v, _mm256_set1_ps(-127.0f)), _mm256_set1_ps(127.0f)));
-    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
-    const __m128i bytes = _mm_xor_si128(_mm_packs_epi16(words, words), _mm_set1_epi8(static_cast<char>(0x80)));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), bytes);
+  static inline void store_quantized(uint8_t* p, const F (&v)[4]) {
+    __m256i near[4];
+    for (int i = 0; i < 4; ++i)
+      near[i] = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(v[i], _mm256_set1_ps(-127.0f)), _mm256_set1_ps(127.0f)));
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(near[0], near[1]), _mm256_packs_epi32(near[2], near[3]));
+    // Each 16 bytes now hold four of each vector.
+    const __m256i in_order = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_xor_si256(in_order, _mm256_set1_epi8(static_cast<char>(0x80))));
   }
 };
 

@@ -5,6 +5,8 @@
 #if SPARSE_PRUNE_X86
 #include <immintrin.h>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 #include <utility>
 SPARSE_PRUNE_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma,f16c,prfchw")
 
@@ -12,8 +14,8 @@ namespace sparse_prune {
 namespace {
 #include "activations.h"
 #include "avx512.h"
-#include "avx512_int8.h"
 #include "tile_kernel.h"
+#include "avx512_int8.h"
 #include "int8_tile.h"
 #include "vnni.h"
 #include "native_bf16.h"

@@ -1,7 +1,7 @@
 // The int8 product that every vector instruction set shares, like tile_kernel.h, whose formats it uses to load and store floats.
 // Included inside an unnamed namespace, after tile_kernel.h.
 //
-// Dot provides: Vec (float vectors for what follows the sums, with from_int32, max_bits, highest and store_quantized beside what
+// Dot provides: Vec (float vectors for what follows the sums, with from_int32 and store_quantized beside what
 // tile_kernel.h wants), I (a vector of W int32), B (a broadcast group of 4 inputs), uses_offsets, zero, load, store, add, to_float, weights,
 // broadcast and dot: acc[n] += sum over j < 4 of x[j] * w[n, j].
 
@@ -172,19 +172,36 @@ void int8_range(const Int8Args& a, int64_t m0, int64_t m1, int64_t i0, int64_t i
   });
 }
 
+// max |x[k]|, NaN if there is one: the bits of magnitudes order like numbers, infinity and then NaN above all.
+template <class Load>
+float highest_magnitude(const typename Load::Y* x, int64_t count) {
+  using Y = typename Load::Y;
+  using Bits = std::conditional_t<sizeof(Y) == 4, uint32_t, uint16_t>;
+  constexpr Bits magnitude = std::numeric_limits<Bits>::max() / 2;
+  Bits top = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    Bits bits;
+    memcpy(&bits, x + k, sizeof bits);
+    bits &= magnitude;
+    top = bits > top ? bits : top;
+  }
+  Y one[Load::Vec::W] = {};
+  memcpy(one, &top, sizeof top);
+  float wide[Load::Vec::W];
+  Load::Vec::store(wide, Load::load_y(one));
+  return wide[0];
+}
+
 template <class Load>
 void quantize_rows_as(const QuantizeArgs& a, int64_t m0, int64_t m1) {
   using V = typename Load::Vec;
   constexpr float smallest = 1.17549435e-38f;  // of a normal float: its reciprocal is finite, and a row of zeros stays zeros
-  const int64_t whole = a.K / V::W * V::W;
+  constexpr int64_t group = 4 * V::W;
+  const int64_t whole = a.K / group * group;
   for (int64_t m = m0; m < m1; ++m) {
     const auto* x = static_cast<const typename Load::Y*>(a.x) + m * a.ldx;  // [K]
     uint8_t* q = a.q + m * a.ldq;                                           // [ldq]
-    typename V::F edge = V::zero();
-    if (whole < a.K) edge = load_edge<Load>(x + whole, a.K - whole);
-    typename V::F top = V::max_bits(V::zero(), edge);
-    for (int64_t k = 0; k < whole; k += V::W) top = V::max_bits(top, Load::load_y(x + k));
-    const float highest = V::highest(top);
+    const float highest = highest_magnitude<Load>(x, a.K);
     const bool finite = highest < __builtin_inff();
     float scale = a.scale;
     if (scale == 0) scale = highest / 127 > smallest ? highest / 127 : smallest;
@@ -195,11 +212,19 @@ void quantize_rows_as(const QuantizeArgs& a, int64_t m0, int64_t m1) {
       continue;
     }
     const typename V::F inverse = V::set1(1 / scale);
-    for (int64_t k = 0; k < whole; k += V::W) V::store_quantized(q + k, V::mul(Load::load_y(x + k), inverse));
+    const auto quantize = [&](const typename Load::Y* from, uint8_t* to) {
+      typename V::F v[4];  // [4][W]
+      SPARSE_PRUNE_UNROLL
+      for (int i = 0; i < 4; ++i) v[i] = V::mul(Load::load_y(from + i * V::W), inverse);
+      V::store_quantized(to, v);
+    };
+    for (int64_t k = 0; k < whole; k += group) quantize(x + k, q + k);
     if (whole < a.K) {
-      uint8_t last[V::W];
-      V::store_quantized(last, V::mul(edge, inverse));
-      for (int64_t k = whole; k < a.K; ++k) q[k] = last[k - whole];
+      typename Load::Y edge[group] = {};
+      uint8_t last[group];
+      for (int64_t k = whole; k < a.K; ++k) edge[k - whole] = x[k];
+      quantize(edge, last);
+      memcpy(q + whole, last, a.K - whole);
     }
   }
 }

@@ -144,22 +144,9 @@ struct LanesInt8 : Lanes<float> {
     for (int j = 0; j < W; ++j) v[j] = static_cast<float>(p[j]);
     return v;
   }
-  // The bits of |a| and |b| order like the numbers, and NaN above all: highest() then tells the largest magnitude, or NaN.
-  static inline F max_bits(F a, F b) {
-    for (int j = 0; j < W; ++j) {
-      const uint32_t bits = bits_of_float(b[j]) & 0x7fffffff;
-      if (bits > bits_of_float(a[j])) a[j] = float_of_bits(bits);
-    }
-    return a;
-  }
-  static inline float highest(F bits) {
-    uint32_t top = 0;
-    for (int j = 0; j < W; ++j) top = bits_of_float(bits[j]) > top ? bits_of_float(bits[j]) : top;
-    return float_of_bits(top);
-  }
-  static inline void store_quantized(uint8_t* p, F v) {
-    for (int j = 0; j < W; ++j) {
-      const float near = v[j] < -127 ? -127 : (v[j] > 127 ? 127 : v[j]);
+  static inline void store_quantized(uint8_t* p, const F (&v)[4]) {
+    for (int j = 0; j < 4 * W; ++j) {
+      const float one = v[j / W][j % W], near = one < -127 ? -127 : (one > 127 ? 127 : one);
       p[j] = static_cast<uint8_t>(std::lrintf(near) + 128);
     }
   }
