@@ -193,7 +193,8 @@ class SparseLinear(nn.Module):
         if ready is not None:
             form = ""
             if ready.plan is not None and self.planned:
-                form = ops.dense_form(self._derived, x.numel() // self.in_features)
+                tokens = x.numel() // self.in_features
+                form = ready.plan.at(tokens).dense if tokens else ""
             if form:
                 y = self._run_dense(form, x, activation, residual)
             elif residual is None and activation == "none":
@@ -226,6 +227,7 @@ class SparseLinear(nn.Module):
 
     def _run_dense(self, form: str, x: Tensor, activation: Activation, residual: Tensor | None) -> Tensor | None:
         """The dense product in that form, or None where the long way has to make its weight, or to say what is wrong."""
+        form = "plain" if torch.is_grad_enabled() else form
         weight, shape, bias = self._derived.dense.get(form), x.shape, self._parameters["bias"]
         if (
             weight is None
@@ -237,11 +239,9 @@ class SparseLinear(nn.Module):
             or ops.owes_gradient(x, self._parameters["values"], bias, residual)
         ):
             return None
-        if len(shape) == 2:
-            return ops.dense_linear(weight, form, x, bias, activation, residual)
-        flat = None if residual is None else residual.reshape(-1, self.out_features)
-        y = ops.dense_linear(weight, form, x.reshape(-1, self.in_features), bias, activation, flat)
-        return y.view(*shape[:-1], self.out_features)
+        if residual is not None and residual.shape != (*shape[:-1], self.out_features):
+            return None
+        return ops.dense_linear(weight, form, x, bias, activation, residual)
 
     def _run_below_autograd(
         self, derived: Derived, x: Tensor, activation: Activation, residual: Tensor | None
@@ -286,6 +286,8 @@ class SparseLinear(nn.Module):
                     weight = derived.dense.get(form)
                     if weight is None:
                         weight = ops.dense_weight(derived, form, self.packed.to_dense)
+                    if self._ready() is None:
+                        derived.ready = ops.make_ready(self.packed, derived, self.bias)
                     y = ops.dense_linear(weight, form, x, bias, activation, residual)
                     return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
             prepacked = derived.prepacked
