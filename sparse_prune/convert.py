@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -12,8 +13,8 @@ from .criteria import block_mask
 from .errors import SparsePruneError
 from .fuse import FuseResult, fuse_encoder_
 from .layers import SparseLinear
-from .linears import as_matrix, linear_modules, matrix_shape
-from .masks import block_sum, check_blocksize, check_density, element_density
+from .linears import as_matrix, is_linear, linear_modules, matrix_shape
+from .masks import block_sum, check_blocksize, check_density, element_density, grid_shape
 
 # Called with each model that has just got sparse layers: how integrations, which stand above, mark a model as theirs.
 after_conversion: list[Callable[[nn.Module], None]] = []
@@ -183,19 +184,29 @@ def sparsify_(
 
     filter_fn   filter_fn(name, module) -> bool says which layers may change; default: all
     masks       module name -> bool [ceil(N/R), ceil(K/C)], such as Pruner.masks; layers without one stay dense. Without masks each
-                layer is pruned by config.criterion to config.density.
+                layer is pruned by config.criterion to config.density, but for those that the blocks do not fit, or that would grow
+                because their blocks are cut by the edge: they stay dense.
 
-    Raises SparsePruneError if model has no linear layer, or masks name a module that is not one.
+    Raises SparsePruneError if model has no linear layer inside, the blocks fit none, or masks name a module that is not one.
     """
     config = config or BlockSparseConfig()
+    if not isinstance(config, BlockSparseConfig):
+        raise SparsePruneError(
+            "config", "a BlockSparseConfig", repr(config)[:60], "pass for example BlockSparseConfig(density=0.2)"
+        )
+    if is_linear(model):
+        raise SparsePruneError(
+            "model", "a module with nn.Linear inside", "one itself", "use SparseLinear.from_dense(linear, mask)"
+        )
     linears = linear_modules(model)
     if not linears:
-        raise SparsePruneError(
-            "model",
-            "a module with nn.Linear inside",
-            type(model).__name__,
-            "pass the model itself, not one nn.Linear of it",
+        sparse = any(isinstance(module, SparseLinear) for module in model.modules())
+        got, remedy = (
+            ("one whose linear layers are sparse already", "call sparsify_ once")
+            if sparse
+            else (type(model).__name__, "pass the model itself")
         )
+        raise SparsePruneError("model", "a module with nn.Linear inside", got, remedy)
     unknown = sorted(set(masks or ()) - set(linears))
     if unknown:
         raise SparsePruneError(
@@ -209,6 +220,8 @@ def sparsify_(
         reason, mask = _why_dense(model, name, linear, shared, filter_fn), None
         if not reason and masks is not None and name not in masks:
             reason = "no mask given for it"
+        if not reason and masks is None:
+            reason = _unfit(shape, config)
         if not reason:
             mask = (
                 masks[name]
@@ -227,6 +240,8 @@ def sparsify_(
             new[linear] = layer
             packed_bytes = layer.packed.nbytes
         rows.append(LayerReport(name, shape, config.blocksize, density, dense_bytes, packed_bytes, reason))
+    if rows and all(row.reason.startswith(UNFIT) for row in rows):
+        check_blocksize(config.blocksize, max((row.shape for row in rows), key=math.prod))
     swap_modules(model, new)
     result = SparsifyResult(rows, fuse_encoder_(model))
     if result.converted:
@@ -276,6 +291,20 @@ def _why_dense(model, name, linear, shared, filter_fn) -> str:
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads the weight itself"
+    return ""
+
+
+UNFIT = "blocks of"
+
+
+def _unfit(shape: tuple[int, int], config: BlockSparseConfig) -> str:
+    """Why blocks are no use for a weight of that shape, or ""."""
+    (n, k), (r, c) = shape, config.blocksize
+    rows, cols = grid_shape(shape, (r, c))
+    if r >= n and c >= k and (r, c) != (n, k):
+        return f"{UNFIT} {r}x{c} do not fit it"
+    if max(1, round(config.density * rows * cols)) * r * c > n * k:
+        return f"{UNFIT} {r}x{c}, cut by its edge, would store more than it has"
     return ""
 
 

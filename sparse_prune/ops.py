@@ -97,7 +97,8 @@ def _cuda_linear_dx(dy, crow_indices, col_indices, values, in_features):
 def _cuda_int8(
     x, crow_indices, col_indices, values, scales, prepacked, out_features, bias, activation, residual, x_scale
 ):
-    _require(x.dtype in CUDA_INT8_INPUTS, "x", "bfloat16 or float16 beside an int8 weight on backend 'cuda'", x.dtype)
+    expected = "bfloat16 or float16 beside an int8 weight on backend 'cuda'"
+    _require(x.dtype in CUDA_INT8_INPUTS, "x", expected, x.dtype, "cast x, or leave backend at 'auto'")
     if prepacked is None:
         prepacked = backends.cuda_layout(crow_indices, col_indices, values, x.shape[1])
     extras = (bias, activation, residual, x_scale)
@@ -557,9 +558,9 @@ def bsr_linear_glu(
 
     Raises SparsePruneError where the weights differ in shape, and as bsr_linear.
     """
-    _require(gate.shape == up.shape, "up", f"a weight {gate.shape} like gate", up.shape)
     for packed, bias in ((gate, gate_bias), (up, up_bias)):
         _check_linear(x, packed, bias, activation, None, backend, None)
+    _require(gate.shape == up.shape, "up", f"a weight {gate.shape} like gate", up.shape, "pass both of one MLP")
     rows, weights = flatten_rows(x), (gate, up)  # [M, K]
     one_kernel = backend in ("auto", "cpu") and gate.values.device.type == "cpu" and gate.values.is_floating_point()
     prepacked: list[Tensor | None] = [None, None]
@@ -685,11 +686,13 @@ def dense_linear(
     prepacked = form == "prepacked"
     y = _prepacked_product()(rows, weight, bias, "none", [], "") if prepacked else F.linear(rows, weight, bias)
     if activation != "none":
-        _require(activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+        _require_activation(activation)
         y = reference.ACTIVATIONS[activation](y)
     if residual is None:
         return y
-    _require(residual.shape == y.shape, "residual", f"shape {tuple(y.shape)}", tuple(residual.shape))
+    _require(
+        residual.shape == y.shape, "residual", f"shape {tuple(y.shape)}", tuple(residual.shape), "match the output"
+    )
     return y + residual
 
 
@@ -703,31 +706,56 @@ def _check_linear(
     x_scale: float | None,
 ) -> None:
     """Raise SparsePruneError for arguments of bsr_linear that do not agree."""
+    if not isinstance(packed, BsrWeight):
+        remedy = "make it with BsrWeight.from_dense(weight, mask), or from_torch of a sparse tensor"
+        raise SparsePruneError("packed", "a BsrWeight", type(packed).__name__, remedy)
+    for name, tensor in (("x", x), ("bias", bias), ("residual", residual)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name == "x"):
+            raise SparsePruneError(name, "a tensor", type(tensor).__name__, "pass a torch.Tensor")
     n, k = packed.shape
-    _require(x.ndim >= 1 and x.shape[-1] == k, "x", f"a last dimension of {k} (in_features)", tuple(x.shape))
-    _require(activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+    fits = x.ndim >= 1 and x.shape[-1] == k
+    _require(
+        fits, "x", f"a last dimension of {k} (in_features)", tuple(x.shape), f"pass x[..., {k}] to a weight {n, k}"
+    )
+    _require_activation(activation)
     out_shape = (*x.shape[:-1], n)
     quantized = packed.values.dtype == torch.int8
     dtype, like = (x.dtype, "x") if quantized else (packed.values.dtype, "the weight")
-    _require(not quantized or dtype in INT8_INPUTS, "x", "float32, bfloat16 or float16 beside an int8 weight", dtype)
+    _require(
+        not quantized or dtype in INT8_INPUTS,
+        "x",
+        "float32, bfloat16 or float16 beside an int8 weight",
+        dtype,
+        "cast x",
+    )
     _require(
         not quantized or backend != "dense",
         "backend",
         "auto, cpu, triton, cuda or reference beside an int8 weight",
         repr(backend),
+        "leave it at 'auto', or call packed.dequantize() first",
     )
-    _require(x_scale is None or quantized, "x_scale", f"None beside a weight of {packed.values.dtype}", x_scale)
-    _require(x_scale is None or 0 < x_scale < math.inf, "x_scale", "a finite positive number", x_scale)
+    remedy = "leave it out"
+    _require(x_scale is None or quantized, "x_scale", f"None beside a weight of {packed.values.dtype}", x_scale, remedy)
+    _require(x_scale is None or 0 < x_scale < math.inf, "x_scale", "a finite positive number", x_scale, remedy)
     for name, tensor, shape in (("x", x, None), ("bias", bias, (n,)), ("residual", residual, out_shape)):
         if tensor is None:
             continue
-        _require(tensor.dtype == dtype, name, f"dtype {dtype} like {like}", tensor.dtype)
+        remedy = f"pass {name}.to({dtype}), or cast the weight"
+        _require(tensor.dtype == dtype, name, f"dtype {dtype} like {like}", tensor.dtype, remedy)
+        device = packed.values.device
         _require(
-            tensor.device == packed.values.device, name, f"device {packed.values.device} like the weight", tensor.device
+            tensor.device == device, name, f"device {device} like the weight", tensor.device, f"move it to {device}"
         )
-        _require(shape is None or tuple(tensor.shape) == shape, name, f"shape {shape}", tuple(tensor.shape))
+        got, remedy = tuple(tensor.shape), "it is not broadcast: pass one of that shape"
+        _require(shape is None or got == shape, name, f"shape {shape}", got, remedy)
 
 
-def _require(ok: bool, argument: str, expected: str, got: object) -> None:
+def _require_activation(activation: str) -> None:
+    known = activation in ACTIVATIONS
+    _require(known, "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation), "apply another to the result")
+
+
+def _require(ok: bool, argument: str, expected: str, got: object, remedy: str) -> None:
     if not ok:
-        raise SparsePruneError(argument, expected, got, "see help(sparse_prune.bsr_linear)")
+        raise SparsePruneError(argument, expected, got, remedy)

@@ -96,6 +96,30 @@ def test_a_model_with_no_linear():
         sp.sparsify_(nn.ReLU())
 
 
+def test_layers_that_blocks_do_not_suit_stay_dense():
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 2), nn.Linear(16, 2))
+    result = sp.sparsify_(model)
+    assert result.converted == ["0"]
+    assert result.kept_dense == {
+        "1": "blocks of 32x32, cut by its edge, would store more than it has",
+        "2": "blocks of 32x32 do not fit it",
+    }
+    model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 2))
+    with pytest.raises(sp.SparsePruneError, match=r"blocksize: expected a block that fits .* \(10, 10\)"):
+        sp.sparsify_(model)
+
+
+def test_what_sparsify_cannot_replace_is_refused():
+    with pytest.raises(sp.SparsePruneError, match="got one itself; use SparseLinear.from_dense"):
+        sp.sparsify_(nn.Linear(64, 64))  # which nothing holds: it would stay as it is
+    model = nn.Sequential(nn.Linear(64, 64))
+    with pytest.raises(sp.SparsePruneError, match="config: expected a BlockSparseConfig, got 0.2"):
+        sp.sparsify_(model, 0.2)
+    sp.sparsify_(model)
+    with pytest.raises(sp.SparsePruneError, match="got one whose linear layers are sparse already"):
+        sp.sparsify_(model)
+
+
 def test_masks_for_a_module_that_is_not_there():
     with pytest.raises(sp.SparsePruneError, match="masks: expected names of nn.Linear modules of the model, got 9"):
         sp.sparsify_(nn.Sequential(nn.Linear(64, 64)), masks={"9": torch.ones(2, 2, dtype=torch.bool)})
