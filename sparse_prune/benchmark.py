@@ -34,11 +34,16 @@ from .masks import check_blocksize, check_density, expand_mask, grid_shape
 from .peers import Peer, PeerError, installed, linear_onnx
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# bench_linear also takes int8: weights in int8 and x in bfloat16, against bfloat16 dense and our bfloat16.
-LINEAR_DTYPES = DTYPES | {"int8": torch.bfloat16}
-INT8_ERROR = (
-    0.03  # both x and weights are rounded to 1/127 of their row's largest: each about 0.8% of a normal one's size
-)
+# bench_linear also takes quantized weights (quantize_'s arguments), x in bfloat16, against bfloat16 dense and our bfloat16.
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
+    "int8": {"dtype": torch.int8},
+    "w8a16": {"dtype": torch.int8, "weight_only": True},
+    "e4m3": {"dtype": torch.float8_e4m3fn},
+}
+LINEAR_DTYPES = DTYPES | dict.fromkeys(QUANTIZATIONS, torch.bfloat16)
+# Both x and weights are rounded to 1/127 of their row's largest, each about 0.8% of a normal one's size, or to a sixteenth of
+# themselves at most, about 2.6%.
+QUANTIZED_ERROR = {"int8": 0.03, "w8a16": 0.03, "e4m3": 0.08}
 DENSE = ("dense", "dense_prepacked")  # what a ratio to dense takes the faster of
 
 
@@ -324,7 +329,8 @@ def bench_linear(
         row = kept.get(json.dumps(problem))
         if row is None:
             roof = (problem["dtype"], problem["threads"])
-            if backends.cpu_isas() and roof not in roofs:
+            by_kernel = backends.cpu_isas() and roof[0] not in ("w8a16", "e4m3")  # which plain PyTorch runs
+            if by_kernel and roof not in roofs:
                 roofs[roof] = limits(getattr(torch, roof[0]), roof[1])
             row = {"kind": "linear", **about, **problem, **_time_linear(problem, seconds, roofs.get(roof), peers)}
             if keep is not None:
@@ -376,9 +382,9 @@ def _time_linear(problem: dict, seconds: float, limit: dict | None, engines: Seq
     linear = linear.to(dtype).requires_grad_(False)
     kernel = SparseLinear.from_dense(linear, mask, blocksize)
     kernel.planned = False
-    quantized = problem["dtype"] == "int8"
+    quantized = QUANTIZATIONS.get(problem["dtype"])
     if quantized:
-        kernel.quantize_()
+        kernel.quantize_(**quantized)
     peers = _peers(x, linear, kernel.packed.dequantize(dtype))
     candidates = {"sparse": lambda: kernel(x)} | {name: peers.pop(name) for name in DENSE if name in peers}
     auto = SparseLinear.from_dense(linear, mask, blocksize)
@@ -386,7 +392,7 @@ def _time_linear(problem: dict, seconds: float, limit: dict | None, engines: Seq
         unquantized = SparseLinear.from_dense(linear, mask, blocksize)
         unquantized.planned = False
         candidates["sparse_bf16"] = lambda: unquantized(x)
-        auto.quantize_()
+        auto.quantize_(**quantized)
     runs = auto.backend_for(m)
     if runs.startswith("dense"):
         candidates["auto"] = lambda: auto(x)
@@ -396,7 +402,7 @@ def _time_linear(problem: dict, seconds: float, limit: dict | None, engines: Seq
     for name, error in errors.items():
         limit_here = allowed if name in candidates else 4 * allowed  # another's rounding is not ours to judge
         if quantized and name in ("sparse", "auto"):
-            limit_here = INT8_ERROR
+            limit_here = QUANTIZED_ERROR[problem["dtype"]]
         if not error <= limit_here:
             text = (
                 f"{name} is wrong at M={m} K={k} N={n} {problem['dtype']}: error {error:.1e}, allowed {limit_here:.1e}"

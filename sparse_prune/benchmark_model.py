@@ -146,14 +146,14 @@ class _Exported(nn.Module):
 class _Candidate:
     """A model of ours or PyTorch's: seconds() of one run, and hidden() for the check against `source` in float64.
 
-    exact says that it rounds as its dtype does, and nothing else: int8 blocks and peers round as they like.
+    exact says that it rounds as its dtype does, and nothing else: quantized blocks and peers round as they like.
     """
 
     ours = True
 
     def __init__(self, name: str, dtype: str, source: str, model: nn.Module, arguments: dict[str, Tensor]) -> None:
         self.name, self.dtype, self.source, self.model, self.arguments = name, dtype, source, model, arguments
-        self.exact = not any(isinstance(m, SparseLinear) and m.values.dtype == torch.int8 for m in model.modules())
+        self.exact = not any(isinstance(m, SparseLinear) and m.packed.scales is not None for m in model.modules())
 
     def hidden(self) -> Tensor:
         return self.model(**self.arguments)[0].double()

@@ -16,6 +16,8 @@ from .masks import block_sum, check_blocksize, check_mask, element_density, grid
 
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT8_MAX = 127  # symmetric: -128 is never used
+# What blocks may be rounded to, with a scale per output: each dtype's largest number.
+QUANTIZED = {torch.int8: float(INT8_MAX), torch.float8_e4m3fn: 448.0}
 # Products of int8 numbers are summed in int32: more inputs of extremes than this in one block-row would overflow it.
 INT8_MAX_INPUTS = (2**31 - 1) // INT8_MAX**2
 _REPACK = "the checkpoint is damaged or was not made by sparse-prune: pack the model again"
@@ -33,6 +35,8 @@ def dense_from_bsr(
     """The dense [N, K] matrix that the BSR arrays stand for, times scales [N] where given; differentiable in values."""
     nnzb, r, c = values.shape
     rows, cols = grid_shape(shape, (r, c))
+    if values.dtype == torch.float8_e4m3fn:  # which PyTorch can do little more with than convert
+        values = values.float()
     grid = values.new_zeros(rows * cols, r, c)
     where = block_rows(crow_indices, nnzb) * cols + col_indices  # [nnzb]
     grid = grid.index_copy(0, where, values)
@@ -70,9 +74,10 @@ class BsrWeight:
     blocksize      (R, C)
     crow_indices   int32 [ceil(N/R) + 1]; block-row i owns the blocks crow[i] .. crow[i+1] - 1
     col_indices    int32 [nnzb]; block-column of each block, ascending within a block-row
-    values         [nnzb, R, C]; float32, bfloat16, float16 or float64, or int8 in [-127, 127] (see quantize). Blocks cut by the
-                   edge are zero-padded.
-    scales         float32 [N] where values are int8: W[n, k] = scales[n] * value; else None
+    values         [nnzb, R, C]; float32, bfloat16, float16 or float64, or as quantize rounds them: int8 in [-127, 127] or
+                   float8_e4m3fn. Blocks cut by the edge are zero-padded.
+    scales         float32 [N] where values are int8 or float8_e4m3fn: W[n, k] = scales[n] * value; else None
+    weight_only    how int8 values meet x: False, x is rounded to int8 too ("w8a8"); True, x stays as it is ("w8a16")
     """
 
     shape: tuple[int, int]
@@ -81,6 +86,7 @@ class BsrWeight:
     col_indices: Tensor
     values: Tensor
     scales: Tensor | None = None
+    weight_only: bool = False
     derived: Derived = field(default_factory=Derived, init=False, repr=False)
 
     @classmethod
@@ -166,8 +172,8 @@ class BsrWeight:
     def to_torch(self, layout: torch.layout = torch.sparse_bsr) -> Tensor:
         """A torch sparse tensor [N, K] of layout torch.sparse_bsr (a copy of the blocks) or torch.sparse_csr (of the nonzeros).
 
-        An int8 weight becomes float32. Raises SparsePruneError for another layout, and for BSR where the blocks do not divide the
-        shape, which torch cannot hold.
+        A quantized weight becomes float32. Raises SparsePruneError for another layout, and for BSR where the blocks do not divide
+        the shape, which torch cannot hold.
         """
         if layout is torch.sparse_csr:
             return self.to_dense().to_sparse_csr()
@@ -217,6 +223,9 @@ class BsrWeight:
             if weight.values.dtype != first.values.dtype:
                 expected = f"values of {first.values.dtype}, like the first"
                 raise SparsePruneError("weights", expected, weight.values.dtype, "join weights of one dtype")
+            if weight.weight_only != first.weight_only:
+                expected = f"weight_only={first.weight_only}, like the first"
+                raise SparsePruneError("weights", expected, weight.weight_only, "join weights that meet x alike")
         if any(weight.shape[0] % first.blocksize[0] for weight in weights[:-1]):
             heights = [weight.shape[0] for weight in weights]
             expected = f"outputs in multiples of {first.blocksize[0]}"
@@ -232,21 +241,31 @@ class BsrWeight:
             torch.cat([weight.col_indices for weight in weights]),
             torch.cat([weight.values.detach() for weight in weights]),
             None if first.scales is None else torch.cat([w.scales for w in weights if w.scales is not None]),
+            first.weight_only,
         )
 
     def to_dense(self) -> Tensor:
-        """The weight as [N, K], zeros where blocks were pruned; float32 if values are int8."""
+        """The weight as [N, K], zeros where blocks were pruned; float32 if values have scales."""
         return dense_from_bsr(self.crow_indices, self.col_indices, self.values, self.shape, self.scales)
 
-    def quantize(self) -> BsrWeight:
-        """The same blocks in int8, rounded half to even: value = round(W[n, k] / scales[n]) with scales[n] = max |W[n, :]| / 127.
+    def quantize(self, dtype: torch.dtype = torch.int8, weight_only: bool = False) -> BsrWeight:
+        """The same blocks in int8 or float8_e4m3fn: value = round(W[n, k] / scales[n]), half to even, where scales[n] is
+        max |W[n, :]| over the dtype's largest number, 127 or 448.
 
-        Each weight moves by at most scales[n] / 2. A row without weights, or with zeros alone, has scale 1; no scale is smaller
-        than the smallest normal float32. Raises SparsePruneError for values that are int8 already or not finite, and for more
-        inputs in a block-row than int32 sums can hold.
+        In int8 each weight moves by at most scales[n] / 2; in float8_e4m3fn, which has three bits behind the leading one, by at
+        most a sixteenth of itself, or scales[n] / 1024 where that is more. A row without weights, or with zeros alone, has scale 1;
+        no scale is smaller than the smallest normal float32.
+
+        weight_only   see BsrWeight; for int8, whose numbers bfloat16 and float16 hold exactly
+
+        Raises SparsePruneError for another dtype, values that are quantized already or not finite, weight_only beside
+        float8_e4m3fn, and in int8 for more inputs in a block-row than int32 sums can hold.
         """
-        if self.values.dtype == torch.int8:
-            raise SparsePruneError("values", "floating-point values", "int8", "quantize a weight once")
+        check_quantization(dtype, weight_only)
+        if self.scales is not None:
+            raise SparsePruneError(
+                "values", "floating-point values", _name(self.values.dtype), "quantize a weight once"
+            )
         check_finite(self.values, "values")
         r, _ = self.blocksize
         values = self.values.detach()
@@ -254,21 +273,22 @@ class BsrWeight:
         highest = values.new_zeros(self.crow_indices.numel() - 1, r)  # [N/R, R]
         rows = block_rows(self.crow_indices, self.nnzb)  # [nnzb]
         highest = highest.scatter_reduce(0, rows[:, None].expand(-1, r), values.abs().amax(2), "amax")
-        scales = (highest / INT8_MAX).float().clamp(min=torch.finfo(torch.float32).tiny)
+        scales = (highest / QUANTIZED[dtype]).float().clamp(min=torch.finfo(torch.float32).tiny)
         scales = torch.where(highest > 0, scales, 1.0)
-        rounded = (values / scales[rows][:, :, None]).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+        rounded = round_to(values / scales[rows][:, :, None], dtype)
         scales = scales.flatten()[: self.shape[0]].clone()  # [N]
-        return BsrWeight(self.shape, self.blocksize, self.crow_indices, self.col_indices, rounded, scales).validate()
+        index = (self.crow_indices, self.col_indices)
+        return BsrWeight(self.shape, self.blocksize, *index, rounded, scales, weight_only).validate()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> BsrWeight:
-        """The weight in floating point: int8 values times their scales, computed in float32; self where values are not int8."""
+        """The weight in floating point: quantized values times their scales, computed in float32; self where there are none."""
         if self.scales is None:
             return self
         r, _ = self.blocksize
         scales = self.scales.new_ones((self.crow_indices.numel() - 1) * r)
         scales[: self.shape[0]] = self.scales
         scales = scales.view(-1, r)[block_rows(self.crow_indices, self.nnzb)]  # [nnzb, R]
-        values = (self.values * scales[:, :, None]).to(dtype)
+        values = (self.values.float() * scales[:, :, None]).to(dtype)
         return BsrWeight(self.shape, self.blocksize, self.crow_indices, self.col_indices, values)
 
     def block_mask(self) -> Tensor:
@@ -296,26 +316,47 @@ class BsrWeight:
     def to(self, *args: Any, **kwargs: Any) -> BsrWeight:
         """Like Tensor.to for the values (dtype and device); the indices follow the device.
 
-        Like a module's, the cast is of floating-point numbers: int8 values and their scales keep their dtype and only move.
+        Quantized values and their scales keep their dtype and only move.
         """
         cast, scales = (self.values if self.scales is None else self.scales).to(*args, **kwargs), None
         values = cast
         if self.scales is not None:
             values, scales = self.values.to(cast.device), self.scales.to(cast.device)
         crow_indices, col_indices = self.crow_indices.to(cast.device), self.col_indices.to(cast.device)
-        return BsrWeight(self.shape, self.blocksize, crow_indices, col_indices, values, scales)
+        return BsrWeight(self.shape, self.blocksize, crow_indices, col_indices, values, scales, self.weight_only)
 
     def validate(self) -> BsrWeight:
         """Check everything a kernel relies on and return self; raises SparsePruneError with the first violation.
 
         Files are untrusted: an index out of range would make a kernel read outside its arrays.
         """
-        validate_bsr(self.shape, self.blocksize, self.crow_indices, self.col_indices, self.values, scales=self.scales)
+        arrays = (self.crow_indices, self.col_indices, self.values)
+        validate_bsr(self.shape, self.blocksize, *arrays, scales=self.scales, weight_only=self.weight_only)
         return self
+
+
+def check_quantization(dtype: torch.dtype, weight_only: bool) -> None:
+    """Raise SparsePruneError unless blocks can be rounded to dtype and then multiplied so."""
+    if dtype not in QUANTIZED:
+        raise SparsePruneError("dtype", "torch.int8 or torch.float8_e4m3fn", dtype, "choose one of these")
+    if weight_only and dtype != torch.int8:
+        raise SparsePruneError(
+            "weight_only", "False beside float8_e4m3fn", weight_only, "use torch.int8, which keeps more"
+        )
+
+
+def round_to(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Floating-point values as one of QUANTIZED: half to even, what lies beyond its largest number becomes that."""
+    values = values.clamp(-QUANTIZED[dtype], QUANTIZED[dtype])
+    return (values.round() if dtype == torch.int8 else values).to(dtype)
 
 
 def check_finite(values: Tensor, argument: str) -> None:
     """Raise SparsePruneError if values hold NaN or infinity."""
+    if (
+        values.dtype == torch.float8_e4m3fn
+    ):  # it has no infinity, and PyTorch no aminmax of it; all bits set but the sign are NaN
+        values = torch.where(values.view(torch.uint8) & 0x7F == 0x7F, torch.nan, 0.0)
     # The least and the greatest are finite if all are; unlike isfinite this makes no copy as large as values.
     if values.numel() and not torch.isfinite(torch.stack(torch.aminmax(values.detach()))).all():
         raise SparsePruneError(
@@ -331,10 +372,11 @@ def validate_bsr(
     values: Tensor,
     name: str = "",
     scales: Tensor | None = None,
+    weight_only: bool = False,
 ) -> None:
     """Raise SparsePruneError unless the arrays are a canonical BSR weight of that shape and blocksize; name says which layer.
 
-    Values are either floating-point without scales (their finiteness is check_finite's), or int8 with them.
+    Values are either floating-point without scales or quantized with them; their finiteness is check_finite's.
     """
     prefix = f"{name}." if name else ""
 
@@ -352,11 +394,14 @@ def validate_bsr(
     rows, cols = grid_shape(shape, (r, c))
     nnzb = values.shape[0] if values.ndim == 3 else -1
     require(tuple(values.shape[1:]) == (r, c), "values", f"shape [nnzb, {r}, {c}]", tuple(values.shape))
-    dtypes = (*VALUE_DTYPES, torch.int8)
-    require(values.dtype in dtypes, "values", "float32, bfloat16, float16, float64 or int8", values.dtype)
-    if values.dtype == torch.int8:
+    dtypes = (*VALUE_DTYPES, *QUANTIZED)
+    expected = "float32, bfloat16, float16, float64, int8 or float8_e4m3fn"
+    require(values.dtype in dtypes, "values", expected, values.dtype)
+    require(not weight_only or values.dtype == torch.int8, "weight_only", "False but beside int8 values", values.dtype)
+    if values.dtype in QUANTIZED:
         if scales is None:
-            raise SparsePruneError(f"{prefix}scales", f"float32 [{shape[0]}] beside int8 values", "none", _REPACK)
+            expected = f"float32 [{shape[0]}] beside {_name(values.dtype)} values"
+            raise SparsePruneError(f"{prefix}scales", expected, "none", _REPACK)
         require(scales.dtype == torch.float32, "scales", "float32", scales.dtype)
         require(
             tuple(scales.shape) == (shape[0],), "scales", f"shape [{shape[0]}], one per output", tuple(scales.shape)
@@ -364,7 +409,7 @@ def validate_bsr(
         require(scales.device == values.device, "scales", f"device {values.device}", scales.device)
         positive = bool((scales > 0).all()) and bool(torch.isfinite(scales).all())
         require(positive, "scales", "finite positive numbers", "zero, a negative number, NaN or infinity")
-        low = int(values.min()) if values.numel() else 0
+        low = int(values.min()) if values.numel() and values.dtype == torch.int8 else 0
         require(low >= -INT8_MAX, "values", f"int8 from -{INT8_MAX} to {INT8_MAX}", low)
     else:
         require(scales is None, "scales", f"none beside {values.dtype} values", "a tensor")
@@ -393,3 +438,7 @@ def validate_bsr(
         "ascending, unique columns in each block-row",
         "unsorted or repeated columns",
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -32,7 +32,7 @@ bench_app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 
 console = Console(stderr=False)
-SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8"}
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8", "w8a16": "w8a16", "e4m3": "e4m3"}
 
 # typer reads these at run time, on Python 3.10 too: Optional, not `| None`.
 Task = Annotated[str, typer.Option("--task", help="sentiment or ner")]
@@ -236,13 +236,24 @@ def pack(
     int8: Annotated[
         bool, typer.Option("--int8", help="round the blocks to int8 too; DIRECTORY may then be packed already")
     ] = False,
+    e4m3: Annotated[bool, typer.Option("--e4m3", help="round them to float8_e4m3fn, for GPUs from 8.9 on")] = False,
+    weight_only: Annotated[
+        bool, typer.Option("--weight-only", help="with --int8: leave the input of a call as it is (w8a16), for GPUs")
+    ] = False,
     json_file: Json = None,
 ) -> None:
     """Store only the kept blocks: a packed checkpoint (safetensors) that eval, from_pretrained and load_packed read."""
     from . import tasks
 
-    result = tasks.pack(model, out, parse_block(block) if block else None, int8)
-    for table in (result.layers, result.int8):
+    if int8 and e4m3:
+        raise SparsePruneError("--e4m3", "one of --int8 and --e4m3", "both", "leave one out")
+    if weight_only and not int8:
+        raise SparsePruneError("--weight-only", "--int8 beside it", "--e4m3" if e4m3 else "none", "add --int8")
+    import torch
+
+    dtype = torch.int8 if int8 else torch.float8_e4m3fn if e4m3 else None
+    result = tasks.pack(model, out, parse_block(block) if block else None, dtype, weight_only)
+    for table in (result.layers, result.rounded):
         if table is not None:
             console.print(str(table), markup=False, highlight=False)
     ratio = result.packed_bytes / result.dense_bytes
@@ -479,7 +490,10 @@ def bench_linear(
     tokens: Tokens = None,
     density: Density = None,
     block: Block = None,
-    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16, float16, int8; None: the grid's")] = None,  # noqa: UP045
+    dtype: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="float32, bfloat16, float16, int8, w8a16, e4m3; None: the grid's"),
+    ] = None,
     threads: Annotated[Optional[str], typer.Option(help="thread counts; None: the grid's")] = None,  # noqa: UP045
     seconds: Annotated[float, typer.Option(help="time spent on each row")] = 1.0,
     out: Annotated[

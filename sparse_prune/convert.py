@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from . import planner
+from .bsr import check_quantization
 from .criteria import block_mask
 from .errors import SparsePruneError
 from .fuse import FuseResult, fuse_encoder_
@@ -100,7 +102,7 @@ class SparsifyResult:
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """What happened to one SparseLinear: `reason` is empty where it became int8.
+    """What happened to one SparseLinear: `reason` is empty where its blocks were rounded.
 
     Bytes count the weight before and after; error is the norm of the weight's change over the norm of the weight.
     """
@@ -116,13 +118,14 @@ class QuantizedLayer:
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """One row per SparseLinear, in module order; print it for the table."""
+    """One row per SparseLinear, in module order; print it for the table. dtype is what blocks were rounded to."""
 
     layers: list[QuantizedLayer]
+    dtype: torch.dtype = torch.int8
 
     @property
     def converted(self) -> list[str]:
-        """Names of the layers that are int8 now."""
+        """Names of the layers whose blocks were rounded."""
         return [row.name for row in self.layers if not row.reason]
 
     @property
@@ -138,17 +141,26 @@ class QuantizeResult:
             shape = f"{row.shape[0]}x{row.shape[1]}"
             what = f"{row.bytes_before} -> {row.bytes}" if not row.reason else f"kept: {row.reason}"
             lines.append(f"{row.name:<{width}}  {shape:>13}  {row.density:7.3f}  {row.error:12.4f}  {what}")
-        lines.append(f"{len(self.converted)} of {len(self.layers)} sparse layers are int8")
+        kind = str(self.dtype).removeprefix("torch.")
+        lines.append(f"{len(self.converted)} of {len(self.layers)} sparse layers are {kind}")
         return "\n".join(lines)
 
 
-def quantize_(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None = None) -> QuantizeResult:
-    """Turn the blocks of model's SparseLinear modules into int8 (BsrWeight.quantize), in place; for inference.
+def quantize_(
+    model: nn.Module,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    dtype: torch.dtype = torch.int8,
+    weight_only: bool = False,
+) -> QuantizeResult:
+    """Round the blocks of model's SparseLinear modules to int8 or float8_e4m3fn (BsrWeight.quantize), in place; for inference.
 
-    filter_fn   filter_fn(name, module) -> bool says which layers may change; default: all
+    filter_fn     filter_fn(name, module) -> bool says which layers may change; default: all
+    dtype         torch.int8 or torch.float8_e4m3fn, to which a call rounds its input too, row by row ("w8a8")
+    weight_only   leave the input of a call as it is ("w8a16"); beside int8 only
 
-    Raises SparsePruneError if model has no SparseLinear.
+    Raises SparsePruneError if model has no SparseLinear, and for another dtype or weight_only beside float8_e4m3fn.
     """
+    check_quantization(dtype, weight_only)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
     if not layers:
         raise SparsePruneError(
@@ -157,20 +169,20 @@ def quantize_(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | No
     rows = []
     for name, layer in layers.items():
         before, reason, error = layer.packed, "", 0.0
-        if not layer.values.is_floating_point():
-            reason = "it is int8 already"
+        if before.scales is not None:
+            reason = f"it is {str(layer.values.dtype).removeprefix('torch.')} already"
         elif filter_fn is not None and not filter_fn(name, layer):
             reason = "left out by filter_fn"
         after = before
         if not reason:
-            after = layer.quantize_().packed
+            after = layer.quantize_(dtype, weight_only).packed
             weight = before.to_dense().detach().double()
             norm = weight.norm().item()
             error = (after.to_dense().double() - weight).norm().item() / norm if norm else 0.0
         rows.append(QuantizedLayer(name, before.shape, before.density, before.nbytes, after.nbytes, error, reason))
     if any(not row.reason for row in rows):
         announce(model)
-    return QuantizeResult(rows)
+    return QuantizeResult(rows, dtype)
 
 
 def sparsify_(

@@ -178,6 +178,7 @@ def _key(linear: SparseLinear) -> object:
     return (
         values_key(linear.values),
         quantized,
+        linear.weight_only,
         linear.col_indices.data_ptr(),
         None if bias is None else values_key(bias),
     )
@@ -186,9 +187,8 @@ def _key(linear: SparseLinear) -> object:
 def _joinable(layers: tuple[Any, ...]) -> bool:
     if not all(type(layer) is SparseLinear for layer in layers):
         return False
-    blocksize, dtype = layers[0].blocksize, layers[0].values.dtype
-    alike = all(layer.blocksize == blocksize and layer.values.dtype == dtype for layer in layers)
-    return alike and all(layer.out_features % blocksize[0] == 0 for layer in layers)
+    alike = len({(layer.blocksize, layer.values.dtype, layer.weight_only) for layer in layers}) == 1
+    return alike and all(layer.out_features % layer.blocksize[0] == 0 for layer in layers)
 
 
 def _norm(module: nn.LayerNorm, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -10,11 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, ops, planner, reference
-from .bsr import BsrWeight, Derived
+from .bsr import QUANTIZED, BsrWeight, Derived
 from .errors import SparsePruneError
 from .linears import as_matrix, is_linear
 from .masks import check_blocksize, grid_shape
-from .ops import ACTIVATION_NUMBERS, INT8_INPUTS, Activation, bsr_linear, flatten_rows, run_glu_ready, run_ready
+from .ops import (
+    ACTIVATION_NUMBERS,
+    QUANTIZED_INPUTS,
+    Activation,
+    bsr_linear,
+    flatten_rows,
+    quantized_operator,
+    run_glu_ready,
+    run_ready,
+)
 from .reference import ACTIVATIONS
 
 is_compiling = torch.compiler.is_dynamo_compiling
@@ -26,8 +35,10 @@ class SparseLinear(nn.Module):
     Called, trained, moved and saved like nn.Linear. Only the kept blocks exist: `values` [nnzb, R, C] is the parameter (gradients
     and optimizer state have its size) and the int32 buffers `crow_indices`, `col_indices` say where they belong.
 
-    Quantized, `values` is int8 and frozen, beside the buffer `scales` (float32 [N], see BsrWeight.quantize); both keep their dtype
-    when the layer is cast. x is then float32, bfloat16 or float16 like the bias, and no gradient passes through.
+    Quantized, `values` is int8 or float8_e4m3fn and frozen, beside the buffer `scales` (float32 [N], see BsrWeight.quantize); both
+    keep their dtype when the layer is cast. x is then float32, bfloat16 or float16 like the bias, and no gradient passes through.
+    `weight_only` (of int8; False) leaves x as it is where it would be rounded to int8 too; it may be set at any time, and is no
+    part of the state dict: files have it beside the layer's shape.
 
     The kernels read values in an order of their own, which is derived on the first call without gradients and made again when
     values change. A write through `values.data`, or to values made under inference_mode, is invisible to PyTorch's version counter:
@@ -57,17 +68,20 @@ class SparseLinear(nn.Module):
         values: Tensor,
         bias: Tensor | None = None,
         scales: Tensor | None = None,
+        weight_only: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("crow_indices", crow_indices)
         self.register_buffer("col_indices", col_indices)
-        self.values = nn.Parameter(values, requires_grad=values.is_floating_point())
+        self.values = nn.Parameter(values, requires_grad=values.dtype not in QUANTIZED)
         if scales is not None:
             self.register_buffer("scales", scales)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self.planned = True
         self._derived = Derived()
+        self._weight_only = False
+        self.weight_only = weight_only
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, mask: Tensor, blocksize: Sequence[int] = (32, 32)) -> SparseLinear:
@@ -88,14 +102,31 @@ class SparseLinear(nn.Module):
     def from_bsr(cls, packed: BsrWeight, bias: Tensor | None = None) -> SparseLinear:
         """A layer that shares the tensors of packed."""
         n, k = packed.shape
-        return cls(k, n, packed.crow_indices, packed.col_indices, packed.values, bias, packed.scales)
+        index = (packed.crow_indices, packed.col_indices)
+        return cls(k, n, *index, packed.values, bias, packed.scales, packed.weight_only)
 
-    def quantize_(self) -> SparseLinear:
-        """Turn the blocks into int8 (BsrWeight.quantize), in place, and return self; `sp.quantize_` does a whole model."""
-        packed = self.packed.quantize()
+    def quantize_(self, dtype: torch.dtype = torch.int8, weight_only: bool = False) -> SparseLinear:
+        """Round the blocks (BsrWeight.quantize), in place, and return self; `sp.quantize_` does a whole model."""
+        packed = self.packed.quantize(dtype, weight_only)
         self.values = nn.Parameter(packed.values, requires_grad=False)
         self.register_buffer("scales", packed.scales)
+        self.weight_only = weight_only
         return self.refresh_()
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether int8 blocks meet x as it is; False: x is rounded like them. Setting it beside others raises SparsePruneError."""
+        return self._weight_only
+
+    @weight_only.setter
+    def weight_only(self, value: bool) -> None:
+        if value and self.values.dtype != torch.int8:
+            expected = "False but beside int8 values"
+            raise SparsePruneError(
+                "weight_only", expected, self.values.dtype, "quantize_(torch.int8, weight_only=True)"
+            )
+        self._weight_only = bool(value)
+        self.refresh_()
 
     @classmethod
     def cat(cls, layers: Sequence[SparseLinear]) -> SparseLinear:
@@ -122,7 +153,8 @@ class SparseLinear(nn.Module):
         """The weight as a BsrWeight that shares this layer's tensors."""
         shape = (self.out_features, self.in_features)
         scales = self._buffers.get("scales")
-        return BsrWeight(shape, self.blocksize, self.crow_indices, self.col_indices, self.values, scales)
+        index = (self.crow_indices, self.col_indices)
+        return BsrWeight(shape, self.blocksize, *index, self.values, scales, self._weight_only)
 
     @property
     def weight(self) -> Tensor:
@@ -140,7 +172,7 @@ class SparseLinear(nn.Module):
     def to_dense(self) -> nn.Linear:
         """The nn.Linear with the same weight and bias, zeros where blocks were pruned.
 
-        Its dtype is that of the values, or where these are int8 that of the bias, float32 without one.
+        Its dtype is that of the values, or where these are quantized that of the bias, float32 without one.
         """
         like = {"device": self.values.device, "dtype": self.compute_dtype}
         dense = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, bias=self.bias is not None, **like)
@@ -152,8 +184,8 @@ class SparseLinear(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The floating-point dtype of the layer's parameters: of values, or where these are int8 of bias, float32 without one."""
-        if self.values.is_floating_point():
+        """The floating-point dtype of the parameters: of values, or where these are quantized of bias, float32 without one."""
+        if self.values.dtype not in QUANTIZED:
             return self.values.dtype
         return torch.float32 if self.bias is None else self.bias.dtype
 
@@ -172,11 +204,13 @@ class SparseLinear(nn.Module):
         self._renew()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> SparseLinear:
-        scales = self._buffers.get("scales")
+        scales, values = self._buffers.get("scales"), self.values.data
         super()._apply(fn, recurse)
-        # Module.to casts every floating-point buffer; a scale rounded to 16 bits would shift its whole row of weights.
+        # Module.to casts all that is floating-point; a scale rounded to 16 bits would shift its whole row of weights.
         if scales is not None and self.scales.dtype != torch.float32:
             self.scales = scales.to(self.scales.device)
+        if scales is not None and self.values.dtype != values.dtype:
+            self.values = nn.Parameter(values.to(self.values.device), requires_grad=False)
         return self._renew()
 
     def _renew(self) -> SparseLinear:
@@ -261,10 +295,10 @@ class SparseLinear(nn.Module):
         if device != "meta" and torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, own.dtype):
             dtype = torch.get_autocast_dtype(device)
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-            values = own if own.dtype is torch.int8 else own.to(dtype)
+            values = own if own.dtype in QUANTIZED else own.to(dtype)
             residual = None if residual is None else residual.to(dtype)
-        if own.dtype is torch.int8:
-            return self._forward_int8(x, bias, activation, residual)
+        if own.dtype in QUANTIZED:
+            return self._forward_quantized(x, bias, activation, residual)
         shape = x.shape
         if shape[-1:] != (self.in_features,) or x.dtype != values.dtype or x.device != values.device:
             self._explain(x, values, bias, activation, residual)
@@ -306,9 +340,11 @@ class SparseLinear(nn.Module):
             )
         return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
 
-    def _forward_int8(self, x: Tensor, bias: Tensor | None, activation: Activation, residual: Tensor | None) -> Tensor:
-        values, shape = self.values, x.shape
-        wrong_dtype = x.dtype not in INT8_INPUTS or (bias is not None and bias.dtype != x.dtype)
+    def _forward_quantized(
+        self, x: Tensor, bias: Tensor | None, activation: Activation, residual: Tensor | None
+    ) -> Tensor:
+        values, shape, weight_only = self.values, x.shape, self._weight_only
+        wrong_dtype = x.dtype not in QUANTIZED_INPUTS or (bias is not None and bias.dtype != x.dtype)
         if shape[-1:] != (self.in_features,) or x.device != values.device or wrong_dtype:
             self._explain(x, values, bias, activation, residual)
         # In training a compiled graph would keep the values that it was traced with.
@@ -319,19 +355,11 @@ class SparseLinear(nn.Module):
         if derived is not None and not torch.compiler.is_compiling():
             y = self._run_below_autograd(derived, x, activation, residual)
         if y is None:
-            y = torch.ops.sparse_prune.bsr_linear_int8(
-                x,
-                self.crow_indices,
-                self.col_indices,
-                values,
-                self.scales,
-                None if derived is None else derived.prepacked,
-                self.out_features,
-                bias,
-                activation,
-                residual,
-                None,
-            )
+            operator = getattr(torch.ops.sparse_prune, quantized_operator(values, weight_only))
+            bsr = (self.crow_indices, self.col_indices, values, self.scales)
+            prepacked = None if derived is None else derived.prepacked
+            rest = (bias, activation, residual) if weight_only else (bias, activation, residual, None)
+            y = operator(x, *bsr, prepacked, self.out_features, *rest)
         return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
 
     def _current(self, values: Tensor) -> Derived:
@@ -348,7 +376,9 @@ class SparseLinear(nn.Module):
         values, shape = self.values, (self.out_features, self.in_features)
         rows, cols = grid_shape(shape, self.blocksize)
         density = values.shape[0] / (rows * cols)
-        found = ops.backend_for(values.device, values.dtype, "auto", self.blocksize, density, tokens, shape)
+        found = ops.backend_for(
+            values.device, values.dtype, "auto", self.blocksize, density, tokens, shape, self._weight_only
+        )
         if self.planned or not found.startswith("dense"):
             return found
         if values.is_cuda:
@@ -366,9 +396,10 @@ class SparseLinear(nn.Module):
     def extra_repr(self) -> str:
         """What print(layer) shows between the brackets."""
         r, c = self.blocksize
+        quantized = f", {str(self.values.dtype).removeprefix('torch.')}" if "scales" in self._buffers else ""
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, blocksize={r}x{c}, "
-            f"density={self.density:.3f}, bias={self.bias is not None}{', int8' if 'scales' in self._buffers else ''}"
+            f"in_features={self.in_features}, out_features={self.out_features}, blocksize={r}x{c}, density={self.density:.3f}, "
+            f"bias={self.bias is not None}{quantized}{', weight_only' if self._weight_only else ''}"
         )
 
 

@@ -1,4 +1,5 @@
-"""The operators `sparse_prune::bsr_linear`, `bsr_linear_int8`, `bsr_linear_dx` and `bsr_sdd`, and the function people call.
+"""The operators `sparse_prune::bsr_linear`, `bsr_linear_dx` and `bsr_sdd`, those of quantized weights (`bsr_linear_int8`,
+`bsr_linear_e4m3`, `bsr_linear_w8a16`), and the function people call.
 
 The schema, shape rule and gradient live here once. Devices get their kernels by dispatch key: the C++ extension registers CPU,
 on a GPU the planner picks Triton's or the CUDA C++ ones by M, and plain PyTorch (reference.py) serves every device and dtype that
@@ -17,24 +18,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, planner, reference, tiles
-from .bsr import BsrWeight, Derived
+from .bsr import QUANTIZED, BsrWeight, Derived
 from .errors import SparsePruneError
 from .masks import grid_shape
 
 Activation = Literal["none", "relu", "gelu", "gelu_tanh", "silu"]
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
-INT8_INPUTS = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of x beside an int8 weight
-CUDA_INT8_INPUTS = (torch.bfloat16, torch.float16)  # of these by the CUDA C++ kernels
+QUANTIZED_INPUTS = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of x beside a quantized weight
+CUDA_QUANTIZED_INPUTS = (torch.bfloat16, torch.float16)  # of these by the CUDA C++ kernels
 BACKENDS = ("auto", "cpu", "triton", "cuda", "dense", "reference")
 
 _LINEAR = (
     "(Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor? prepacked, int out_features, Tensor? bias, "
     "str activation, Tensor? residual) -> Tensor"
 )
-_INT8 = (
+_W8A16 = (
     "(Tensor x, Tensor crow_indices, Tensor col_indices, Tensor values, Tensor scales, Tensor? prepacked, int out_features, "
-    "Tensor? bias, str activation, Tensor? residual, float? x_scale) -> Tensor"
+    "Tensor? bias, str activation, Tensor? residual) -> Tensor"
 )
+_W8A8 = _W8A16.replace("residual)", "residual, float? x_scale)")
 _GLU = (
     "(Tensor x, Tensor gate_crow_indices, Tensor gate_col_indices, Tensor gate_values, Tensor? gate_prepacked, "
     "Tensor up_crow_indices, Tensor up_col_indices, Tensor up_values, Tensor? up_prepacked, int out_features, "
@@ -49,19 +51,22 @@ _LAYER_NORM = "(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? resid
 _library = torch.library.Library("sparse_prune", "FRAGMENT")
 _SCHEMAS = {
     "bsr_linear": _LINEAR,
-    "bsr_linear_int8": _INT8,
+    "bsr_linear_int8": _W8A8,
+    "bsr_linear_e4m3": _W8A8,
+    "bsr_linear_w8a16": _W8A16,
     "bsr_linear_glu": _GLU,
     "bsr_linear_dx": _DX,
     "bsr_sdd": _SDD,
     "attention": _ATTENTION,
     "layer_norm": _LAYER_NORM,
 }
+QUANTIZED_OPERATORS = ("bsr_linear_int8", "bsr_linear_e4m3", "bsr_linear_w8a16")
 # What names end with: the planner's choice, or one kernel.
 _FORCED = ("", *(f"_{kernel}" for kernel in planner.GPU_KERNELS))
 _SCHEMAS |= {
     name + kernel: _SCHEMAS[name]
     for kernel in _FORCED[1:]
-    for name in ("bsr_linear", "bsr_linear_int8", "bsr_linear_dx", "bsr_sdd")
+    for name in ("bsr_linear", *QUANTIZED_OPERATORS, "bsr_linear_dx", "bsr_sdd")
 }
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -73,12 +78,12 @@ def _reference_linear(x, crow_indices, col_indices, values, prepacked, out_featu
     ).contiguous()
 
 
-def _reference_int8(
-    x, crow_indices, col_indices, values, scales, prepacked, out_features, bias, activation, residual, x_scale
+def _reference_quantized(
+    x, crow_indices, col_indices, values, scales, prepacked, out_features, bias, activation, residual, *x_scale
 ):
-    return reference.bsr_linear_int8(
-        x, crow_indices, col_indices, values, scales, out_features, bias, activation, residual, x_scale
-    ).contiguous()
+    linear = reference.bsr_linear_w8a8 if x_scale else reference.bsr_linear_w8a16
+    index, epilogue = (crow_indices, col_indices), (bias, activation, residual)
+    return linear(x, *index, values, scales, out_features, *epilogue, *x_scale).contiguous()
 
 
 def _cuda_linear(x, crow_indices, col_indices, values, prepacked, out_features, bias, activation, residual):
@@ -97,8 +102,8 @@ def _cuda_linear_dx(dy, crow_indices, col_indices, values, in_features):
 def _cuda_int8(
     x, crow_indices, col_indices, values, scales, prepacked, out_features, bias, activation, residual, x_scale
 ):
-    expected = "bfloat16 or float16 beside an int8 weight on backend 'cuda'"
-    _require(x.dtype in CUDA_INT8_INPUTS, "x", expected, x.dtype, "cast x, or leave backend at 'auto'")
+    expected = "bfloat16 or float16 beside a quantized weight on backend 'cuda'"
+    _require(x.dtype in CUDA_QUANTIZED_INPUTS, "x", expected, x.dtype, "cast x, or leave backend at 'auto'")
     if prepacked is None:
         prepacked = backends.cuda_layout(crow_indices, col_indices, values, x.shape[1])
     extras = (bias, activation, residual, x_scale)
@@ -123,7 +128,7 @@ for _name, _function in _CUDA.items():
 def problem_of(name: str, arguments: tuple) -> tuple[tuple[int, int], int, tuple[int, int], int]:
     """Blocksize, number of blocks, (N, K) and M of a call of one of _CUDA's operators, by its arguments."""
     first, m = arguments[0], arguments[0].shape[0]
-    if name in ("bsr_linear", "bsr_linear_int8"):  # x, crow, col, values, [scales,] prepacked, out_features
+    if name in ("bsr_linear", *QUANTIZED_OPERATORS):  # x, crow, col, values, [scales,] prepacked, out_features
         outputs = arguments[5 if name == "bsr_linear" else 6]
         return tuple(arguments[3].shape[1:]), arguments[3].shape[0], (outputs, first.shape[1]), m
     if name == "bsr_linear_dx":  # dy, ..., values, in_features
@@ -133,10 +138,9 @@ def problem_of(name: str, arguments: tuple) -> tuple[tuple[int, int], int, tuple
 
 def _on_gpu(name: str, triton: Callable) -> Callable:
     """What runs under that name on CUDA tensors, Triton's kernel given."""
-    if name not in _CUDA:
-        return triton
-    _library.impl(f"{name}_triton", triton, "CUDA")
-    return picking(name, triton)
+    if f"{name}_triton" in _SCHEMAS:
+        _library.impl(f"{name}_triton", triton, "CUDA")
+    return picking(name, triton) if name in _CUDA else triton
 
 
 def picking(name: str, triton: Callable) -> Callable:
@@ -147,9 +151,10 @@ def picking(name: str, triton: Callable) -> Callable:
         blocksize, nnzb, shape, m = problem_of(name, arguments)
         rows, cols = grid_shape(shape, blocksize)
         first = arguments[0]
-        dtype = torch.int8 if name == "bsr_linear_int8" else first.dtype
+        quantized = name in QUANTIZED_OPERATORS
+        dtype = arguments[3].dtype if quantized else first.dtype
         kernel = planner.gpu_kernel(first.device, dtype, blocksize, nnzb / (rows * cols), shape, m)
-        takes = dtype != torch.int8 or first.dtype in CUDA_INT8_INPUTS
+        takes = not quantized or first.dtype in CUDA_QUANTIZED_INPUTS
         return (cuda if kernel == "cuda" and takes else triton)(*arguments)
 
     return run
@@ -157,7 +162,7 @@ def picking(name: str, triton: Callable) -> Callable:
 
 _REFERENCE: dict[str, Callable] = {
     "bsr_linear": _reference_linear,
-    "bsr_linear_int8": _reference_int8,
+    **dict.fromkeys(QUANTIZED_OPERATORS, _reference_quantized),
     "bsr_linear_dx": reference.bsr_linear_dx,
     "bsr_sdd": reference.bsr_sdd,
     "attention": reference.attention,
@@ -197,9 +202,7 @@ def _fake_linear(x, crow_indices, col_indices, values, prepacked, out_features, 
     return x.new_empty(x.shape[0], out_features)
 
 
-def _fake_int8(
-    x, crow_indices, col_indices, values, scales, prepacked, out_features, bias, activation, residual, x_scale
-):
+def _fake_quantized(x, crow_indices, col_indices, values, scales, prepacked, out_features, *others):
     return x.new_empty(x.shape[0], out_features)
 
 
@@ -218,7 +221,7 @@ def _fake_sdd(dy, x, crow_indices, col_indices, block_rows, block_cols):
 
 _FAKES: dict[str, Callable] = {
     "linear": _fake_linear,
-    "linear_int8": _fake_int8,
+    **{name.removeprefix("bsr_"): _fake_quantized for name in QUANTIZED_OPERATORS},
     "linear_dx": _fake_linear_dx,
     "sdd": _fake_sdd,
 }
@@ -406,17 +409,22 @@ def owes_gradient(x: Tensor, values: Tensor, bias: Tensor | None, residual: Tens
 
 def _no_backward(ctx, dy):
     raise SparsePruneError(
-        "backward", "a floating-point weight", "an int8 weight", "train before quantizing; int8 is for inference"
+        "backward", "a floating-point weight", "a quantized weight", "train before quantizing, which is for inference"
     )
 
 
-for _kernel in _FORCED:
+for _name in (name + kernel for name in QUANTIZED_OPERATORS for kernel in _FORCED):
     torch.library.register_autograd(
-        f"sparse_prune::bsr_linear_int8{_kernel}",
+        f"sparse_prune::{_name}",
         _no_backward,
         setup_context=lambda ctx, inputs, output: None,
         lib=_library,
     )
+
+
+def quantized_operator(values: Tensor, weight_only: bool) -> str:
+    """Which of QUANTIZED_OPERATORS multiplies quantized values."""
+    return QUANTIZED_OPERATORS[2 if weight_only else 0 if values.dtype == torch.int8 else 1]
 
 
 def backend_for(
@@ -427,13 +435,15 @@ def backend_for(
     density: float | None = None,
     tokens: int | None = None,
     shape: tuple[int, int] | None = None,
+    weight_only: bool = False,
 ) -> str:
     """The backend that bsr_linear runs: "cpu" (with its instruction set, "cpu:avx512"), "triton", "cuda", "reference" or "dense".
 
     With a density of blocks and M (tokens) the planner is asked too, as under "auto" when no gradient of the weight is wanted: the
     answer is "dense: reason" where it expects dense to be faster for a weight of that shape (N, K; None: a large one). On a GPU
     it also chooses between "cuda" and "triton", by M.
-    dtype is that of the weight, torch.int8 for a quantized one, which the planner leaves to the sparse operator.
+    dtype is that of the weight, torch.int8 or torch.float8_e4m3fn for a quantized one, which the planner leaves to the sparse
+    operator; weight_only as in BsrWeight.
 
     Raises SparsePruneError with the reason when a backend is named that cannot run.
     """
@@ -447,10 +457,11 @@ def backend_for(
         choice = None if plan is None else plan.at(tokens)
         if choice is not None and (choice.dense or choice.kernel):
             return f"dense: {choice.reason}" if choice.dense else choice.kernel
+    rounds = "its kernels round x to int8 too, and this weight is weight_only" if weight_only else None
     reasons = {
-        "cpu": lambda: backends.cpu_unavailable(device, dtype),
-        "triton": lambda: backends.triton_unavailable(device, dtype, blocksize),
-        "cuda": lambda: backends.cuda_unavailable(device, dtype, blocksize),
+        "cpu": lambda: backends.cpu_unavailable(device, dtype) or rounds,
+        "triton": lambda: backends.triton_unavailable(device, dtype, blocksize) or rounds,
+        "cuda": lambda: backends.cuda_unavailable(device, dtype, blocksize) or rounds,
     }
     for name, why_not in reasons.items():
         if backend not in (name, "auto"):
@@ -502,16 +513,18 @@ def bsr_linear(
     the packed one, N * K more elements of memory. `backend_for(x.device, packed.values.dtype, backend, packed.blocksize, density,
     M, shape)` tells which runs. "cuda" runs the CUDA C++ kernels and "triton" Triton's.
 
-    Where packed.values are int8 (BsrWeight.quantize), x, bias and residual share float32, bfloat16 or float16, each row of x is
-    rounded to int8 by its own scale max|x| / 127, or by x_scale for all rows (what lies beyond +-127 x_scale saturates), products
-    are summed in int32, and the rest is float32. A row of x with NaN or infinity gives a row of NaN. For inference: no gradients.
+    Where packed.values are int8 or float8_e4m3fn (BsrWeight.quantize), x, bias and residual share float32, bfloat16 or float16,
+    each row of x is rounded to the same dtype by its own scale max|x| / L, or by x_scale for all rows (what lies beyond +-L x_scale
+    saturates), with L = 127 or 448 the dtype's largest number; products are summed in int32 or float32, and the rest is float32. A
+    row of x with NaN or infinity gives a row of NaN. Where packed.weight_only, x stays as it is, products with the int8 numbers are
+    summed in float32 and then scaled. For inference: no gradients. The CPU kernels round x to int8; on a CPU the other two run by
+    plain PyTorch, which makes the weight dense on each call.
 
     Raises SparsePruneError for shapes, dtypes or devices that do not agree, and for a backend that cannot run here.
     """
     _check_linear(x, packed, bias, activation, residual, backend, x_scale)
     n, out_shape = packed.shape[0], (*x.shape[:-1], packed.shape[0])
-    quantized = packed.values.dtype == torch.int8
-    chosen = backend_for(x.device, packed.values.dtype, backend, packed.blocksize)
+    chosen = backend_for(x.device, packed.values.dtype, backend, packed.blocksize, weight_only=packed.weight_only)
     rows = flatten_rows(x)  # [M, K]
     flat_residual = None if residual is None else residual.reshape(-1, n).contiguous()  # [M, N]
     bsr = (packed.crow_indices, packed.col_indices, packed.values)
@@ -524,13 +537,15 @@ def bsr_linear(
     forced = f"_{backend}" if backend in planner.GPU_KERNELS else ""
     if backend == "cuda" and derived is not None and prepacked is None:  # the plan would take another kernel
         derived.prepacked = prepacked = backends.cuda_layout(*bsr[:2], packed.values.detach(), packed.shape[1])
-    if quantized:
-        arguments = (rows, *bsr, packed.scales, prepacked, n, bias, activation, flat_residual, x_scale)
+    if packed.scales is not None:
+        own_scale = () if packed.weight_only else (x_scale,)
+        arguments = (rows, *bsr, packed.scales, prepacked, n, bias, activation, flat_residual, *own_scale)
         if backend == "reference":
             with torch.no_grad():
-                y = _reference_int8(*arguments)
+                y = _reference_quantized(*arguments)
         else:
-            y = getattr(torch.ops.sparse_prune, f"bsr_linear_int8{forced}")(*arguments)
+            name = quantized_operator(packed.values, packed.weight_only)
+            y = getattr(torch.ops.sparse_prune, name + forced)(*arguments)
     elif form and derived is not None:
         y = dense_linear(dense_weight(derived, form, packed.to_dense), form, rows, bias, activation, flat_residual)
     elif form or chosen == "reference":
@@ -554,7 +569,7 @@ def bsr_linear_glu(
 
     Tensors are as in bsr_linear, and so are gradients. The CPU kernel computes both products of a part of y before the next part,
     and multiplies there; up's product is rounded to the dtype of y in between. It takes weights of one dtype whose blocks are
-    equally high. Others, int8 ones, those that the planner would run dense, and other backends take two calls of bsr_linear.
+    equally high. Others, quantized ones, those that the planner would run dense, and other backends take two calls of bsr_linear.
 
     Raises SparsePruneError where the weights differ in shape, and as bsr_linear.
     """
@@ -562,7 +577,7 @@ def bsr_linear_glu(
         _check_linear(x, packed, bias, activation, None, backend, None)
     _require(gate.shape == up.shape, "up", f"a weight {gate.shape} like gate", up.shape, "pass both of one MLP")
     rows, weights = flatten_rows(x), (gate, up)  # [M, K]
-    one_kernel = backend in ("auto", "cpu") and gate.values.device.type == "cpu" and gate.values.is_floating_point()
+    one_kernel = backend in ("auto", "cpu") and gate.values.device.type == "cpu" and gate.scales is None
     prepacked: list[Tensor | None] = [None, None]
     if one_kernel and (gate.values.dtype, gate.blocksize[0]) == (up.values.dtype, up.blocksize[0]):
         for i, packed in enumerate(weights):
@@ -632,8 +647,8 @@ def current(derived: Derived, packed: BsrWeight) -> Derived:
     plan = planner.plan(values.device, values.dtype, packed.blocksize, packed.nnzb / (rows * cols), packed.shape)
     # Not under inference_mode, for a later call may want gradients of x.
     with torch.inference_mode(False), torch.no_grad():
-        derived = Derived(key, prepack(values, packed.crow_indices), plan)
-        if values.is_cuda and "cuda" in _kernels_of(plan, values, packed, rows * cols):
+        derived = Derived(key, None if packed.weight_only else prepack(values, packed.crow_indices), plan)
+        if values.is_cuda and not packed.weight_only and "cuda" in _kernels_of(plan, values, packed, rows * cols):
             derived.prepacked = backends.cuda_layout(packed.crow_indices, packed.col_indices, values, packed.shape[1])
     return derived
 
@@ -719,24 +734,23 @@ def _check_linear(
     )
     _require_activation(activation)
     out_shape = (*x.shape[:-1], n)
-    quantized = packed.values.dtype == torch.int8
+    quantized = packed.values.dtype in QUANTIZED
     dtype, like = (x.dtype, "x") if quantized else (packed.values.dtype, "the weight")
-    _require(
-        not quantized or dtype in INT8_INPUTS,
-        "x",
-        "float32, bfloat16 or float16 beside an int8 weight",
-        dtype,
-        "cast x",
-    )
+    expected = "float32, bfloat16 or float16 beside a quantized weight"
+    _require(not quantized or dtype in QUANTIZED_INPUTS, "x", expected, dtype, "cast x")
     _require(
         not quantized or backend != "dense",
         "backend",
-        "auto, cpu, triton, cuda or reference beside an int8 weight",
+        "auto, cpu, triton, cuda or reference beside a quantized weight",
         repr(backend),
         "leave it at 'auto', or call packed.dequantize() first",
     )
-    remedy = "leave it out"
-    _require(x_scale is None or quantized, "x_scale", f"None beside a weight of {packed.values.dtype}", x_scale, remedy)
+    remedy, weight_only = "leave it out", packed.weight_only
+    with_int8 = not weight_only or packed.values.dtype == torch.int8
+    _require(with_int8, "weight_only", "int8 values", packed.values.dtype, "quantize(torch.int8, weight_only=True)")
+    rounds = quantized and not weight_only
+    kind = "a weight_only weight" if weight_only else f"a weight of {packed.values.dtype}"
+    _require(x_scale is None or rounds, "x_scale", f"None beside {kind}", x_scale, remedy)
     _require(x_scale is None or 0 < x_scale < math.inf, "x_scale", "a finite positive number", x_scale, remedy)
     for name, tensor, shape in (("x", x, None), ("bias", bias, (n,)), ("residual", residual, out_shape)):
         if tensor is None:

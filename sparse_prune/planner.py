@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from . import backends
+from .bsr import QUANTIZED
 from .errors import SparsePruneError
 
 VARIABLE = "SPARSE_PRUNE_TUNING"  # a file, or one of:
@@ -113,12 +114,12 @@ def plan(
 ) -> Plan | None:
     """The plan for a weight [N, K] (shape None: a large one) that keeps `density` of its blocks, for x of that dtype.
 
-    None where there is nothing to choose: off CPUs and GPUs, for int8 (whose results no product of PyTorch gives), with the planner
-    off, or where nothing was measured; the sparse operator runs then. Without a kernel for the weight every choice is dense: plain
-    PyTorch would make the weight dense on each call.
+    None where there is nothing to choose: off CPUs and GPUs, for quantized weights (whose results no product of PyTorch gives),
+    with the planner off, or where nothing was measured; the sparse operator runs then. Without a kernel for the weight every choice
+    is dense: plain PyTorch would make the weight dense on each call.
     Raises SparsePruneError for a table in force that cannot be read.
     """
-    if device.type not in ("cpu", "cuda") or dtype == torch.int8 or setting() == OFF:
+    if device.type not in ("cpu", "cuda") or dtype in QUANTIZED or setting() == OFF:
         return None
     (r, c), (n, k) = blocksize, shape or (4096, 4096)
     if device.type == "cuda":

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bsr import INT8_MAX, block_rows, dense_from_bsr
+from .bsr import QUANTIZED, block_rows, dense_from_bsr, round_to
 from .masks import pad_to_blocks
 
 ACTIVATIONS = {
@@ -85,23 +85,22 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return F.layer_norm(x if residual is None else x + residual, x.shape[-1:], weight, bias, eps)
 
 
-def quantize_rows(x: Tensor, x_scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """int8 q[M, K] and float32 scales[M] with x[m, k] ~ scales[m] * q[m, k], symmetric, rounded half to even.
+def quantize_rows(x: Tensor, x_scale: float | None = None, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """q[M, K] of dtype int8 or float8_e4m3fn and float32 scales[M] with x[m, k] ~ scales[m] * q[m, k], rounded half to even.
 
-    scales[m] = max |x[m, :]| / 127, or x_scale for every row; what lies beyond +-127 x_scale saturates. A row with NaN or infinity
-    gets the scale NaN, so that all of its products are NaN.
+    scales[m] = max |x[m, :]| / L with L the dtype's largest number, 127 or 448, or x_scale for every row; what lies beyond
+    +-L x_scale saturates. A row with NaN or infinity gets the scale NaN, so that all of its products are NaN.
     """
     x = x.float()
     tiny = torch.finfo(torch.float32).tiny  # its reciprocal is finite, and a row of zeros stays zeros
     highest = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])  # [M]
-    scales = (highest / INT8_MAX).clamp(min=tiny) if x_scale is None else torch.full_like(highest, x_scale)
-    q = (x * scales.reciprocal()[:, None]).round().clamp(-INT8_MAX, INT8_MAX)  # [M, K]
+    scales = (highest / QUANTIZED[dtype]).clamp(min=tiny) if x_scale is None else torch.full_like(highest, x_scale)
     finite = torch.isfinite(x).all(1)
-    q = torch.where(finite[:, None], q, 0.0).to(torch.int8)
+    q = round_to(torch.where(finite[:, None], x * scales.reciprocal()[:, None], 0.0), dtype)  # [M, K]
     return q, torch.where(finite, scales, torch.nan)
 
 
-def bsr_linear_int8(
+def bsr_linear_w8a8(
     x: Tensor,
     crow_indices: Tensor,
     col_indices: Tensor,
@@ -115,14 +114,38 @@ def bsr_linear_int8(
 ) -> Tensor:
     """y[M, N] = act(sum_k q[m, k] w[n, k] * scales[n] * x_scales[m] + b[N]) + residual[M, N]; q, x_scales = quantize_rows(x).
 
-    The sum is exact; what follows it is computed in float32 and rounded once to the dtype of x.
+    values, and so q, are int8 or float8_e4m3fn. The sum is exact (of float8_e4m3fn: in float64); what follows it is computed in
+    float32 and rounded once to the dtype of x.
     """
-    q, x_scales = quantize_rows(x, x_scale)
+    q, x_scales = quantize_rows(x, x_scale, values.dtype)
     weight = dense_from_bsr(crow_indices, col_indices, values.double(), (out_features, x.shape[1]))  # [N, K]
-    total = F.linear(q.double(), weight).float()  # [M, N]; every partial sum is an integer below 2^53
-    z = total * scales * x_scales[:, None]
+    total = F.linear(q.double(), weight).float()  # [M, N]; of int8 every partial sum is an integer below 2^53
+    return _finished(total * scales * x_scales[:, None], bias, activation, residual, x.dtype)
+
+
+def bsr_linear_w8a16(
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """y[M, N] = act(sum_k x[m, k] w[n, k] * scales[n] + b[N]) + residual[M, N] with int8 values w and x as it is.
+
+    The sum and what follows it are computed in float32 and rounded once to the dtype of x.
+    """
+    weight = dense_from_bsr(crow_indices, col_indices, values.float(), (out_features, x.shape[1]))  # [N, K]
+    return _finished(F.linear(x.float(), weight) * scales, bias, activation, residual, x.dtype)
+
+
+def _finished(z: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """act(z + bias) + residual in float32, rounded once to dtype."""
     y = ACTIVATIONS[activation](z if bias is None else z + bias.float())
-    return (y if residual is None else y + residual.float()).to(x.dtype)
+    return (y if residual is None else y + residual.float()).to(dtype)
 
 
 def bsr_linear_dx(dy: Tensor, crow_indices: Tensor, col_indices: Tensor, values: Tensor, in_features: int) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .bsr import BsrWeight, check_finite, validate_bsr
+from .bsr import QUANTIZED, BsrWeight, check_finite, validate_bsr
 from .convert import announce, swap_modules
 from .errors import SparsePruneError
 from .fuse import fuse_encoder_
@@ -31,10 +31,10 @@ from .linears import is_linear, matrix_shape
 from .masks import suggest_blocksize
 
 Model = TypeVar("Model", bound=nn.Module)
-VERSION, VERSION_INT8 = "1", "2"
+VERSIONS = ("1", "2", "3")  # floating point alone; with int8 layers; with what came later
 METHOD = "sparse_prune"  # quant_method in the config.json of a packed Hugging Face model
 WEIGHTS_NAME = "model.safetensors"
-MASKS_NAME = "masks.safetensors"
+MASKS_NAME, MASKS_VERSION = "masks.safetensors", "1"
 _DAMAGED = "the file is damaged or was not made by sparse-prune: pack the model again"
 
 
@@ -129,14 +129,16 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> Path:
 
 
 def describe_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What a file says of each SparseLinear: name -> {"shape": [N, K], "blocksize": [R, C], "nnzb": n}, for int8 also its dtype."""
+    """What a file says of each SparseLinear: name -> {"shape": [N, K], "blocksize": [R, C], "nnzb": n}, if quantized also its
+    dtype, and weight_only where it is."""
     return {
         name: {
             "shape": [layer.out_features, layer.in_features],
             "blocksize": list(layer.blocksize),
             "nnzb": layer.values.shape[0],
         }
-        | ({"dtype": "int8"} if layer.values.dtype == torch.int8 else {})
+        | ({"dtype": str(layer.values.dtype).removeprefix("torch.")} if layer.values.dtype in QUANTIZED else {})
+        | ({"weight_only": True} if layer.weight_only else {})
         for name, layer in model.named_modules()
         if isinstance(layer, SparseLinear)
     }
@@ -144,7 +146,17 @@ def describe_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def version_of(layers: Mapping[str, Mapping[str, Any]]) -> str:
     """The lowest version of the layout that holds layers, as describe_layers gives them."""
-    return VERSION_INT8 if any("dtype" in entry for entry in layers.values()) else VERSION
+    kinds = {(entry.get("dtype"), entry.get("weight_only", False)) for entry in layers.values()}
+    return VERSIONS[0 if kinds <= {(None, False)} else 1 if kinds <= {(None, False), ("int8", False)} else 2]
+
+
+def check_version(version: object, argument: str, got: object = None) -> None:
+    """Raise SparsePruneError unless version is one of VERSIONS; got is what to say came where it is not a version."""
+    if version not in VERSIONS:
+        expected = f"a packed checkpoint of version {', '.join(VERSIONS[:-1])} or {VERSIONS[-1]}"
+        raise SparsePruneError(
+            argument, expected, got or version, "make it with `sparse-prune pack`, or update sparse-prune"
+        )
 
 
 def layout_metadata(model: nn.Module) -> dict[str, str]:
@@ -184,9 +196,9 @@ def describe_file(path: str | os.PathLike) -> dict[str, Any]:
             return handles.pop(name).get_tensor(name)
 
         for name, entry in packed.items():
-            arrays = {part: read(f"{name}.{part}") for part in entry.parts}
-            weight = BsrWeight(entry.shape, entry.blocksize, **arrays)
-            validate_bsr(entry.shape, entry.blocksize, **arrays, name=f"{path}: {name}")
+            arrays: dict[str, Any] = {part: read(f"{name}.{part}") for part in entry.parts}
+            weight = BsrWeight(entry.shape, entry.blocksize, **arrays, weight_only=entry.weight_only)
+            validate_bsr(entry.shape, entry.blocksize, **arrays, name=f"{path}: {name}", weight_only=entry.weight_only)
             blocks = {"blocksize": list(entry.blocksize), "density": weight.density}
             layers.append(_row(name, weight, weight.nbytes) | blocks)
         for name in sorted(handles):
@@ -254,10 +266,7 @@ def load_packed(model: Model, path: str | os.PathLike, mmap: bool = False) -> Mo
     """
     file = weights_file(path)
     tensors, metadata = read_tensors(file)
-    if metadata.get("sparse_prune") not in (VERSION, VERSION_INT8):
-        got = metadata.get("sparse_prune", "other safetensors")
-        expected = f"a packed checkpoint of version {VERSION} or {VERSION_INT8}"
-        raise SparsePruneError(str(file), expected, got, "make it with `sparse-prune pack`")
+    check_version(metadata.get("sparse_prune"), str(file), metadata.get("sparse_prune", "other safetensors"))
     described = parse_layers(_metadata_json(file, metadata, "layers"), str(file))
     aliases = _metadata_json(file, metadata, "aliases")
     assign = mmap or any(parameter.is_meta for parameter in model.parameters())
@@ -268,11 +277,12 @@ def load_packed(model: Model, path: str | os.PathLike, mmap: bool = False) -> Mo
             if f"{name}.{part}" not in tensors:
                 raise SparsePruneError(f"{file}: {name}.{part}", "a tensor", "none", _DAMAGED)
             arrays[part] = tensors[f"{name}.{part}"]
-        validate_bsr(entry.shape, entry.blocksize, **arrays, name=f"{file}: {name}")
+        validate_bsr(entry.shape, entry.blocksize, **arrays, name=f"{file}: {name}", weight_only=entry.weight_only)
+        entry.check_dtype(arrays["values"], f"{file}: {name}.values")
         found = arrays["values"].shape[0]
         if found != entry.nnzb:
             raise SparsePruneError(f"{file}: {name}.values", f"{entry.nnzb} blocks", found, _DAMAGED)
-        layers[name] = _make_layer(model, file, name, entry.shape, arrays, tensors.get(f"{name}.bias"), assign)
+        layers[name] = _make_layer(model, file, name, entry, arrays, tensors.get(f"{name}.bias"), assign)
     for name, source in aliases.items() if isinstance(aliases, dict) else [("aliases", aliases)]:
         if not isinstance(source, str) or source not in tensors:
             raise SparsePruneError(f"{file}: {name}", f"the tensor {source} that it shares", "none", _DAMAGED)
@@ -299,13 +309,13 @@ def save_masks(masks: Mapping[str, Tensor], blocksize: tuple[int, int], path: st
     """Write block masks (module name -> bool [ceil(N/R), ceil(K/C)]) as a safetensors file of uint8."""
     with atomic_path(path) as temporary:
         tensors = {name: mask.to(torch.uint8).contiguous() for name, mask in masks.items()}
-        save_file(tensors, temporary, {"sparse_prune_masks": VERSION, "blocksize": json.dumps(list(blocksize))})
+        save_file(tensors, temporary, {"sparse_prune_masks": MASKS_VERSION, "blocksize": json.dumps(list(blocksize))})
 
 
 def load_masks(path: str | os.PathLike) -> tuple[dict[str, Tensor], tuple[int, int]]:
     """The masks and the block size that save_masks wrote; raises SparsePruneError where the file is not such a file."""
     tensors, metadata = read_tensors(Path(path))
-    if metadata.get("sparse_prune_masks") != VERSION:
+    if metadata.get("sparse_prune_masks") != MASKS_VERSION:
         raise SparsePruneError(
             str(path), "a file of block masks", "other safetensors", "make it with `sparse-prune prune`"
         )
@@ -334,30 +344,43 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """What a file says of one SparseLinear: shape (N, K), blocksize (R, C), number of blocks, and whether they are int8."""
+    """What a file says of one SparseLinear: shape (N, K), blocksize (R, C), number of blocks, and how they were quantized.
+
+    dtype is one of QUANTIZED, or None for blocks in floating point; weight_only as in BsrWeight.
+    """
 
     shape: tuple[int, int]
     blocksize: tuple[int, int]
     nnzb: int
-    int8: bool
+    dtype: torch.dtype | None = None
+    weight_only: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The tensors that hold the weight: NAME.part."""
-        return ("crow_indices", "col_indices", "values", *(("scales",) if self.int8 else ()))
+        return ("crow_indices", "col_indices", "values", *(("scales",) if self.dtype else ()))
+
+    def check_dtype(self, values: Tensor, name: str) -> None:
+        """Raise SparsePruneError where values are quantized in another way than the file says."""
+        if self.dtype not in (None, values.dtype):
+            raise SparsePruneError(name, f"dtype {self.dtype}, as the file says", values.dtype, _DAMAGED)
 
 
 def parse_layers(described: Mapping[str, Any], source: str) -> dict[str, PackedLayer]:
     """describe_layers read back; raises SparsePruneError naming source where it is malformed."""
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in QUANTIZED}
     try:
         layers = {}
         for name, entry in described.items():
             (n, k), (r, c), nnzb = entry["shape"], entry["blocksize"], entry["nnzb"]
             if not all(isinstance(v, int) and v >= 0 for v in (n, k, r, c, nnzb)):
                 raise ValueError(f"layer {name}: sizes must be integers")
-            if entry.get("dtype", "int8") != "int8":
-                raise ValueError(f"layer {name}: dtype {entry['dtype']!r} is not known")
-            layers[name] = PackedLayer((n, k), (r, c), nnzb, "dtype" in entry)
+            dtype, weight_only = entry.get("dtype"), entry.get("weight_only", False)
+            if "dtype" in entry and dtype not in known:
+                raise ValueError(f"layer {name}: dtype {dtype!r} is not known")
+            if type(weight_only) is not bool or (weight_only and dtype != "int8"):
+                raise ValueError(f"layer {name}: weight_only is {weight_only!r} beside dtype {dtype!r}")
+            layers[name] = PackedLayer((n, k), (r, c), nnzb, known.get(dtype), weight_only)
         return layers
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SparsePruneError(source, "a description of the packed layers", f"{error!r}", _DAMAGED) from None
@@ -377,13 +400,13 @@ def _metadata_json(file: Path, metadata: Mapping[str, str], key: str) -> Any:
         raise SparsePruneError(f"{file}: metadata {key}", "JSON", str(error), _DAMAGED) from None
 
 
-def _make_layer(model, file, name, shape, arrays, bias, assign) -> SparseLinear:
+def _make_layer(model, file, name, entry: PackedLayer, arrays, bias, assign) -> SparseLinear:
     try:
         module = model.get_submodule(name)
     except AttributeError:
         module = None
-    n, k = shape
-    fits = fits_layer(module, shape)
+    n, k = entry.shape
+    fits = fits_layer(module, entry.shape)
     if not fits:
         got = f"{type(module).__name__} {module.extra_repr()}" if module is not None else "no such module"
         raise SparsePruneError(
@@ -396,9 +419,10 @@ def _make_layer(model, file, name, shape, arrays, bias, assign) -> SparseLinear:
             f"{file}: {name}.bias", "none" if module.bias is None else f"shape ({n},)", shown, _DAMAGED
         )
     if assign:
-        return SparseLinear(k, n, **arrays, bias=bias)
+        return SparseLinear(k, n, **arrays, bias=bias, weight_only=entry.weight_only)
     blank = arrays | {"values": torch.empty_like(arrays["values"])}
-    layer = SparseLinear(k, n, **blank, bias=None if bias is None else torch.empty_like(bias))
+    blank_bias = None if bias is None else torch.empty_like(bias)
+    layer = SparseLinear(k, n, **blank, bias=blank_bias, weight_only=entry.weight_only)
     dtype = module.compute_dtype if isinstance(module, SparseLinear) else module.weight.dtype
     return layer.to(next(module.parameters()).device, dtype)
 

@@ -350,3 +350,16 @@ def test_int8_from_a_pruned_and_from_a_packed_model(run, reviews, dense, tmp_pat
     assert code == 0 and "sparse" in text and "bf16" in text, text
     code, text = run("pack", out, "--out", tmp_path / "again")
     assert code == 2 and "expected a dense, pruned model, got a packed one" in " ".join(text.split())
+    for name, options, shown in (("e4m3", ["--e4m3"], "float8_e4m3fn"), ("w8a16", ["--int8", "--weight-only"], "int8")):
+        code, text = run("pack", tmp_path / "packed", *options, "--out", tmp_path / name)
+        assert code == 0 and f"sparse layers are {shown}" in text, text
+        code, text = run("info", tmp_path / name)
+        assert code == 0 and "packed checkpoint, version 3" in " ".join(text.split()) and shown in text
+    code, text = run("eval", tmp_path / "w8a16", "--eval", reviews)
+    assert code == 0 and "accuracy" in text, text
+    for options, message in (
+        (["--int8", "--e4m3"], "expected one of --int8 and"),
+        (["--weight-only"], "--int8 beside it"),
+    ):
+        code, text = run("pack", tmp_path / "packed", *options, "--out", tmp_path / "never")
+        assert code == 2 and message in " ".join(text.split())

@@ -290,7 +290,7 @@ def test_backend_cuda_int8(emulated):
     rows = x.view(-1, 100)
     arguments = (rows, *index, None, 70, bias, "none", None, None)
     torch.library.opcheck(torch.ops.sparse_prune.bsr_linear_int8_cuda.default, arguments)
-    with pytest.raises(sp.SparsePruneError, match="x: expected bfloat16 or float16 beside an int8 weight"):
+    with pytest.raises(sp.SparsePruneError, match="x: expected bfloat16 or float16 beside a quantized weight"):
         sp.bsr_linear(x.float(), packed, backend="cuda")
 
 

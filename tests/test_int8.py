@@ -1,4 +1,4 @@
-"""int8 weights: rounding, layers, whole models, files, and Hugging Face's loading. The products are in test_int8_kernels.py."""
+"""Quantized weights: rounding, layers, whole models, files, and Hugging Face's loading. int8 products: test_int8_kernels.py."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sparse_prune as sp
-from sparse_prune import serialization
+from sparse_prune import bsr, serialization
 from sparse_prune.masks import expand_mask, grid_shape
+
+E4M3 = torch.float8_e4m3fn
+SCHEMES = {"int8": {}, "w8a16": {"weight_only": True}, "e4m3": {"dtype": E4M3}}  # arguments of quantize_
+schemes = pytest.mark.parametrize("scheme", SCHEMES)
 
 
 def packed_weight(shape=(48, 70), blocksize=(16, 32), dtype=torch.float32, density=0.5):
@@ -54,6 +58,35 @@ def test_each_weight_moves_by_at_most_half_its_scale(shape, blocksize, dtype, de
     assert torch.equal(again.to_dense(), dense) and again.scales is None
 
 
+@given(
+    st.integers(1, 40), st.sampled_from([torch.float32, torch.float64]), st.floats(1e-20, 1e20), st.integers(0, 2**31)
+)
+def test_e4m3_moves_a_weight_by_a_sixteenth_of_it_at_most(k, dtype, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn((9, k), generator=generator, dtype=torch.float64) * 10 ** torch.linspace(-6, 0, k) * size
+    packed = sp.BsrWeight.from_dense(weight.to(dtype), torch.ones(3, -(-k // 4), dtype=torch.bool), (3, 4))
+    quantized = packed.quantize(E4M3).validate()
+    assert quantized.values.dtype == E4M3 and quantized.scales.dtype == torch.float32
+    exact, scales = packed.to_dense().double(), quantized.scales.double()[:, None]
+    error = (quantized.to_dense().double() - exact).abs()
+    assert (error <= (1 + 1e-5) * torch.maximum(exact.abs() / 16, scales / 1024)).all()
+    assert ((quantized.to_dense() / quantized.scales[:, None]).abs().amax(1).round() == 448).all()
+    assert torch.equal(quantized.dequantize().to_dense(), quantized.to_dense())
+
+
+def test_e4m3_rounds_half_to_even_and_knows_its_numbers():
+    """Every number that the format has, by its definition: sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinity."""
+    bits = torch.arange(127, dtype=torch.uint8)  # the last one is NaN
+    exponent, mantissa = (bits >> 3).double(), (bits & 7).double()
+    numbers = torch.where(exponent > 0, (8 + mantissa) * 2 ** (exponent - 10), mantissa * 2.0**-9)
+    assert numbers.max() == 448 and torch.equal(bits.view(E4M3).double(), numbers)
+    halves = (numbers[1:] + numbers[:-1]) / 2
+    even = torch.where(bits[1:] % 2 == 0, numbers[1:], numbers[:-1])
+    for wanted, given_ in ((numbers, numbers), (even, halves), (torch.tensor([448.0] * 2), torch.tensor([460.0, 1e9]))):
+        assert torch.equal(bsr.round_to(given_, E4M3).double(), wanted.double())
+        assert torch.equal(bsr.round_to(-given_, E4M3).double(), -wanted.double())
+
+
 def test_rounds_half_to_even():
     weight = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5, 126.5]])
     packed = sp.BsrWeight.from_dense(weight, torch.ones(1, 1, dtype=torch.bool), (1, 8)).quantize()
@@ -77,10 +110,35 @@ def test_quantizing_twice_and_what_is_not_finite():
         packed.quantize()
 
 
-def test_to_moves_and_never_casts_int8():
-    quantized = packed_weight().quantize()
+def test_what_does_not_go_together():
+    packed = packed_weight()
+    with pytest.raises(sp.SparsePruneError, match="dtype: expected torch.int8 or torch.float8_e4m3fn, got torch.int4"):
+        packed.quantize(torch.int4)
+    with pytest.raises(sp.SparsePruneError, match="weight_only: expected False beside float8_e4m3fn, got True"):
+        packed.quantize(E4M3, weight_only=True)
+    layer, x = make_layer(), torch.zeros(2, 64)
+    with pytest.raises(
+        sp.SparsePruneError, match="weight_only: expected False but beside int8 values, got torch.float32"
+    ):
+        layer.weight_only = True
+    with pytest.raises(sp.SparsePruneError, match="weight_only: expected int8 values, got torch.float32"):
+        sp.bsr_linear(x, dataclasses.replace(layer.packed, weight_only=True))
+    with pytest.raises(sp.SparsePruneError, match="x_scale: expected None beside a weight_only weight, got 0.5"):
+        sp.bsr_linear(x, layer.packed.quantize(weight_only=True), x_scale=0.5)
+    reasons = {"cpu": "round x to int8 too, and this weight is weight_only", "dense": "beside a quantized weight"}
+    for backend, reason in reasons.items():
+        with pytest.raises(sp.SparsePruneError, match=reason):
+            sp.bsr_linear(x, layer.packed.quantize(weight_only=True), backend=backend)
+    with pytest.raises(sp.SparsePruneError, match="int8, not float8_e4m3fn"):
+        sp.bsr_linear(x, layer.packed.quantize(E4M3), backend="cpu")
+
+
+@schemes
+def test_to_moves_and_never_casts(scheme):
+    quantized = packed_weight().quantize(**SCHEMES[scheme])
     for cast in (quantized.to(torch.bfloat16), quantized.to("cpu", torch.float16)):
-        assert cast.values.dtype == torch.int8 and cast.scales.dtype == torch.float32
+        assert cast.values.dtype == quantized.values.dtype and cast.scales.dtype == torch.float32
+        assert cast.weight_only == (scheme == "w8a16")
         assert torch.equal(cast.to_dense(), quantized.to_dense())
 
 
@@ -118,7 +176,11 @@ BROKEN = {
         lambda p: {"values": p.values.float()},
         "scales: expected none beside torch.float32 values",
     ),
-    "values of another integer": (lambda p: {"values": p.values.int()}, "values: expected float32, .* or int8, got"),
+    "values of another integer": (lambda p: {"values": p.values.int()}, "values: expected float32, .*, int8 or float8"),
+    "e4m3 weight only": (
+        lambda p: {"values": p.values.to(E4M3), "weight_only": True},
+        "weight_only: expected False but beside int8 values, got torch.float8_e4m3fn",
+    ),
 }
 
 
@@ -130,6 +192,9 @@ def test_validate_names_the_violation(case):
         dataclasses.replace(quantized, **change(quantized)).validate()
 
 
+NAMES = {"int8": "int8", "w8a16": "int8, weight_only", "e4m3": "float8_e4m3fn"}  # in repr
+
+
 def make_layer(n=96, k=64, bias=True):
     mask = torch.rand(n // 32, k // 32) < 0.5
     mask[0, 0] = True
@@ -138,32 +203,44 @@ def make_layer(n=96, k=64, bias=True):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_layer_is_the_quantized_product_and_survives_casts(bias, dtype):
+@schemes
+def test_layer_is_the_quantized_product_and_survives_casts(scheme, bias, dtype):
     layer = make_layer(bias=bias).eval()
     x = torch.randn(2, 5, 64)
     before = layer(x)
-    assert layer.quantize_() is layer and not layer.values.requires_grad
-    scales = layer.scales.clone()
+    assert layer.quantize_(**SCHEMES[scheme]) is layer and not layer.values.requires_grad
+    scales, values = layer.scales.clone(), layer.values.float().clone()
     layer.to(dtype).half().to(dtype)
-    assert (
-        layer.values.dtype == torch.int8 and torch.equal(layer.scales, scales) and layer.scales.dtype == torch.float32
-    )
+    assert layer.values.dtype == SCHEMES[scheme].get("dtype", torch.int8) and torch.equal(layer.values.float(), values)
+    assert torch.equal(layer.scales, scales) and layer.scales.dtype == torch.float32
+    assert not layer.values.requires_grad
     y = layer(x.to(dtype))
     weight_bias = None if layer.bias is None else layer.bias.detach()
     assert torch.equal(y, sp.bsr_linear(x.to(dtype), layer.packed, weight_bias)) and y.dtype == dtype
-    assert (y.float() - before).norm() < 0.02 * before.norm()
-    assert repr(layer).endswith(f"bias={bias}, int8)")
+    assert (y.float() - before).norm() < {"int8": 0.02, "w8a16": 0.01, "e4m3": 0.06}[scheme] * before.norm()
+    if scheme == "w8a16":
+        exact = F.linear(
+            x.to(dtype).double(), layer.weight.double(), None if weight_bias is None else weight_bias.double()
+        )
+        assert (y.double() - exact).abs().max() <= 8 * torch.finfo(dtype).eps * exact.abs().max(), "x was rounded"
+        layer.weight_only = False
+        assert not torch.equal(layer(x.to(dtype)), y), "x is rounded now"
+        layer.weight_only = True
+    runs = "reference" if scheme != "int8" else sp.backend_for("cpu", torch.int8)
+    assert layer.backend_for(10) == runs
+    assert repr(layer).endswith(f"bias={bias}, {NAMES[scheme]})")
     dense = layer.to_dense()
     assert dense.weight.dtype == (dtype if bias else torch.float32)
     torch.testing.assert_close(dense.weight.float(), layer.weight, rtol=1e-2, atol=1e-6)
 
 
-def test_layer_state_dict_deepcopy_and_pickle():
-    layer = make_layer().quantize_()
+@schemes
+def test_layer_state_dict_deepcopy_and_pickle(scheme):
+    layer = make_layer().quantize_(**SCHEMES[scheme])
     x = torch.randn(4, 64)
     assert set(layer.state_dict()) == {"crow_indices", "col_indices", "values", "scales", "bias"}
     blank = {name: torch.zeros_like(tensor) for name, tensor in layer.state_dict().items()}
-    other = sp.SparseLinear(64, 96, **blank)
+    other = sp.SparseLinear(64, 96, **blank, weight_only=layer.weight_only)
     other.load_state_dict(layer.state_dict())
     buffer = io.BytesIO()
     torch.save(layer, buffer)
@@ -172,25 +249,27 @@ def test_layer_state_dict_deepcopy_and_pickle():
         assert torch.equal(twin(x), layer(x))
 
 
-def test_layer_follows_writes():
-    layer = make_layer(bias=False).quantize_()
+@schemes
+def test_layer_follows_writes(scheme):
+    layer = make_layer(bias=False).quantize_(**SCHEMES[scheme])
     x = torch.randn(4, 64)
     with torch.no_grad():
         before = layer(x)
-        layer.values.neg_()
+        layer.values.copy_(-layer.values.float())  # of float8 PyTorch has no neg_
         torch.testing.assert_close(layer(x), -before)
         layer.scales.mul_(2)
         torch.testing.assert_close(layer(x), -2 * before)
 
 
-def test_layer_under_autocast_compile_and_inference_mode():
-    layer = make_layer().quantize_().eval()
+@schemes
+def test_layer_under_autocast_compile_and_inference_mode(scheme):
+    layer = make_layer().quantize_(**SCHEMES[scheme]).eval()
     x = torch.randn(4, 64)
     with torch.no_grad():
         expected = layer(x)
         with torch.autocast("cpu", torch.bfloat16):
             y = layer(x)
-        assert y.dtype == torch.bfloat16 and layer.values.dtype == torch.int8
+        assert y.dtype == torch.bfloat16 and layer.values.dtype == SCHEMES[scheme].get("dtype", torch.int8)
         torch.testing.assert_close(y.float(), expected, atol=0.03, rtol=0.03)
         compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
         for batch in (4, 7):
@@ -201,13 +280,14 @@ def test_layer_under_autocast_compile_and_inference_mode():
     assert torch.equal(sp.fused_linear(layer, x, "gelu"), layer(x, "gelu"))
 
 
-def test_layer_gives_no_gradient_and_names_bad_input():
-    layer = make_layer().quantize_()
+@schemes
+def test_layer_gives_no_gradient_and_names_bad_input(scheme):
+    layer = make_layer().quantize_(**SCHEMES[scheme])
     with pytest.raises(sp.SparsePruneError, match="train before quantizing"):
         layer(torch.randn(2, 64)).sum().backward()
     for x, message in (
         (torch.zeros(4, 63), "x: expected a last dimension of 64"),
-        (torch.zeros(4, 64, dtype=torch.float64), "x: expected float32, bfloat16 or float16 beside an int8 weight"),
+        (torch.zeros(4, 64, dtype=torch.float64), "x: expected float32, bfloat16 or float16 beside a quantized weight"),
         (torch.zeros(4, 64, dtype=torch.bfloat16), "bias: expected dtype torch.bfloat16 like x, got torch.float32"),
     ):
         with pytest.raises(sp.SparsePruneError, match=message):
@@ -243,21 +323,31 @@ def test_a_whole_model_and_its_table(model):
 
 
 @pytest.mark.parametrize("target", ["m.safetensors", "directory"])
-def test_file_round_trip_and_versions(model, tmp_path, target):
+@schemes
+def test_file_round_trip_and_versions(model, tmp_path, target, scheme):
     x = torch.randn(5, 64)
     old = sp.save_packed(model, tmp_path / "old.safetensors")
-    sp.quantize_(model, filter_fn=lambda name, _: name == "0")
+    sp.quantize_(model, lambda name, _: name == "0", **SCHEMES[scheme])
+    dtype = model[0].values.dtype
     file = sp.save_packed(model, tmp_path / target)
     metadata = serialization.read_tensors(file)[1]
-    assert metadata["sparse_prune"] == "2" and serialization.read_tensors(old)[1]["sparse_prune"] == "1"
+    version = "2" if scheme == "int8" else "3"
+    assert metadata["sparse_prune"] == version and serialization.read_tensors(old)[1]["sparse_prune"] == "1"
     layers = json.loads(metadata["layers"])
-    assert layers["0"]["dtype"] == "int8" and "dtype" not in layers["2"]
+    assert layers["0"]["dtype"] == ("float8_e4m3fn" if scheme == "e4m3" else "int8") and "dtype" not in layers["2"]
+    assert layers["0"].get("weight_only", False) == (scheme == "w8a16") and "weight_only" not in layers["2"]
+    (row, _), found = (info := serialization.describe_file(file))["layers"], info["version"]
+    assert (row["dtype"], found) == (layers["0"]["dtype"], version)
+    with torch.device("meta"):
+        empty = build()
+    assert torch.equal(sp.load_packed(empty, file)(x), model(x)), "as views of the mapped file"
     loaded = sp.load_packed(build(), file)
     assert torch.equal(loaded(x), model(x)) and loaded[0].scales.dtype == torch.float32
-    assert torch.equal(sp.load_packed(loaded, file)(x), model(x)), "into a model that is int8 already"
-    assert sp.load_packed(loaded, old)[0].values.dtype == torch.float32, "and back from int8"
+    assert loaded[0].weight_only == (scheme == "w8a16")
+    assert torch.equal(sp.load_packed(loaded, file)(x), model(x)), "into a model that is quantized already"
+    assert sp.load_packed(loaded, old)[0].values.dtype == torch.float32, "and back"
     half = sp.load_packed(build().bfloat16(), file)
-    assert half[0].values.dtype == torch.int8 and half[0].bias.dtype == half[2].values.dtype == torch.bfloat16
+    assert half[0].values.dtype == dtype and half[0].bias.dtype == half[2].values.dtype == torch.bfloat16
     assert torch.equal(half[0].scales, model[0].scales)
     assert file.stat().st_size < old.stat().st_size
 
@@ -278,6 +368,10 @@ BROKEN_FILES = {
     "float values": (_set("0.values", lambda t: t.float()), "0.scales: expected none beside torch.float32 values"),
     "value -128": (_set("0.values", lambda t: torch.full_like(t, -128)), "0.values: expected int8 from -127"),
     "stray scales": (lambda t: t | {"2.scales": torch.ones(45)}, "2.scales: expected no such tensor"),
+    "e4m3 where int8 is described": (
+        _set("0.values", lambda t: t.to(E4M3)),
+        "0.values: expected dtype torch.int8, as the file says, got",
+    ),
     "int8 where floats are described": (_set("2.values", lambda t: t.to(torch.int8)), "2.scales: expected float32"),
 }
 
@@ -302,10 +396,29 @@ def test_unknown_dtype_in_the_metadata(model, tmp_path):
     safetensors.torch.save_file(tensors, file, metadata)
     with pytest.raises(sp.SparsePruneError, match="dtype 'int4' is not known"):
         sp.load_packed(build(), file)
+    for wrong, message in (
+        ('"weight_only": true', "True beside dtype None"),
+        ('"dtype": "int8", "weight_only": 1', "is 1 beside"),
+    ):
+        again = {**metadata, "layers": metadata["layers"].replace('"dtype": "int4"', wrong, 1)}
+        safetensors.torch.save_file(tensors, file, again)
+        with pytest.raises(sp.SparsePruneError, match=f"weight_only is {message}".replace("is is", "is")):
+            sp.load_packed(build(), file)
+
+
+def test_e4m3_that_is_not_a_number_never_reaches_the_model(model, tmp_path):
+    sp.quantize_(model, dtype=E4M3)
+    for bits in (0x7F, 0xFF):
+        file = sp.save_packed(model, tmp_path / "m.safetensors")
+        tensors, metadata = serialization.read_tensors(file)
+        tensors["2.values"].view(torch.uint8)[0, 3, 5] = bits
+        safetensors.torch.save_file(tensors, file, metadata)
+        with pytest.raises(sp.SparsePruneError, match="2.values: expected finite numbers"):
+            sp.load_packed(build(), file)
 
 
 @pytest.fixture
-def bert(tmp_path):
+def bert(tmp_path, request):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("sparse_prune.integrations.hf")
     config = transformers.BertConfig(
@@ -313,7 +426,7 @@ def bert(tmp_path):
     )
     model = transformers.BertForSequenceClassification(config).eval()
     sp.sparsify_(model, sp.BlockSparseConfig(blocksize=(16, 16), density=0.3), lambda name, _: "encoder" in name)
-    sp.quantize_(model)
+    sp.quantize_(model, **SCHEMES[getattr(request, "param", "int8")])
     sp.save_packed(model, tmp_path / "packed")
     return model, tmp_path / "packed", transformers.AutoModelForSequenceClassification.from_pretrained
 
@@ -321,24 +434,30 @@ def bert(tmp_path):
 IDS = torch.arange(12).view(2, 6)
 
 
+@pytest.mark.parametrize("bert", SCHEMES, indirect=True)
 def test_hugging_face_round_trip(bert, tmp_path):
     model, path, load = bert
     loaded = load(path).eval()
     layer = loaded.bert.encoder.layer[0].attention.self.query
-    assert layer.values.dtype == torch.int8 and layer.scales.dtype == torch.float32
+    saved = model.bert.encoder.layer[0].attention.self.query
+    assert layer.values.dtype == saved.values.dtype and layer.scales.dtype == torch.float32
+    assert layer.weight_only == saved.weight_only
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
     loaded.save_pretrained(tmp_path / "again")
-    assert serialization.read_tensors(tmp_path / "again" / "model.safetensors")[1]["sparse_prune"] == "2"
+    kept = ["sparse_prune", "layers"]
+    old, new = (serialization.read_tensors(at / serialization.WEIGHTS_NAME)[1] for at in (path, tmp_path / "again"))
+    assert [new[key] for key in kept] == [old[key] for key in kept]
     assert torch.equal(load(tmp_path / "again").eval()(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bert", ["int8", "e4m3"], indirect=True)
 def test_hugging_face_dtype_casts_neither_values_nor_scales(bert, dtype):
     model, path, load = bert
     name = "bert.encoder.layer.1.output.dense"
     for loaded in (load(path, dtype=dtype), load(path).to(dtype)):
         layer = loaded.eval().get_submodule(name)
-        assert layer.values.dtype == torch.int8 and layer.bias.dtype == dtype
+        assert layer.values.dtype == model.get_submodule(name).values.dtype and layer.bias.dtype == dtype
         assert torch.equal(layer.scales, model.get_submodule(name).scales) and layer.scales.dtype == torch.float32
         torch.testing.assert_close(loaded(IDS).logits.float(), model(IDS).logits, atol=0.05, rtol=0.05)
     dense = load(path).dequantize()
@@ -379,8 +498,14 @@ def test_a_fused_encoder_runs_the_same_int8_products(bert):
 
 
 def test_joining_int8_weights():
-    first, second = (packed_weight((48, 70), density=d).quantize() for d in (0.5, 0.3))
-    joined = sp.BsrWeight.cat([first, second]).validate()
-    assert torch.equal(joined.to_dense(), torch.cat([first.to_dense(), second.to_dense()]))
+    weights = [packed_weight((48, 70), density=d) for d in (0.5, 0.3)]
+    for how in SCHEMES.values():
+        first, second = (weight.quantize(**how) for weight in weights)
+        joined = sp.BsrWeight.cat([first, second]).validate()
+        assert torch.equal(joined.to_dense(), torch.cat([first.to_dense(), second.to_dense()]))
+        assert joined.weight_only == first.weight_only
+    first, second = (weight.quantize() for weight in weights)
+    with pytest.raises(sp.SparsePruneError, match="weights: expected weight_only=False, like the first, got True"):
+        sp.BsrWeight.cat([first, dataclasses.replace(second, weight_only=True)])
     with pytest.raises(sp.SparsePruneError, match="weights: expected values of torch.int8, like the first"):
         sp.BsrWeight.cat([first, first.dequantize()])

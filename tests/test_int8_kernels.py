@@ -239,7 +239,9 @@ def test_opcheck(dtype):
 def test_gradients_are_refused_in_words():
     p = Problem(4, 64, 64, 32, 32, 0.5)
     x = p.x.clone().requires_grad_()
-    with pytest.raises(sp.SparsePruneError, match="expected a floating-point weight, got an int8 weight; train before"):
+    with pytest.raises(
+        sp.SparsePruneError, match="expected a floating-point weight, got a quantized weight; train before"
+    ):
         sp.bsr_linear(x, p.packed).sum().backward()
     with pytest.raises(RuntimeError, match="floating point"):
         p.packed.values.requires_grad_()
@@ -312,7 +314,7 @@ def test_prepacking_checks_its_index():
         (dict(x=torch.zeros(4, 95)), "x: expected a last dimension of 96"),
         (
             dict(x=torch.zeros(4, 96, dtype=torch.float64)),
-            "x: expected float32, bfloat16 or float16 beside an int8 weight",
+            "x: expected float32, bfloat16 or float16 beside a quantized weight",
         ),
         (
             dict(bias=torch.zeros(64, dtype=torch.bfloat16)),

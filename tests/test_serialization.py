@@ -132,7 +132,7 @@ def test_broken_tensors_never_reach_the_model(packed_model, tmp_path, case):
 
 
 BROKEN_METADATA = {
-    "newer": ({"sparse_prune": "3"}, "expected a packed checkpoint of version 1 or 2, got 3"),
+    "newer": ({"sparse_prune": "4"}, "expected a packed checkpoint of version 1, 2 or 3, got 4"),
     "no layers": ({"layers": "[1"}, "metadata layers: expected JSON"),
     "layers are a list": ({"layers": "[1]"}, "expected a description of the packed layers"),
     "layers of another form": ({"layers": '{"0": {"shape": [1]}}'}, "expected a description of the packed layers"),
@@ -190,7 +190,7 @@ def test_missing_and_foreign_files(packed_model, tmp_path):
         sp.load_packed(build(), tmp_path / "text.safetensors")
     safetensors.torch.save_file(build().state_dict(), tmp_path / "dense.safetensors")
     with pytest.raises(
-        sp.SparsePruneError, match="expected a packed checkpoint of version 1 or 2, got other safetensors"
+        sp.SparsePruneError, match="expected a packed checkpoint of version 1, 2 or 3, got other safetensors"
     ):
         sp.load_packed(build(), tmp_path / "dense.safetensors")
     assert not serialization.is_packed(tmp_path / "text.safetensors")

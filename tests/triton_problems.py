@@ -54,7 +54,7 @@ def exact_and_reference_int8(x, packed, bias, activation, residual, x_scale=None
     exact = reference.ACTIVATIONS[activation](z if bias is None else z + bias.double())
     exact = exact if residual is None else exact + residual.double()
     index = (packed.crow_indices, packed.col_indices, packed.values, packed.scales, packed.shape[0])
-    return exact, reference.bsr_linear_int8(x, *index, bias, activation, residual, x_scale)
+    return exact, reference.bsr_linear_w8a8(x, *index, bias, activation, residual, x_scale)
 
 
 def arrays(packed):

@@ -31,9 +31,9 @@ from ..layers import SparseLinear
 from ..masks import grid_shape
 from ..serialization import (
     METHOD,
-    VERSION,
-    VERSION_INT8,
+    VERSIONS,
     PackedLayer,
+    check_version,
     describe_layers,
     fits_layer,
     layout_metadata,
@@ -50,14 +50,12 @@ _REMEDY = "pack the model again"
 
 @register_quantization_config(METHOD)
 class SparsePruneConfig(QuantizationConfigMixin):
-    """version of the layout, and layers: name -> {"shape": [N, K], "blocksize": [R, C], "nnzb": n}, for int8 also "dtype"."""
+    """version of the layout, and layers: name -> {"shape": [N, K], "blocksize": [R, C], "nnzb": n}, if quantized also how."""
 
     quant_method: Any  # for theirs a member of an enumeration
 
-    def __init__(self, version: str = VERSION, layers: Mapping[str, Any] | None = None, **_: object):
-        if version not in (VERSION, VERSION_INT8):
-            expected = f"{VERSION} or {VERSION_INT8}"
-            raise SparsePruneError("quantization_config.version", expected, version, "update sparse-prune")
+    def __init__(self, version: str = VERSIONS[0], layers: Mapping[str, Any] | None = None, **_: object):
+        check_version(version, "quantization_config.version")
         self.quant_method = METHOD
         self.version = version
         self.layers = dict(layers or {})
@@ -140,7 +138,7 @@ class SparsePruneQuantizer(HfQuantizer):
                 layer.crow_indices, layer.col_indices = layer.crow_indices.clone(), layer.col_indices.clone()
                 packed = layer.packed
                 arrays = (packed.crow_indices, packed.col_indices, packed.values)
-                validate_bsr(packed.shape, packed.blocksize, *arrays, name, packed.scales)
+                validate_bsr(packed.shape, packed.blocksize, *arrays, name, packed.scales, packed.weight_only)
                 check_finite(packed.values, f"{name}.values")
         self._describe(model)
         if not any("_hf_hook" in vars(module) for module in modules.values()):  # which brings weights in from elsewhere
@@ -231,18 +229,19 @@ class _Awaited(nn.Module):
         Raises SparsePruneError where the file does not hold what the config says.
         """
         got = {part: file.mapped.get_tensor(f"{self.name}.{part}") for part, file in self.files.items()}
-        if not self.entry.int8 and got["values"].dtype != self.dtype:
+        if self.entry.dtype is None and got["values"].dtype != self.dtype:
             got["values"] = self.files["values"].apart.get_tensor(f"{self.name}.values")
-        for part in ("bias",) if self.entry.int8 else ("values", "bias"):
+        for part in ("values", "bias") if self.entry.dtype is None else ("bias",):
             if part in got:
                 got[part] = got[part].to(self.dtype)
         n, k = self.entry.shape
+        self.entry.check_dtype(got["values"], f"{self.name}.values")
         if got["values"].shape[:1] != (self.entry.nnzb,):
             expected = f"{self.entry.nnzb} blocks, as config.json says"
             raise SparsePruneError(f"{self.name}.values", expected, tuple(got["values"].shape), _REMEDY)
         if "bias" in got and got["bias"].shape != (n,):
             raise SparsePruneError(f"{self.name}.bias", f"shape ({n},)", tuple(got["bias"].shape), _REMEDY)
-        return SparseLinear(k, n, **got).train(self.training)
+        return SparseLinear(k, n, **got, weight_only=self.entry.weight_only).train(self.training)
 
 
 def _share(model: PreTrainedModel) -> None:
@@ -272,9 +271,10 @@ def _empty_layer(linear: nn.Linear | SparseLinear, entry: PackedLayer) -> Sparse
         n,
         torch.empty(rows + 1, dtype=torch.int32, device=device),
         torch.empty(entry.nnzb, dtype=torch.int32, device=device),
-        torch.empty(entry.nnzb, *entry.blocksize, dtype=torch.int8 if entry.int8 else dtype, device=device),
+        torch.empty(entry.nnzb, *entry.blocksize, dtype=entry.dtype or dtype, device=device),
         None if linear.bias is None else torch.empty(n, dtype=dtype, device=device),
-        torch.empty(n, dtype=torch.float32, device=device) if entry.int8 else None,
+        torch.empty(n, dtype=torch.float32, device=device) if entry.dtype else None,
+        entry.weight_only,
     )
 
 

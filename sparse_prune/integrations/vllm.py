@@ -22,7 +22,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from ..bsr import BsrWeight, check_finite, validate_bsr
 from ..errors import SparsePruneError
 from ..layers import SparseLinear
-from ..serialization import METHOD, VERSION, VERSION_INT8, PackedLayer, parse_layers
+from ..serialization import METHOD, PackedLayer, check_version, parse_layers
 
 _REMEDY = "pack the model again"
 
@@ -37,10 +37,7 @@ class SparsePruneVllmConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SparsePruneVllmConfig:
         """The `quantization_config` of a packed config.json; raises SparsePruneError for one of a later version, or damaged."""
-        version = config.get("version")
-        if version not in (VERSION, VERSION_INT8):
-            expected = f"{VERSION} or {VERSION_INT8}"
-            raise SparsePruneError("quantization_config.version", expected, version, "update sparse-prune")
+        check_version(config.get("version"), "quantization_config.version")
         return cls(config.get("layers", {}))
 
     def get_name(self) -> str:
@@ -118,7 +115,7 @@ class SparseLinearMethod(LinearMethodBase):
         kinds = {"weight": params_dtype} if any(entry is None for _, entry in self.parts) else {}
         for _name, entry in self.parts:
             for part in entry.parts if entry is not None else ():
-                values = torch.int8 if entry is not None and entry.int8 else params_dtype
+                values = params_dtype if entry is None or entry.dtype is None else entry.dtype
                 kinds[part] = {"values": values, "scales": torch.float32}.get(part, torch.int32)
         for kind, dtype in kinds.items():
             parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
@@ -159,9 +156,10 @@ class SparseLinearMethod(LinearMethodBase):
         if entry is None:
             return loaded["weight"].to(self.dtype)
         crow, col, values = (loaded[kind] for kind in ("crow_indices", "col_indices", "values"))
-        validate_bsr(entry.shape, entry.blocksize, crow, col, values, name, loaded.get("scales"))
-        packed = BsrWeight(entry.shape, entry.blocksize, crow, col, values, loaded.get("scales"))
-        if not entry.int8:
+        weight = (entry.shape, entry.blocksize, crow, col, values)
+        validate_bsr(*weight, name, loaded.get("scales"), entry.weight_only)
+        packed = BsrWeight(*weight, loaded.get("scales"), entry.weight_only)
+        if entry.dtype is None:
             check_finite(packed.values, f"{name}.values")
             packed = packed.to(self.dtype)
         return packed
@@ -180,7 +178,7 @@ def _kind(piece: BsrWeight | Tensor) -> tuple:
     if isinstance(piece, Tensor):
         return (id(piece),)
     whole = piece.shape[0] % piece.blocksize[0] == 0
-    return (piece.blocksize, piece.values.dtype, None if whole else id(piece))
+    return (piece.blocksize, piece.values.dtype, piece.weight_only, None if whole else id(piece))
 
 
 def _dense(weight: Any) -> nn.Linear:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ..convert import BlockSparseConfig, QuantizeResult, SparsifyResult, nonzero_masks, quantize_, sparsify_
@@ -22,38 +23,44 @@ from .store import check_out, record
 class PackResult:
     """What packing did: per layer, and to the size of the weights file.
 
-    layers is None where the source was packed already, int8 where its blocks were not rounded.
+    layers is None where the source was packed already, rounded where its blocks were not rounded.
     """
 
     layers: SparsifyResult | None
-    int8: QuantizeResult | None
+    rounded: QuantizeResult | None
     dense_bytes: int
     packed_bytes: int
 
     @property
     def density(self) -> float:
         """Kept elements over all elements of the packed layers."""
-        result = self.layers or self.int8
+        result = self.layers or self.rounded
         assert result is not None
         return result.density
 
 
 @quiet()
-def pack(model_dir: Path, out: Path, blocksize: tuple[int, int] | None = None, int8: bool = False) -> PackResult:
-    """Write the packed twin of a pruned model directory to out, with config and tokenizer; int8 rounds its blocks (quantize_).
+def pack(
+    model_dir: Path,
+    out: Path,
+    blocksize: tuple[int, int] | None = None,
+    dtype: torch.dtype | None = None,
+    weight_only: bool = False,
+) -> PackResult:
+    """Write the packed twin of a pruned model directory to out, with config and tokenizer; dtype rounds its blocks (quantize_).
 
     The masks are those in masks.safetensors; without that file, blocks that are zero throughout in the encoder's layers, of
     blocksize (None: the size that most of these layers' zeros form). Raises SparsePruneError where the directory is not a model, is
-    packed already (unless to be rounded to int8), or has nothing to pack.
+    packed already (unless to be rounded), or has nothing to pack.
     """
     source, out = Path(model_dir), Path(out)
     packed = is_packed(source)
-    if packed and not int8:
+    if packed and dtype is None:
         raise SparsePruneError(str(source), "a dense, pruned model", "a packed one", "use it as it is")
     check_out(out)
     model, tokenizer = load_model(source, task_of(source))
     layers = None if packed else _sparsified(model, source, blocksize)
-    rounded = quantize_(model) if int8 else None
+    rounded = None if dtype is None else quantize_(model, dtype=dtype, weight_only=weight_only)
     with atomic_dir(out) as temporary:
         save_packed(model, temporary)
         tokenizer.save_pretrained(temporary)
