@@ -198,6 +198,24 @@ def test_16_bit_results_are_rounded_to_nearest_even(isa, dtype):
 
 @needs_kernels
 @each_isa
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+def test_activation_to_bf16_is_rounded_right_but_for_a_unit(isa, activation):
+    """Every bfloat16 is tried: 2 of 100 may be a unit off, none more, and what lies below 5e-7 may be 0."""
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)[:, None]
+    w = BsrWeight.from_dense(torch.ones(1, 1, dtype=x.dtype), torch.ones(1, 1, dtype=torch.bool), (1, 1))
+    with backends.force_isa(isa):
+        got = sparse.bsr_linear(x, w.crow_indices, w.col_indices, w.values, None, 1, None, activation, None)
+    exact = reference.ACTIVATIONS[activation](x.double())
+    large = exact.isfinite() & (exact.abs() >= 5e-7)
+    off = (got.view(torch.int16).int() - exact.to(x.dtype).view(torch.int16).int())[large].abs()
+    assert off.max() <= 1 and off.sum() <= 0.02 * large.sum()
+    small = exact.isfinite() & (exact.abs() < 5e-7)
+    assert (got.double() - exact)[small].abs().max() < 5e-7
+    assert got[x.isnan()].isnan().all() and got[x == torch.inf] == torch.inf
+
+
+@needs_kernels
+@each_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_threads_do_not_change_the_bits(isa, dtype):
     p = Problem(

@@ -94,6 +94,7 @@ struct Avx2 {
   }
   static inline F exp_nonpositive(F v) { return vector_exp_nonpositive<Avx2>(v); }
   static inline F activate(F v, Activation a) { return vector_activate<Avx2>(v, a); }
+  static inline F activate_to_bf16(F v, Activation a) { return activate(v, a); }
 };
 
 #include "tile_kernel.h"

@@ -82,5 +82,29 @@ struct Avx512 {
   static inline F pair_low(F a, F b) { return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); }
   static inline F pair_high(F a, F b) { return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); }
   static inline F exp_nonpositive(F v) { return vector_exp_nonpositive<Avx512>(v); }
-  static inline F activate(F v, Activation a) { return vector_activate<Avx512>(v, a); }
+  template <int powers>
+  static inline F activate(F x, const ActivationTable<powers>& table) {
+    // In a float from 2^23 to 2^24 units are the last bits: adding 1.5 * 2^23 rounds, and leaves n where the permutation looks for it.
+    const F per_unit = set1(table.per_unit), integers = set1(12582912.0f), a = min(set1(table.limit), abs(x));
+    const F moved = fma(a, per_unit, integers), f = fma(a, per_unit, sub(integers, moved));
+    const auto of_piece = [&](const float* numbers) {
+      return _mm512_permutex2var_ps(load(numbers), _mm512_castps_si512(moved), load(numbers + 16));
+    };
+    F s = of_piece(table.power[powers - 1]);
+    for (int j = powers - 2; j >= 0; --j) s = fma(s, f, of_piece(table.power[j]));
+    return _mm512_fnmadd_ps(a, s, max(zero(), x));
+  }
+  static inline F activate(F v, Activation a) { return a == Activation::gelu ? activate(v, gelu_table) : vector_activate<Avx512>(v, a); }
+  static inline F activate_to_bf16(F v, Activation a) {
+    switch (a) {
+      case Activation::gelu:
+        return activate(v, gelu_table_bf16);
+      case Activation::gelu_tanh:
+        return activate(v, gelu_tanh_table_bf16);
+      case Activation::silu:
+        return activate(v, silu_table_bf16);
+      default:
+        return activate(v, a);
+    }
+  }
 };

@@ -18,34 +18,7 @@ struct DotBf16 : Plain<Avx512> {
   static inline void store_y(Y* y, F v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), (__m256i)_mm512_cvtneps_pbh(v)); }
   static inline void store_x(X* x, F v) { store_y(x, v); }
   static inline F exp_nonpositive(F v) { return vector_exp_nonpositive<Avx512, 4>(v); }  // to be rounded to 8 bits
-  // Of what is then rounded to 8 bits: below 2.5e-4 relative, and below 1e-7 absolute for x < -5.5.
-  static inline F activate(F x, Activation activation) {
-    using V = Avx512;
-    const F square = V::mul(x, x);
-    switch (activation) {
-      case Activation::gelu: {  // Phi(x) = 1 / (1 + e^-u), u odd in x: x times a minimax polynomial of x^2
-        const F s = V::min(V::set1(30.25f), square);
-        F p = V::set1(6.27097066e-10f);
-        p = V::fma(p, s, V::set1(-6.88353888e-8f));
-        p = V::fma(p, s, V::set1(2.86897915e-6f));
-        p = V::fma(p, s, V::set1(-4.76284904e-5f));
-        p = V::fma(p, s, V::set1(-4.50922821e-4f));
-        p = V::fma(p, s, V::set1(7.37024549e-2f));
-        return gate(x, V::mul(x, V::fma(p, s, V::set1(1.59493014f))));
-      }
-      case Activation::gelu_tanh:
-        return gate(x, V::mul(x, V::fma(square, V::set1(2.0f * 0.79788456080286536f * 0.044715f), V::set1(2.0f * 0.79788456080286536f))));
-      case Activation::silu:
-        return gate(x, x);
-      default:
-        return V::activate(x, activation);
-    }
-  }
-  static inline F gate(F x, F u) {  // x / (1 + e^-u), by e^-|u|
-    using V = Avx512;
-    const F e = exp_nonpositive(V::sub(V::zero(), V::abs(u)));
-    return V::mul(V::mul(x, V::less_select(u, V::zero(), e, V::set1(1.0f))), _mm512_rcp14_ps(V::add(e, V::set1(1.0f))));
-  }
+  static inline F activate(F x, Activation activation) { return Avx512::activate_to_bf16(x, activation); }
   // Two rows of x, count elements each (a multiple of 16), element by element.
   static inline void interleave(const X* first, const X* second, int64_t count, X* to) {
     for (int64_t j = 0; j < count; j += 16) {

@@ -9,6 +9,18 @@ namespace sparse_prune {
 enum class DType : int { f32, bf16, f16, f64 };
 enum class Activation : int { none, relu, gelu, gelu_tanh, silu };
 
+// act(x) = max(x, 0) - |x| S(|x|) for gelu, gelu_tanh and silu, which differ in S only: Phi(-a), and 1 / (1 + e^u) with u = a for silu.
+// S by pieces: around n = 0, 1, ... 31 a polynomial in f = a * per_unit - n, of which [0] is the constant; the last piece is 0, and a is
+// held back to it. AVX-512 finds a piece's numbers in two registers, by one instruction for each power.
+template <int powers>
+struct ActivationTable {
+  float per_unit, limit;
+  alignas(64) float power[powers][32];
+};
+extern const ActivationTable<8> gelu_table;  // errs by 4e-7 relative at most; 0 below -7.6
+// For results of 8 bits: by 7e-6 at most, and 4e-4 relative (gelu_tanh 1.5e-3, where it is below 1e-8); gelus are 0 below -5.5, silu below -18.
+extern const ActivationTable<4> gelu_table_bf16, gelu_tanh_table_bf16, silu_table_bf16;
+
 // Elements that may be read (never used) past the end of prepacked values and panels: a kernel loads whole vectors of up to 64 bytes,
 // in strips of up to four, also where a block is narrower.
 constexpr int64_t kSlack = 128;

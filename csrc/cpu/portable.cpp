@@ -19,7 +19,7 @@ T activate_one(T z, Activation activation) {
     case Activation::gelu:
       return z * T(0.5) * std::erfc(-z * T(0.70710678118654752440));
     case Activation::gelu_tanh:
-      return z * T(0.5) * (1 + std::tanh(T(0.79788456080286535588) * (z + T(0.044715) * z * z * z)));
+      return z / (1 + std::exp(T(-2 * 0.79788456080286535588) * (z + T(0.044715) * z * z * z)));
     case Activation::silu:
       return z / (1 + std::exp(-z));
     default:
@@ -131,6 +131,7 @@ struct Lanes {
       for (int j = 0; j < W; ++j) v[j] = activate_one<T>(v[j], activation);
     return v;
   }
+  static inline F activate_to_bf16(F v, Activation activation) { return activate(v, activation); }
 };
 
 #include "tile_kernel.h"

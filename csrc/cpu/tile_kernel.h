@@ -5,7 +5,7 @@
 // so y is written once. Each step loads NV vectors of weights and multiplies them by MR broadcast elements of x:
 //     acc[m][v] += x[m, k] * w[k, v]
 // V provides: Elem, F (vector), W (lanes), zero, set1, load, store, stream (a store past the caches), fence, add, fma, activate,
-// load_bf16/f16, store_bf16/f16, bf16_pairs.
+// activate_to_bf16, load_bf16/f16, store_bf16/f16, bf16_pairs.
 
 // Before each loop over a tile's sums: left to itself the compiler unrolls them too late to see that sums need no memory, and a tile then
 // stores all of them twice.
@@ -60,6 +60,7 @@ struct Bf16Weights : Plain<V> {
   static constexpr int step = 2, parts = 2;
   static inline void weights(const Wt* w, F out[2]) { V::bf16_pairs(w, out[0], out[1]); }
   static inline F broadcast(const X* x, int part) { return V::set1(x[part]); }
+  static inline F activate(F v, Activation activation) { return V::activate_to_bf16(v, activation); }
   static inline F load_y(const Y* y) { return V::load_bf16(y); }
   static inline void store_y(Y* y, F v) { V::store_bf16(y, v); }
   template <int NV>
