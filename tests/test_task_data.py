@@ -88,6 +88,12 @@ def test_the_conll_loader_ends_in_examples_or_our_error(tmp_path_factory, conten
         ("a.csv", 'text,label\n"好\n好",1\n"坏,0\n', "line 4: expected a CSV row"),
         ("a.csv", "text,label\n好,1,2\n", "line 2: expected 2 columns"),
         ("a.jsonl", '{"text": "好", "label": 1}\n{"text": ', "line 2: expected a JSON object"),
+        ("a.jsonl", "[" * 100_000 + "\n", "line 1: expected a JSON object"),
+        (
+            "a.jsonl",
+            '{"text": "a \\ud83d", "label": 1}\n',
+            "line 1: expected whole characters, got half of a character",
+        ),
         ("a.jsonl", '{"text": "好"}\n', "line 1: expected an object with text and label"),
         ("a.jsonl", '{"text": 3, "label": "x"}\n', "line 1: expected a string text"),
         ("a.txt", "好\t1\n", "expected a file ending in .tsv, .csv or .jsonl"),
@@ -106,6 +112,7 @@ def test_malformed_texts_are_named_by_line(tmp_path, name, content, told):
     [
         ("中\tB-LOC\n国 I-LOC\n", "line 2: expected `token TAB tag`, got '国 I-LOC'"),
         ("中\tB-LOC\tx\n", "line 1: expected `token TAB tag`"),
+        ("\tO\n", "line 1: expected `token TAB tag`"),
         (
             "中\tB-LOC\n国\tI-PER\n",
             "line 2: expected a BIO tag (O, B-TYPE, or I-TYPE after its own B-TYPE), got 'I-PER'",
@@ -128,6 +135,15 @@ def test_bytes_that_are_not_utf8_are_named_by_line(tmp_path):
     path.write_bytes("text\tlabel\n好\t1\n".encode() + "坏\t0\n".encode("gb18030"))
     with pytest.raises(SparsePruneError, match=r"line 3: expected UTF-8 text, got the byte 0xbb; convert it"):
         data.load_sentiment(path)
+    path.write_bytes("text\tlabel\n好\t1\n".encode("utf-16"))  # what Excel calls Unicode text
+    with pytest.raises(SparsePruneError, match=r"expected UTF-8 text, got UTF-16; .* iconv -f UTF-16"):
+        data.load_sentiment(path)
+
+
+def test_a_wide_space_is_a_token(tmp_path):
+    path = tmp_path / "a.conll"
+    path.write_text("中\tB-LOC\n\u3000\tO\n \tO\n", encoding="utf-8")
+    assert data.load_ner(path)[0].tokens == ("中", "\u3000", " ")
 
 
 def test_a_missing_file_and_an_unknown_task_say_so(tmp_path):

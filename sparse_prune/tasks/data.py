@@ -6,6 +6,7 @@ tags in BIO. Every complaint names the file, the line and what to do.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import functools
 import importlib.util
@@ -121,7 +122,7 @@ def load_ner(path: str | Path, labels: Sequence[str] | None = None) -> list[TagE
             tokens, tags = [], []
             continue
         where, fields = f"{path}, line {number}", line.split("\t")
-        if len(fields) != 2 or not fields[0].strip() or not fields[1].strip():
+        if len(fields) != 2 or not fields[0] or not fields[1].strip():
             raise SparsePruneError(
                 where, "`token TAB tag`", repr(line[:60]), "put one token, one tab and one tag on the line"
             )
@@ -157,10 +158,10 @@ def _read_text(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        got = f"the byte 0x{data[error.start]:02x}"
-        raise SparsePruneError(
-            f"{path}, line {line}", "UTF-8 text", got, "convert it, for example with iconv -f GB18030 -t UTF-8"
-        ) from None
+        utf16 = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        got = "UTF-16" if utf16 else f"the byte 0x{data[error.start]:02x}"
+        remedy = f"convert it, for example with iconv -f {'UTF-16' if utf16 else 'GB18030'} -t UTF-8"
+        raise SparsePruneError(f"{path}, line {line}", "UTF-8 text", got, remedy) from None
 
 
 def _lines(text: str) -> list[str]:
@@ -178,7 +179,7 @@ def _columns(path: Path, header: Sequence[str], line: int) -> tuple[int, int]:
     return names.index("text"), names.index("label")
 
 
-def _rows(path: Path, rows: Iterable[tuple[int, list[str]]]) -> Iterable[tuple[int, str, str]]:
+def _rows(path: Path, rows: Iterable[tuple[int, list[str]]], remedy: str) -> Iterable[tuple[int, str, str]]:
     header: list[str] | None = None
     for line, row in rows:
         if not row or row == [""]:
@@ -187,13 +188,14 @@ def _rows(path: Path, rows: Iterable[tuple[int, list[str]]]) -> Iterable[tuple[i
             header, (text, label) = row, _columns(path, row, line)
             continue
         if len(row) != len(header):
-            got, remedy = f"{len(row)} columns", "quote or remove stray separators in the row"
-            raise SparsePruneError(f"{path}, line {line}", f"{len(header)} columns as in the header", got, remedy)
+            expected, got = f"{len(header)} columns as in the header", f"{len(row)} columns"
+            raise SparsePruneError(f"{path}, line {line}", expected, got, remedy)
         yield line, row[text], row[label].strip()
 
 
 def _read_tsv(path: Path, content: str) -> Iterable[tuple[int, str, str]]:
-    return _rows(path, ((line, row.split("\t")) for line, row in enumerate(_lines(content), 1) if row.strip()))
+    rows = ((line, row.split("\t")) for line, row in enumerate(_lines(content), 1) if row.strip())
+    return _rows(path, rows, "TSV has no quoting: replace tabs inside a text by spaces, or write CSV or JSONL")
 
 
 def _read_csv(path: Path, content: str) -> Iterable[tuple[int, str, str]]:
@@ -208,7 +210,7 @@ def _read_csv(path: Path, content: str) -> Iterable[tuple[int, str, str]]:
                 f"{path}, line {start}", "a CSV row", str(error), "quote the field and double quotes inside it"
             ) from None
 
-    return _rows(path, numbered())
+    return _rows(path, numbered(), "put fields that hold a comma in double quotes")
 
 
 def _read_jsonl(path: Path, content: str) -> Iterable[tuple[int, str, str]]:
@@ -218,9 +220,10 @@ def _read_jsonl(path: Path, content: str) -> Iterable[tuple[int, str, str]]:
         where = f"{path}, line {line}"
         try:
             value = json.loads(row)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            got = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
             raise SparsePruneError(
-                where, "a JSON object", str(error), 'write {"text": ..., "label": ...}, one a line'
+                where, "a JSON object", got, 'write {"text": ..., "label": ...}, one a line'
             ) from None
         if not isinstance(value, dict) or "text" not in value or "label" not in value:
             raise SparsePruneError(
@@ -228,6 +231,9 @@ def _read_jsonl(path: Path, content: str) -> Iterable[tuple[int, str, str]]:
             )
         if not isinstance(value["text"], str) or isinstance(value["label"], (dict, list, bool, float, type(None))):
             raise SparsePruneError(where, "a string text and a string or integer label", row[:60], "quote the values")
+        if any("\ud800" <= character <= "\udfff" for character in f"{value['text']}{value['label']}"):
+            got = "half of a character that two \\u escapes make up"
+            raise SparsePruneError(where, "whole characters", got, "the text was cut inside it: remove what is left")
         yield line, value["text"], str(value["label"]).strip()
 
 
