@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -353,15 +354,42 @@ def round_to(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def check_finite(values: Tensor, argument: str) -> None:
     """Raise SparsePruneError if values hold NaN or infinity."""
+    values = values.detach()
     if (
         values.dtype == torch.float8_e4m3fn
-    ):  # it has no infinity, and PyTorch no aminmax of it; all bits set but the sign are NaN
+    ):  # it has no infinity, and PyTorch no sum of it; all bits set but the sign are NaN
         values = torch.where(values.view(torch.uint8) & 0x7F == 0x7F, torch.nan, 0.0)
-    # The least and the greatest are finite if all are; unlike isfinite this makes no copy as large as values.
-    if values.numel() and not torch.isfinite(torch.stack(torch.aminmax(values.detach()))).all():
+    # A sum that is finite has only finite terms; one that is not may have overflowed. Neither makes a copy as large as values, as
+    # isfinite does: the least and the greatest are finite if all are.
+    if not math.isfinite(values.sum()) and not torch.isfinite(torch.stack(torch.aminmax(values))).all():
         raise SparsePruneError(
             argument, "finite numbers", "NaN or infinity", "look for a diverged training run before packing"
         )
+
+
+def sound_indices(grids: Sequence[tuple[int, int]], crows: Sequence[np.ndarray], cols: Sequence[np.ndarray]) -> bool:
+    """Whether the indices of several weights, int32 [rows + 1] and [nnzb] for each grid (rows, columns) of blocks, are canonical.
+
+    In one pass over all, which for a model of many small layers takes a tenth of the time of validate_bsr for each. That says what
+    is wrong.
+    """
+    heights, widths = np.array(grids).T
+    lengths = np.array([col.size for col in cols])
+    if any(crow.dtype != np.int32 or crow.shape != (rows + 1,) for crow, rows in zip(crows, heights, strict=True)):
+        return False
+    if any(col.dtype != np.int32 or col.ndim != 1 for col in cols):
+        return False
+    crow, col = np.concatenate(crows).astype(np.int64), np.concatenate(cols)
+    last = np.cumsum(heights + 1)
+    stored = np.cumsum(lengths)
+    if crow[last - heights - 1].any() or (crow[last - 1] != lengths).any():
+        return False
+    crow += np.repeat(stored - lengths, heights + 1)
+    if (crow[1:] < crow[:-1]).any() or (col < 0).any() or (col >= np.repeat(widths, lengths)).any():
+        return False
+    first = np.zeros(col.size + 1, dtype=bool)  # of its block-row
+    first[crow] = True
+    return bool(((col[1:] > col[:-1]) | first[1:-1]).all())
 
 
 def validate_bsr(

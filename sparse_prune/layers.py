@@ -52,6 +52,10 @@ class SparseLinear(nn.Module):
     dense weight is kept too: `backend_for(M)` tells; `planned = False`, or SPARSE_PRUNE_TUNING=off for all layers, forbids it.
     """
 
+    in_features: int
+    out_features: int
+    planned: bool
+    _derived: Derived
     crow_indices: Tensor
     col_indices: Tensor
     values: nn.Parameter
@@ -71,17 +75,30 @@ class SparseLinear(nn.Module):
         weight_only: bool = False,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("crow_indices", crow_indices)
-        self.register_buffer("col_indices", col_indices)
-        self.values = nn.Parameter(values, requires_grad=values.dtype not in QUANTIZED)
+        self._fill(in_features, out_features, crow_indices, col_indices, values, bias, scales, weight_only)
+
+    def _fill(
+        self,
+        in_features: int,
+        out_features: int,
+        crow_indices: Tensor,
+        col_indices: Tensor,
+        values: Tensor,
+        bias: Tensor | None = None,
+        scales: Tensor | None = None,
+        weight_only: bool = False,
+    ) -> None:
+        """Make this module, new or emptied, a layer of these tensors."""
+        # Straight to the dicts: register_buffer and nn.Module's __setattr__ would be most of what loading a small model takes.
+        self._buffers.update(crow_indices=crow_indices, col_indices=col_indices)
         if scales is not None:
-            self.register_buffer("scales", scales)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
-        self.planned = True
-        self._derived = Derived()
+            self._buffers["scales"] = scales
+        own = nn.Parameter(values, requires_grad=values.dtype not in QUANTIZED)
+        self._parameters.update(values=own, bias=None if bias is None else nn.Parameter(bias))
+        vars(self).update(in_features=in_features, out_features=out_features, planned=True, _derived=Derived())
         self._weight_only = False
-        self.weight_only = weight_only
+        if weight_only:
+            self.weight_only = True
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, mask: Tensor, blocksize: Sequence[int] = (32, 32)) -> SparseLinear:
@@ -104,6 +121,15 @@ class SparseLinear(nn.Module):
         n, k = packed.shape
         index = (packed.crow_indices, packed.col_indices)
         return cls(k, n, *index, packed.values, bias, packed.scales, packed.weight_only)
+
+    @classmethod
+    def become(cls, module: nn.Module, *arguments: Any) -> SparseLinear:
+        """Turn module, another linear layer, into SparseLinear(*arguments) in its place: its hooks and names in a model stay."""
+        vars(module).update(_parameters={}, _buffers={})
+        module.__class__ = cls
+        assert isinstance(module, cls)
+        module._fill(*arguments)
+        return module
 
     def quantize_(self, dtype: torch.dtype = torch.int8, weight_only: bool = False) -> SparseLinear:
         """Round the blocks (BsrWeight.quantize), in place, and return self; `sp.quantize_` does a whole model."""

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_prune import BsrWeight, SparsePruneError
+from sparse_prune.bsr import check_finite, sound_indices, validate_bsr
 from sparse_prune.masks import expand_mask, grid_shape
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -121,3 +123,44 @@ def test_validate_names_the_first_violation(case):
 def test_all_zero_mask():
     packed = packed_weight(density=-1).validate()
     assert packed.nnzb == 0 and packed.density == 0 and not packed.to_dense().any()
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_indices_of_many_weights_are_sound_where_each_is(data):
+    grids, crows, cols = [], [], []
+    for _ in range(data.draw(st.integers(1, 3))):
+        mask = np.array(data.draw(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=3)))
+        grids.append(mask.shape)
+        crows.append(np.concatenate([[0], mask.sum(1).cumsum()]).astype(np.int32))
+        cols.append(np.nonzero(mask)[1].astype(np.int32))
+    which = data.draw(st.sampled_from(["nothing", "crow", "col", "shorter"]))
+    i = data.draw(st.integers(0, len(grids) - 1))
+    if which == "shorter":
+        cols[i] = cols[i][:-1]
+    elif which != "nothing":
+        array = (crows if which == "crow" else cols)[i]
+        if array.size:
+            array[data.draw(st.integers(0, array.size - 1))] = data.draw(st.integers(-2, 5))
+    sound = True
+    for (rows, columns), crow, col in zip(grids, crows, cols, strict=True):
+        try:
+            values = torch.zeros(len(col), 4, 4)
+            validate_bsr((4 * rows, 4 * columns), (4, 4), torch.from_numpy(crow), torch.from_numpy(col), values)
+        except SparsePruneError:
+            sound = False
+    assert sound_indices(grids, crows, cols) == sound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_what_is_finite_is_told_from_what_sums_to_infinity(dtype):
+    values = torch.full((3, 50), torch.finfo(dtype).max, dtype=dtype)
+    check_finite(values, "values")
+    check_finite(values[:0], "values")
+    for wrong in (float("nan"), float("inf"), -float("inf")):
+        values[1, 7] = wrong
+        with pytest.raises(SparsePruneError, match="values: expected finite numbers"):
+            check_finite(values, "values")
+    values[0, 0], values[1, 7] = float("inf"), -float("inf")
+    with pytest.raises(SparsePruneError, match="values: expected finite numbers"):
+        check_finite(values, "values")

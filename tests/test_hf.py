@@ -205,14 +205,16 @@ def test_who_reads_the_sparse_layers(packed, monkeypatch, options):
 
     model, path = packed
     waited, made = [], []
-    read, empty = hf._Awaited.read, hf._empty_layer
-    monkeypatch.setattr(hf._Awaited, "read", lambda self: waited.append(self.name) or read(self))
+    read, empty = hf._read, hf._empty_layer
+    monkeypatch.setattr(hf, "_read", lambda awaited: waited.extend(awaited) or read(awaited))
     monkeypatch.setattr(hf, "_empty_layer", lambda *arguments: made.append(arguments) or empty(*arguments))
     auto = transformers.AutoModelForSequenceClassification
     loaded, told = auto.from_pretrained(path, output_loading_info=True, **options)
     assert (len(waited), len(made)) == ((0, 12) if options else (12, 0))
     assert not any(told[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert not loaded.training and all(layer.values.requires_grad for layer in sparse_layers(loaded))
+    assert {type(layer) for layer in sparse_layers(loaded)} == {sp.SparseLinear}
+    assert loaded.config.quantization_config.layers == model.config.quantization_config.layers
     torch.testing.assert_close(first(loaded(**TEXT)), first(model(**TEXT)), rtol=0, atol=0)
 
 
@@ -224,6 +226,55 @@ def test_what_is_read_here_must_be_what_the_config_says(packed):
     safetensors.torch.save_file(tensors, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(sp.SparsePruneError, match=r"query.values: expected \d+ blocks, as config.json says"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "match"),
+    [
+        ("values", lambda t: t.to(torch.int32), "query.values: expected float32"),
+        ("values", lambda t: t.transpose(1, 2).reshape(len(t), 8, 32).contiguous(), r"query.values: expected shape"),
+        ("col_indices", lambda t: t[:-1].clone(), "query.col_indices: expected shape"),
+        ("col_indices", lambda t: t.float(), "query.col_indices: expected int32"),
+        ("crow_indices", lambda t: t.flip(0), "query.crow_indices: expected a first entry of 0"),
+        ("bias", lambda t: t[:-1].clone(), r"query.bias: expected shape \(64,\)"),
+    ],
+)
+def test_each_tensor_that_is_read_here_is_checked(packed, part, change, match):
+    _, path = packed
+    tensors = safetensors.torch.load_file(path / "model.safetensors")
+    name = next(key for key in tensors if key.endswith(f"query.{part}"))
+    tensors[name] = change(tensors[name])
+    safetensors.torch.save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(sp.SparsePruneError, match=match):
+        load(path)
+
+
+def test_int8_layers_are_read_and_checked(packed, tmp_path):
+    model, _ = packed
+    sp.quantize_(model, lambda name, _: name.endswith("query"))
+    model.save_pretrained(tmp_path / "int8")
+    loaded = load(tmp_path / "int8", dtype=torch.float32)
+    assert loaded.config.quantization_config.version == "2"
+    assert torch.equal(loaded(**TEXT).logits, model(**TEXT).logits)
+    tensors = safetensors.torch.load_file(tmp_path / "int8" / "model.safetensors")
+    next(tensors[key] for key in tensors if key.endswith("query.scales"))[1] = 0
+    safetensors.torch.save_file(tensors, tmp_path / "int8" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(sp.SparsePruneError, match="query.scales: expected finite positive numbers"):
+        load(tmp_path / "int8")
+
+
+def test_hooks_and_names_stay_where_a_layer_becomes_sparse():
+    linear = torch.nn.Linear(32, 48)
+    model, seen = torch.nn.ModuleDict({"a": linear, "b": linear}), []
+    linear.register_forward_hook(lambda *_: seen.append(1))
+    packed = sp.BsrWeight.from_dense(linear.weight, torch.ones(3, 2, dtype=torch.bool), (16, 16))
+    bias, x = linear.bias.detach(), torch.randn(2, 32)
+    expected = linear(x)
+    index = (packed.crow_indices, packed.col_indices)
+    layer = sp.SparseLinear.become(linear, 32, 48, *index, packed.values.detach(), bias)
+    assert layer is linear and layer is model["b"] and dict(layer.named_parameters()).keys() == {"values", "bias"}
+    torch.testing.assert_close(model["a"](x), expected)
+    assert seen == [1, 1]
 
 
 class Twice(transformers.PreTrainedModel):
@@ -356,10 +407,21 @@ def test_damaged_config_is_refused(packed):
     _, path = packed
     config = json.loads((path / "config.json").read_text())
     layers = config["quantization_config"]["layers"]
-    layers["bert.encoder.layer.0.output.dense"]["shape"] = [64, 64]
+    name = "bert.encoder.layer.0.output.dense"
+    assert layers[name] == "64x128, 10 blocks of 16x16"
+    for entry, match in (
+        ("64x64, 10 blocks of 16x16", "expected a linear layer of 64 -> 64"),
+        ("64x128, ten blocks of 16x16", f"a description of the packed layers, got {name}: "),
+        (7, f"a description of the packed layers, got {name}: "),
+        ({"shape": [64, 64], "blocksize": [16, 16], "nnzb": 10}, "expected a linear layer of 64 -> 64"),
+    ):
+        layers[name] = entry
+        (path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(sp.SparsePruneError, match=match):
+            load(path)
+    layers[name] = {"shape": [64, 128], "blocksize": [16, 16], "nnzb": 10}
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(sp.SparsePruneError, match="expected a linear layer of 64 -> 64"):
-        load(path)
+    load(path)
 
 
 SPARSE_PRUNE_FIRST = """

@@ -321,3 +321,92 @@ def test_a_damaged_file_never_reaches_a_kernel(packed_model, tmp_path, data):
         if isinstance(layer, sp.SparseLinear):
             layer.packed.validate()
     loaded(torch.randn(3, 64))
+
+
+TENSORS = {
+    "a": torch.arange(6.0).view(2, 3),
+    "b": torch.arange(5, dtype=torch.int8),
+    "c": torch.randn(3, 2, 2).bfloat16(),
+    "d": torch.zeros(0, 4, 4),
+    "e": torch.arange(4, dtype=torch.int32),
+    "f": torch.randn(2, dtype=torch.float64),
+    "g": torch.randn(3).half(),
+}
+
+
+def test_a_mapped_file_gives_what_safetensors_does(tmp_path):
+    safetensors.torch.save_file(TENSORS, tmp_path / "t.safetensors")
+    mapped = serialization.MappedFile(tmp_path / "t.safetensors")
+    for name, tensor in TENSORS.items():
+        for got in (mapped.tensor(name), mapped.tensor(name, apart=True)):
+            assert got.dtype == tensor.dtype and torch.equal(got, tensor)
+    storages = {mapped.tensor(name).untyped_storage().data_ptr() for name in "abcefg"}
+    assert len(storages) == 6, "save_pretrained takes tensors of one storage for one tensor"
+    view = mapped.tensor("a")
+    view.add_(1)
+    assert torch.equal(serialization.MappedFile(tmp_path / "t.safetensors").tensor("a"), TENSORS["a"])
+
+
+def _write(file: Path, header: dict, data: bytes = bytes(64)) -> Path:
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return file
+
+
+def test_a_tensor_where_no_number_of_its_size_may_lie(tmp_path):
+    header = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "pad": "x"}
+    while (len(json.dumps(header)) + 8) % 4 != 1:
+        header["pad"] += "x"
+    data = torch.tensor([1.5, -2.0]).numpy().tobytes()
+    mapped = serialization.MappedFile(_write(tmp_path / "odd.safetensors", header, data))
+    assert mapped.tensor("a").tolist() == [1.5, -2.0] and mapped.tensor("a").data_ptr() % 4 == 0
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 12]},
+        {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [60, 68]},
+        {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 2**66]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [2**80, 2**80 + 8]},
+        {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": "2", "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2]},
+        [],
+        None,
+    ],
+)
+def test_a_header_that_lies_is_refused(tmp_path, entry):
+    mapped = serialization.MappedFile(_write(tmp_path / "lies.safetensors", {"a": entry}))
+    for apart in (False, True):
+        with pytest.raises(sp.SparsePruneError, match=r"lies.safetensors: a: expected a tensor"):
+            mapped.tensor("a", apart)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x01", b"\xff" * 16, bytes(8), (8).to_bytes(8, "little") + b"[1, 2, 3]"])
+def test_what_is_no_safetensors_file_is_refused(tmp_path, content):
+    (tmp_path / "f.safetensors").write_bytes(content)
+    with pytest.raises(sp.SparsePruneError, match="f.safetensors: expected a safetensors file"):
+        serialization.MappedFile(tmp_path / "f.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ((), ""),
+        ((torch.int8,), ", int8"),
+        ((torch.float8_e4m3fn,), ", float8_e4m3fn"),
+        ((torch.int8, True), ", int8 weight_only"),
+    ],
+)
+def test_what_a_file_says_of_a_layer_is_read_back(how, said):
+    entry = serialization.PackedLayer((768, 3072), (32, 64), 460, *how)
+    for form in (str(entry), entry.to_dict(), json.loads(json.dumps(entry.to_dict()))):
+        assert serialization.PackedLayer.parse(form) == entry
+    assert str(entry) == "768x3072, 460 blocks of 32x64" + said
+    for wrong in (f"{entry} ", f"{entry}, int4", "768x3072, 460 blocks of 32x64, float8_e4m3fn weight_only", "", "-1"):
+        with pytest.raises(ValueError, match="is not|weight_only is True beside"):
+            serialization.PackedLayer.parse(wrong)

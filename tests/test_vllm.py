@@ -133,7 +133,10 @@ def _made(layer: str, bias: bool = True, **options):
     from sparse_prune.integrations.vllm import SparsePruneVllmConfig
 
     config = SparsePruneVllmConfig.from_config(
-        {"version": "1" if layer == "plain" else "2", "layers": describe_layers(model)}
+        {
+            "version": "1" if layer == "plain" else "2",
+            "layers": {name: str(entry) for name, entry in describe_layers(model).items()},
+        }
     )
     theirs = ReplicatedLinear(48, options.pop("rows", 80), bias=bias, quant_config=config, prefix=layer, **options)
     return sparse, theirs

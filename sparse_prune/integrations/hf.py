@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import safetensors
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # From the modules that define them: this runs while `transformers.modeling_utils` is still being imported.
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..bsr import check_finite, validate_bsr
+from ..bsr import VALUE_DTYPES, check_finite, sound_indices, validate_bsr
 from ..convert import after_conversion, swap_modules
 from ..errors import SparsePruneError
 from ..fuse import fuse_encoder_
@@ -32,12 +32,12 @@ from ..masks import grid_shape
 from ..serialization import (
     METHOD,
     VERSIONS,
+    MappedFile,
     PackedLayer,
     check_version,
     describe_layers,
     fits_layer,
     layout_metadata,
-    open_safetensors,
     parse_layers,
     version_of,
 )
@@ -46,11 +46,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _REMEDY = "pack the model again"
+_INDICES = ("crow_indices", "col_indices")
 
 
 @register_quantization_config(METHOD)
 class SparsePruneConfig(QuantizationConfigMixin):
-    """version of the layout, and layers: name -> {"shape": [N, K], "blocksize": [R, C], "nnzb": n}, if quantized also how."""
+    """version of the layout, and layers: name -> what a PackedLayer says of itself."""
 
     quant_method: Any  # for theirs a member of an enumeration
 
@@ -58,8 +59,8 @@ class SparsePruneConfig(QuantizationConfigMixin):
         check_version(version, "quantization_config.version")
         self.quant_method = METHOD
         self.version = version
-        self.layers = dict(layers or {})
-        parse_layers(self.layers, "quantization_config.layers")
+        parsed = parse_layers(layers or {}, "quantization_config.layers")
+        self.layers = {name: str(entry) for name, entry in parsed.items()}
 
 
 @register_quantizer(METHOD)
@@ -82,58 +83,68 @@ class SparsePruneQuantizer(HfQuantizer):
         **_: object,
     ) -> None:
         described = parse_layers(self.quantization_config.layers, "config.json")
-        stored = _stored(described, checkpoint_files or ())
+        stored = _stored(checkpoint_files or ())
         apart = torch.distributed.is_available() and torch.distributed.is_initialized()
         in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
         plain = device_map is None and not apart and not in_fp32
-        prefix = f"{model.base_model_prefix}."
-        new: dict[nn.Module, nn.Module] = {}
+        modules, prefix = dict(model.named_modules(remove_duplicate=False)), f"{model.base_model_prefix}."
         with_head = any(name.startswith(prefix) for name in described)
+        self.awaited: list[_Awaited] = []
+        new: dict[nn.Module, nn.Module] = {}
         for name, entry in described.items():
-            linear = _find(model, name, prefix)
-            if linear is None and with_head and not name.startswith(prefix):
+            own = _own_name(modules, name, prefix)
+            if own is None and with_head and not name.startswith(prefix):
                 continue  # a layer of the head that was saved, which this model has not
-            if not fits_layer(linear, entry.shape):
+            linear = None if own is None else modules[own]
+            if own is None or not fits_layer(linear, entry.shape):
                 n, k = entry.shape
                 raise SparsePruneError(f"config.json: {name}", f"a linear layer of {k} -> {n}", linear, _REMEDY)
             parts = (*entry.parts, *(() if linear.bias is None else ("bias",)))
-            files = {part: stored[f"{name}.{part}"] for part in parts if f"{name}.{part}" in stored}
-            if plain and len(files) == len(parts):
-                new[linear] = _Awaited(name, entry, linear.weight.dtype, files)
+            keys = {part: f"{name}.{part}" for part in parts}
+            files = {part: stored[key] for part, key in keys.items() if key in stored}
+            if len(files) < len(parts):
+                _check_stored(described, stored)
+            if len(files) == len(parts) and plain:
+                self.awaited.append(_Awaited(linear, own, name, entry, linear.weight.dtype, files))
             else:
-                new[linear] = _empty_layer(linear, entry)
-            new[linear].train(linear.training)
-        swap_modules(model, new)
+                new[linear] = _empty_layer(linear, entry).train(linear.training)
+        for waiting in self.awaited:
+            _Nothing.become(waiting.module)
+        if new:
+            swap_modules(model, new)
+        self.only_awaited = not new
         if hasattr(model, "all_tied_weights_keys"):
-            replaced = (*new.values(),)
+            sparse = {*new.values(), *(waiting.module for waiting in self.awaited)}
             tied = {
                 target: source
                 for target, source in model.all_tied_weights_keys.items()
-                if model.get_submodule(target.rpartition(".")[0]) not in replaced
+                if model.get_submodule(target.rpartition(".")[0]) not in sparse
             }
             model.all_tied_weights_keys = tied
-        shared = next(iter(_shared_tensors(model).items()), None)
+        shared = next(iter(_shared_tensors(model).items()), None) if new else None
         if shared is not None:  # transformers would fill the second name with new memory
             got = f"{shared[0]}, which is {shared[1]}"
             raise SparsePruneError(
                 "device_map", "none where a sparse layer has several names", got, "leave it out, then model.to(...)"
             )
-        names = {
-            re.sub(r"\d+", r"\\d+", re.escape(layer.name.removeprefix(prefix)))
-            for layer in new.values()
-            if isinstance(layer, _Awaited)
-        }
         # Told apart by their names without numbers: a few patterns, compiled once.
-        ignored = {rf"(^|\.){name}\.(values|crow_indices|col_indices|scales|bias)$" for name in names}
+        names = "\n".join(waiting.name.removeprefix(prefix) for waiting in self.awaited)
+        kinds = [re.escape(name).replace("0", r"\d+") for name in {*re.sub(r"\d+", "0", names).split("\n")} if name]
+        ignored = {rf"(^|\.){name}\.(values|crow_indices|col_indices|scales|bias)$" for name in kinds}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
+        awaited, self.awaited = self.awaited, []
+        _read(awaited)
+        if self.only_awaited:
+            self.quantization_config.layers = {waiting.own: str(waiting.entry) for waiting in awaited}
+            fuse_encoder_(model)
+            return
         modules = dict(model.named_modules())
-        new: dict[nn.Module, nn.Module] = {m: m.read() for m in modules.values() if isinstance(m, _Awaited)}
-        swap_modules(model, new)
-        for name, module in modules.items():
-            layer = new.get(module, module)
-            if isinstance(layer, SparseLinear) and not layer.values.is_meta:  # meta: offloaded to disk
+        read = {waiting.module for waiting in awaited}
+        for name, layer in modules.items():
+            mine = isinstance(layer, SparseLinear) and layer not in read
+            if mine and not layer.values.is_meta:  # meta: offloaded to disk
                 # Views of the mapped file would keep all of it in memory where dtype has made copies of the values.
                 layer.crow_indices, layer.col_indices = layer.crow_indices.clone(), layer.col_indices.clone()
                 packed = layer.packed
@@ -176,8 +187,9 @@ class SparsePruneQuantizer(HfQuantizer):
     def _describe(self, model: PreTrainedModel) -> None:
         """The layers as they are named in this model, which may be the base or another head of the one that was saved."""
         config = self.quantization_config
-        config.layers = describe_layers(model)
-        config.version = version_of(config.layers)
+        layers = describe_layers(model)
+        config.layers = {name: str(entry) for name, entry in layers.items()}
+        config.version = version_of(layers)
         _share(model)
 
 
@@ -191,7 +203,7 @@ def mark_packed(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         return
     layers = describe_layers(model)
-    config = SparsePruneConfig(version_of(layers), layers)
+    config = SparsePruneConfig(version_of(layers), {name: str(entry) for name, entry in layers.items()})
     marked: Any = model  # with attributes that transformers looks for and declares nowhere
     marked.hf_quantizer = SparsePruneQuantizer(config)
     marked.config.quantization_config = config
@@ -202,46 +214,77 @@ def mark_packed(model: nn.Module) -> None:
 after_conversion.append(mark_packed)
 
 
-class _File:
-    """An open safetensors file, whose tensors come as views of the mapped file or as copies read apart from it."""
+class _Awaited(NamedTuple):
+    """A layer that is read here: its module and that module's name in the model, its name in the checkpoint, and part -> file."""
 
-    def __init__(self, path: str) -> None:
-        self.path, self.mapped = path, open_safetensors(path)
+    module: nn.Module
+    own: str
+    name: str
+    entry: PackedLayer
+    dtype: torch.dtype
+    files: Mapping[str, MappedFile]
 
-    @cached_property
-    def apart(self) -> Any:
-        return open_safetensors(self.path, mapped=False)
+
+class _Nothing(nn.Module):
+    """What a linear layer is while transformers reads the rest of a checkpoint: without anything to read or to initialise."""
+
+    # Some models initialise what their children hold (GPT-2's c_proj.weight), unless it is marked so.
+    weight: Any = torch.empty(0)
+    bias: Any = weight
+    weight._is_hf_initialized = True
+
+    @classmethod
+    def become(cls, module: nn.Module) -> None:
+        """Turn module into one, in its place."""
+        vars(module).update(_parameters={}, _buffers={})
+        module.__class__ = cls
 
 
-class _Awaited(nn.Module):
-    """Holds the place of a SparseLinear while transformers reads the rest of a checkpoint; files: part -> the file that has it."""
+def _read(awaited: Sequence[_Awaited]) -> None:
+    """Turn the modules into SparseLinear. Values are views of the mapped file, or where dtype is another copies: then nothing is
+    mapped that would stay. Indices are copied, so that what was checked is what the kernels get.
 
-    def __init__(self, name: str, entry: PackedLayer, dtype: torch.dtype, files: Mapping[str, _File]) -> None:
-        super().__init__()
-        self.name, self.entry, self.dtype, self.files = name, entry, dtype, files
-        # Some models initialise what their children hold (GPT-2's c_proj.weight), unless it is marked so.
-        self.weight = self.bias = torch.empty(0, device="cpu")
-        self.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark
+    Raises SparsePruneError where a file does not hold what the config says, or a layer that is not sound.
+    """
+    read = [{part: file.tensor(f"{it.name}.{part}") for part, file in it.files.items()} for it in awaited]
+    sound = bool(awaited) and all(got[kind].dtype == torch.int32 for got in read for kind in _INDICES)
+    if sound:
+        copies = _copies([got[kind] for kind in _INDICES for got in read])
+        crows, cols = copies[: len(read)], copies[len(read) :]
+        grids = [grid_shape(it.entry.shape, it.entry.blocksize) for it in awaited]
+        sound = sound_indices(grids, crows, cols)
+        for got, crow, col in zip(read, crows, cols, strict=True):
+            got["crow_indices"], got["col_indices"] = torch.from_numpy(crow), torch.from_numpy(col)
+    for it, got in zip(awaited, read, strict=True):
+        (n, k), blocksize, nnzb, quantized = (
+            it.entry.shape,
+            it.entry.blocksize,
+            it.entry.nnzb,
+            it.entry.dtype is not None,
+        )
+        values, bias, scales = got["values"], got.pop("bias", None), got.get("scales")
+        it.entry.check_dtype(values, f"{it.name}.values")
+        if values.shape[:1] != (nnzb,):
+            expected = f"{nnzb} blocks, as config.json says"
+            raise SparsePruneError(f"{it.name}.values", expected, tuple(values.shape), _REMEDY)
+        as_said = values.shape == (nnzb, *blocksize) and len(got["col_indices"]) == nnzb
+        if not (sound and as_said and values.dtype in VALUE_DTYPES and not quantized):
+            validate_bsr((n, k), blocksize, **got, name=it.name, weight_only=it.entry.weight_only)
+        if bias is not None and bias.shape != (n,):
+            raise SparsePruneError(f"{it.name}.bias", f"shape ({n},)", tuple(bias.shape), _REMEDY)
+        if not quantized and values.dtype != it.dtype:
+            values = it.files["values"].tensor(f"{it.name}.values", apart=True).to(it.dtype)
+        check_finite(values, f"{it.name}.values")
+        bias = None if bias is None else bias.to(it.dtype)
+        index = (got["crow_indices"], got["col_indices"])
+        SparseLinear.become(it.module, k, n, *index, values, bias, scales, it.entry.weight_only)
 
-    def read(self) -> SparseLinear:
-        """The layer, its values views of the mapped file, or where dtype is another a copy: then nothing is mapped that would stay.
 
-        Raises SparsePruneError where the file does not hold what the config says.
-        """
-        got = {part: file.mapped.get_tensor(f"{self.name}.{part}") for part, file in self.files.items()}
-        if self.entry.dtype is None and got["values"].dtype != self.dtype:
-            got["values"] = self.files["values"].apart.get_tensor(f"{self.name}.values")
-        for part in ("values", "bias") if self.entry.dtype is None else ("bias",):
-            if part in got:
-                got[part] = got[part].to(self.dtype)
-        n, k = self.entry.shape
-        self.entry.check_dtype(got["values"], f"{self.name}.values")
-        if got["values"].shape[:1] != (self.entry.nnzb,):
-            expected = f"{self.entry.nnzb} blocks, as config.json says"
-            raise SparsePruneError(f"{self.name}.values", expected, tuple(got["values"].shape), _REMEDY)
-        if "bias" in got and got["bias"].shape != (n,):
-            raise SparsePruneError(f"{self.name}.bias", f"shape ({n},)", tuple(got["bias"].shape), _REMEDY)
-        return SparseLinear(k, n, **got, weight_only=self.entry.weight_only).train(self.training)
+def _copies(indices: Sequence[Tensor]) -> list[np.ndarray]:
+    """int32 tensors, copied into one piece of memory."""
+    whole = np.concatenate([index.numpy() for index in indices], axis=None)
+    ends = accumulate(index.numel() for index in indices)
+    return [whole[end - index.numel() : end] for end, index in zip(ends, indices, strict=True)]
 
 
 def _share(model: PreTrainedModel) -> None:
@@ -278,40 +321,32 @@ def _empty_layer(linear: nn.Linear | SparseLinear, entry: PackedLayer) -> Sparse
     )
 
 
-def _find(model: PreTrainedModel, name: str, prefix: str) -> nn.Module | None:
-    """What stands in this model at the place of a saved layer.
+def _own_name(modules: Mapping[str, nn.Module], name: str, prefix: str) -> str | None:
+    """The name that a saved layer has in the model of these modules, if it has one.
 
     A checkpoint of a model with a head loads into the base model, and the other way round, as dense ones do: names then differ by
     the base model's prefix.
     """
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
-        try:
-            return model.get_submodule(candidate)
-        except AttributeError:
-            continue
-    return None
+    candidates = (name, name.removeprefix(prefix), prefix + name)
+    return next((candidate for candidate in candidates if candidate in modules), None)
 
 
-def _stored(described: Mapping[str, Any], files: Sequence[str]) -> dict[str, _File]:
-    """Name of each tensor -> the file that has it; empty where files are of another kind.
-
-    Raises SparsePruneError for a described layer that the files lack: transformers would only warn, and go on with noise.
-    """
-    stored: dict[str, _File] = {}
-    if not files or not all(str(file).endswith(".safetensors") for file in files):
-        return stored
-    for file in files:
-        try:
-            opened = _File(file)
-            stored |= dict.fromkeys(opened.mapped.keys(), opened)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise SparsePruneError(
-                str(file), "a safetensors file", f"{type(error).__name__}: {error}", _REMEDY
-            ) from None
-    # By number, since for some models transformers stores weights under older names than the modules have now.
-    for part in ("crow_indices", "col_indices", "values", "scales"):
-        wanted = [name for name, entry in described.items() if part in entry.parts]
-        if sum(key.endswith(f".{part}") for key in stored) < len(wanted):
-            missing = next((name for name in wanted if f"{name}.{part}" not in stored), "a layer")
-            raise SparsePruneError(f"{files[0]}: {missing}.{part}", "a tensor", "none", _REMEDY)
+def _stored(files: Sequence[str]) -> dict[str, MappedFile]:
+    """Name of each tensor -> the file that has it; empty where files are of another kind."""
+    stored: dict[str, MappedFile] = {}
+    if all(str(file).endswith(".safetensors") for file in files):
+        for file in map(MappedFile, files):
+            stored |= dict.fromkeys(file.header, file)
     return stored
+
+
+def _check_stored(described: Mapping[str, PackedLayer], stored: Mapping[str, MappedFile]) -> None:
+    """Raise SparsePruneError for a described layer that the files lack: transformers would only warn, and go on with noise.
+
+    By number, since for some models transformers stores weights under older names than the modules have now.
+    """
+    for part in ("crow_indices", "col_indices", "values", "scales"):
+        wanted = [f"{name}.{part}" for name, entry in described.items() if part in entry.parts]
+        if stored and sum(key.endswith(f".{part}") for key in stored) < len(wanted):
+            missing = next((name for name in wanted if name not in stored), "a layer")
+            raise SparsePruneError(f"the checkpoint: {missing}", "a tensor", "none", _REMEDY)
