@@ -158,7 +158,8 @@ def cuda_row(capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
     heads = layout.tables[: layout.tiles * cuda.TILE_INTS].view(layout.tiles, -1)
     rows, some, outputs = min(m, launch.tokens), None, torch.arange(n)
     if not launch.skinny:  # few rows are cheap: count all programs, and so the bytes that must move
-        by_length, sample = heads[:, 1].argsort(descending=True), min(SAMPLE, layout.tiles)
+        units = torch.cat([heads[1:, 2], heads.new_tensor([len(layout.units)])]) - heads[:, 2]  # of each tile
+        by_length, sample = units.argsort(descending=True), min(SAMPLE, layout.tiles)
         some = by_length[[int((place + 0.5) * layout.tiles / sample) for place in range(sample)]]
         served = heads[some, 4 : 4 + cuda.TILE_OUTPUTS // layout.row].flatten()
         outputs = (served[served >= 0][:, None] * layout.row + torch.arange(layout.row)).flatten()
@@ -178,7 +179,10 @@ def cuda_row(capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
     else:
         assert some is not None
         programs = len(some)
-        scale, stages = -(-m // launch.tokens) * layout.tiles / programs, 4 if launch.tokens == 256 else 3
+        scale, stages = (
+            -(-m // launch.tokens) * layout.tiles / programs,
+            4 if (layout.row, launch.tokens) == (16, 256) else 3,
+        )
         steps = float(heads[:, 1].float().mean())
     registers = kernels.registers("kernels_sm80.cu", arch)[kernels.entry(at, launch, torch.bfloat16)]
     made = SimpleNamespace(registers=registers, shared=launch.shared_bytes)

@@ -87,7 +87,7 @@ def aligned(x: Tensor, apart: int = 0) -> Tensor:
 class Layout(ctypes.Structure):
     """As in csrc/cuda/config.h."""
 
-    _fields_ = [("row", ctypes.c_int), ("order", ctypes.c_int)] + [
+    _fields_ = [(name, ctypes.c_int) for name in ("row", "order", "block_cols")] + [
         (name, ctypes.c_int64)
         for name in ("rows", "tiles", "pieces", "tables", "starts", "piece_table", "steps", "least_bytes")
     ]
@@ -96,7 +96,7 @@ class Layout(ctypes.Structure):
 class LinearLaunch(ctypes.Structure):
     """As in csrc/cuda/config.h."""
 
-    _fields_ = [(name, ctypes.c_int) for name in ("skinny", "tokens", "units", "threads", "shared_bytes")] + [
+    _fields_ = [(name, ctypes.c_int) for name in ("skinny", "tokens", "units", "inputs", "threads", "shared_bytes")] + [
         ("blocks", ctypes.c_int64)
     ]
 
@@ -166,11 +166,17 @@ def linear_launch(
     return layout, launch
 
 
+def wide_launch(at: Layout, m: int, tokens: int) -> LinearLaunch:
+    """The launch of the kernel for many tokens, in blocks of so many, whatever the launcher would choose."""
+    inputs = 16 if at.row == 16 or at.block_cols == 16 or (at.row, tokens) == (64, 128) else 32
+    return LinearLaunch(0, tokens, 0, inputs, 256, {128: 49152, 256: 98304}[tokens], -(-m // tokens) * at.tiles)
+
+
 def entry(layout: Layout, launch: LinearLaunch, dtype: torch.dtype) -> str:
     """The name of the kernel that launch_linear runs."""
     if launch.skinny:
         return f"bsr_linear_skinny_{NAMES[dtype]}_{launch.tokens}_{launch.units}"
-    return f"bsr_linear_sm80_{NAMES[dtype]}_{layout.row}_{launch.tokens}"
+    return f"bsr_linear_sm80_{NAMES[dtype]}_{layout.row}x{launch.inputs}_{launch.tokens}"
 
 
 def linear(
@@ -197,8 +203,7 @@ def linear(
     assert x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0, "the launcher copies other x"
     at, launch = linear_launch(m, n, blocks, sms)
     if tokens is not None:
-        shared = {128: 49152, 256: 98304}[tokens]
-        launch = LinearLaunch(0, tokens, 0, 256, shared, -(-m // tokens) * at.tiles)
+        launch = wide_launch(at, m, tokens)
     y = x.new_full((m, n), torch.nan)  # [M, N]
     assert len(packed) >= at.least_bytes
     weights, heads, starts, pieces, steps = packed.tensor_split((at.tables, at.starts, at.piece_table, at.steps))
@@ -207,11 +212,11 @@ def linear(
         heads, count = heads.view(at.tiles, -1)[tiles].contiguous(), len(tiles)
         launch.blocks = launch.blocks // at.tiles * count
     vector = n % 8 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in (y, bias, residual))
-    tables, last = (heads, steps), [count]
+    tables, last = (heads, steps), [count, int(k % at.block_cols != 0)]
     if launch.skinny:
         tables, last = (starts, pieces), [at.row // 16, at.order]
     code = program(ptx("kernels_sm80.cu", arch, patch), entry(at, launch, x.dtype))
-    arguments = [x, weights if len(weights) else 0, *tables, *(0 if t is None else t for t in (bias, residual)), y]
+    arguments = [x, weights, *tables, *(0 if t is None else t for t in (bias, residual)), y]
     arguments += [m, n, k, x.stride(0), *last, ACTIVATIONS.index(activation), int(vector)]
     counts = code.launch(launch.blocks, launch.threads, arguments, shared_bytes=launch.shared_bytes, **options)
     return y, counts
@@ -248,14 +253,18 @@ def linear_int8(
     pairs, (nnzb, r, c) = q.view(torch.int16), blocks
     at, launch = linear_launch(len(x), n, (nnzb, r, c // 2), most_row=32)
     if tokens is not None:
-        launch = LinearLaunch(0, tokens, 0, 256, {128: 49152, 256: 98304}[tokens], -(-len(x) // tokens) * at.tiles)
+        launch = wide_launch(at, len(x), tokens)
     y = x.new_full((len(x), n), torch.nan)  # [M, N]
     assert len(packed) >= at.least_bytes
     weights, heads, starts, pieces, steps = packed.tensor_split((at.tables, at.starts, at.piece_table, at.steps))
-    tables, last = ((starts, pieces), [at.row // 16, at.order]) if launch.skinny else ((heads, steps), [at.tiles])
+    tables, last = (
+        ((starts, pieces), [at.row // 16, at.order])
+        if launch.skinny
+        else ((heads, steps), [at.tiles, int(pairs.shape[1] % at.block_cols != 0)])
+    )
     vector = n % 8 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in (y, bias, residual))
     name = entry(at, launch, x.dtype).replace(f"_{NAMES[x.dtype]}_", f"_int8_{NAMES[x.dtype]}_")
-    arguments = [pairs, weights if len(weights) else 0, *tables, *(0 if t is None else t for t in (bias, residual)), y]
+    arguments = [pairs, weights, *tables, *(0 if t is None else t for t in (bias, residual)), y]
     arguments += [*y.shape, pairs.shape[1], pairs.stride(0), *last, ACTIVATIONS.index(activation), int(vector)]
     code = program(ptx("kernels_int8.cu", arch, patch), name)
     given = [*arguments, x_scales, scales]

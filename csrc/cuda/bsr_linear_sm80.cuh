@@ -1,16 +1,18 @@
 // y[M, N] = act(x[M, K] @ W[N, K]^T + bias) + residual for many tokens, by cp.async, ldmatrix and mma.sync.
 //
 // A block of 8 warps makes 64 * kTokenTiles tokens x 128 outputs. The outputs are those of several block-rows ("rows" below, at most
-// 64 outputs each: a block-row of 128 is two rows) that share one walk over the union of their columns, 32 inputs a step. Each step
-// copies x at those inputs and exactly the weights that exist; a warp multiplies only the blocks that its rows have, so zeros cost
-// neither bytes nor multiplications.
+// 64 outputs each: a block-row of 128 is two rows) that share one walk over the union of their columns, 64 inputs a step (rows of 16:
+// 32). Each step copies x at those inputs; a warp reads and multiplies only the blocks that its rows have, so zeros cost neither bytes
+// nor multiplications.
 //
 // Warps w and w + 4 share a sub-core of the SM. They have the same tokens, the first the rows of group 0 and the second those of
 // group 1: every sub-core then multiplies every block once for its quarter of the tokens, and no mask can make one of them wait.
 //
-// The weights of a tile lie in global memory in the order in which they are used, each 16 x 16 unit as the 16 bytes that each lane
-// passes to two mma. Columns of the unit are permuted so that a lane's sums are 4 (rows of 16) or 8 adjacent outputs of a token.
-// How much each resource is busy, and why weights pass through shared memory here: docs/gpu-performance.md.
+// The weights of a group lie in global memory in the order in which it uses them, each 16 x 16 unit as the 16 bytes that each lane
+// passes to two mma, so that a warp reads on in one stream whatever blocks there are: straight into registers, a few units ahead. Four
+// warps read each, three of them from L1. Rows of 16 have too little to multiply between two units for that: theirs pass through
+// shared memory. Columns of the unit are permuted so that a lane's sums are 4 (rows of 16) or 8 adjacent outputs of a token.
+// How much each resource is busy, and what the loop's instructions are: docs/gpu-performance.md.
 #pragma once
 
 #include "epilogue.cuh"
@@ -18,128 +20,186 @@
 
 namespace sparse_prune::device {
 
-// One step of a tile: two columns of 16 inputs.
-//   .x, .y   the columns, in units of 16 inputs; -1 where there is none
-//   .z       which rows have weights there: bit i for row i in the first column, bit 8 + i in the second
-//   .w       number of the first of these weights' units; order: group, column, row, 16 outputs
+// A step of a tile as one thread reads it: there are four, for group 0 and 1 and within each for the first and the second column of a
+// pair of columns of 16 inputs, which are copied together.
+//   .x, .y   where in a row of x that column of the first and of the second pair begins, in bytes; of another one where there is none
+//   .z       which of the group's rows have weights there: bit kGroupRows * column + row; bits from 16 on: the other group's
+//   .w       rows of 16: number of the first of these weights' units; order: group, column, row
 using Step = int4;
+constexpr int kStepThreads = 4;
 
-// A tile: where its steps begin, how many there are, and its rows (row v is outputs v * kRow ...), -1 for none.
+// A tile: where its steps begin, how many there are, where the weights of each group begin, in units (rows of 16: nothing), and its
+// rows (row v is outputs v * kRow ...), -1 for none.
 struct Tile {
-  int first, steps, unused[2];
+  int first, steps, units[2];
   int rows[8];
 };
 
-template <int kTokenTiles>
+template <int kRow, int kTokenTiles>
 struct Sm80Tile {
   static constexpr int kThreads = 256;
   static constexpr int kBlockM = 64 * kTokenTiles;
-  // 256 tokens: one block an SM, whose copies three stages cover. 128 tokens: two blocks an SM, also in 100 KB (8.6, 8.9, 12.0).
-  static constexpr int kStages = kTokenTiles == 4 ? 4 : 3;
-  static constexpr int kXBytes = kBlockM * 64;  // 32 inputs of 2 bytes
-  static constexpr int kWBytes = kTileOutputs * 64;
-  static constexpr int kStageBytes = kXBytes + kWBytes;
+  static constexpr bool kStaged = kRow == 16;  // weights pass through shared memory
+  static constexpr int kColumns = kStaged ? 2 : 4;
+  // 256 tokens: one block an SM, whose copies two or three stages cover. 128 tokens: two blocks an SM. Both in 100 KB (8.6, 8.9, 12.0).
+  static constexpr int kStages = kStaged && kTokenTiles == 4 ? 4 : 3;
+  static constexpr int kTokenBytes = kColumns * 32;
+  static constexpr int kXBytes = kBlockM * kTokenBytes;
+  static constexpr int kStageBytes = kXBytes + (kStaged ? kTileOutputs * kTokenBytes : 0);
   static constexpr int kSharedBytes = kStages * kStageBytes;
 };
 
-template <typename T, int kRow, int kTokenTiles, class Ending>
+template <int kValue>
+struct Number {
+  static constexpr int value = kValue;
+};
+
+// kTogether: columns of 16 inputs that a row has or lacks together, 2 where blocks are 32 wide or wider. ragged: some column may end
+// beyond K.
+template <typename T, int kRow, int kTogether, int kTokenTiles, class Ending>
 __device__ __forceinline__ void bsr_linear_sm80(const T* __restrict__ x, const uint4* __restrict__ weights,
                                                 const Tile* __restrict__ tiles, const Step* __restrict__ steps,
-                                                const Ending& epilogue, int M, int K, int64_t ldx, int tile_count) {
-  using Shape = Sm80Tile<kTokenTiles>;
+                                                const Ending& epilogue, int M, int K, int64_t ldx, int tile_count, int ragged) {
+  using Shape = Sm80Tile<kRow, kTokenTiles>;
   static_assert(sizeof(T) == 2, "fragments hold pairs of 16-bit numbers, or of pairs of int8.");
   static_assert(kRow == 16 || kRow == 32 || kRow == 64, "a row is a whole number of units and at most one group.");
-  constexpr int kGroupRows = 64 / kRow;  // rows of a group
-  constexpr int kUnits = kRow / kUnit;   // units of a row in one column
+  static_assert(kTogether == 1 || (kTogether == 2 && !Shape::kStaged), "units of rows of 16 lie column by column.");
+  constexpr int kColumns = Shape::kColumns, kPairs = kColumns / 2, kTokenBytes = Shape::kTokenBytes;
+  constexpr int kGroupRows = 64 / kRow;           // rows of a group
+  constexpr int kUnits = kRow / kUnit;            // units of a row in one column
+  constexpr int kPiece = kUnits * kTogether;      // units that are multiplied under one condition
+  constexpr int kHeld = kPiece < kTokenTiles ? kPiece : kTokenTiles;  // units in registers, most of them on their way
+  constexpr int kLoaded = kGroupRows == 1 ? 1 : kTogether;            // columns of x in registers
+  static_assert(kHeld <= kSpareUnits && kPiece % kHeld == 0, "what is read behind the last unit lies in the layout.");
   extern __shared__ __align__(128) char shared[];
   const int thread = threadIdx.x, lane = thread % 32, slice = thread / 32 % 4, group = thread / 128;
 
   // Blocks that run together share weights and x in L2: 2048 tokens pass over a tile of rows before the next one.
-  constexpr int kTogether = 2048 / Shape::kBlockM;
+  constexpr int kSet = 2048 / Shape::kBlockM;
   const int row_tiles = (M + Shape::kBlockM - 1) / Shape::kBlockM;
-  const int set = blockIdx.x / (kTogether * tile_count) * kTogether;
-  const int in_set = min(kTogether, row_tiles - set);
-  const int place = blockIdx.x % (kTogether * tile_count);
-  const Tile& tile = tiles[place / in_set];
+  const int set = blockIdx.x / (kSet * tile_count) * kSet;
+  const int in_set = min(kSet, row_tiles - set);
+  const int place = blockIdx.x % (kSet * tile_count);
+  const int tile_number = place / in_set;
+  const Tile& tile = tiles[tile_number];
   const int m0 = (set + place % in_set) * Shape::kBlockM;
-  const Step* step = steps + tile.first;  // steps to spare lie behind the last one, so that looking ahead needs no check
   const int count = tile.steps;
 
-  // Thread t copies 8 inputs of tokens t / 4, t / 4 + 64, ...; 4 x 16 bytes a token, swapped among pairs of tokens so that the eight
-  // rows of one ldmatrix lie in eight different sets of banks. In place of tokens past the end the last one is read.
-  const int piece = thread % 4;
-  const T* x_from[kTokenTiles];
+  // Thread t copies 16 bytes of token t / 4 of every 64, a quarter of a pair of columns. The pieces of 16 bytes of tokens are exchanged
+  // so that the eight rows of one ldmatrix lie in eight different sets of banks, and so do the eight threads that write together.
+  const int piece = thread % 4, quad = thread / 4;
+  const int token = kColumns == 2 ? quad : (quad & ~7) | (quad & 1) << 2 | (quad >> 1 & 3);
+  auto exchange = [](int token) { return kColumns == 2 ? token / 2 % 4 : token % 8; };
+  // Steps to spare lie behind the last one, so that looking ahead needs no check.
+  const Step* step = steps + tile.first * kStepThreads + group * 2 + piece / 2;
+  const char* x_from[kTokenTiles];  // in place of tokens past the end the last one is read
 #pragma unroll
-  for (int i = 0; i < kTokenTiles; ++i) x_from[i] = x + min(m0 + thread / 4 + 64 * i, M - 1) * ldx + piece % 2 * 8;
-  const int inputs_left = K - piece % 2 * 8;
+  for (int i = 0; i < kTokenTiles; ++i)
+    x_from[i] = reinterpret_cast<const char*>(x + min(m0 + token + 64 * i, M - 1) * ldx) + piece % 2 * 16;
   const uint32_t base = shared_address(shared);
-  const uint32_t x_to = base + thread / 4 * 64 + (piece ^ (thread / 8 % 4)) * 16;
+  uint32_t x_to[kPairs];
+#pragma unroll
+  for (int pair = 0; pair < kPairs; ++pair) x_to[pair] = base + token * kTokenBytes + ((pair * 4 + piece) ^ exchange(token)) * 16;
   const uint32_t w_to = base + Shape::kXBytes + thread * 16;
 
+  const int row_bytes = 2 * K - piece % 2 * 16;
   auto load = [&](const Step& s, int stage) {
-    const int k = (piece < 2 ? s.x : s.y) * 16;
-    if (k >= 0) {
-      const uint32_t to = x_to + stage * Shape::kStageBytes;
-      if (inputs_left - k >= 8) {
+    const uint32_t at[2] = {static_cast<uint32_t>(s.x), static_cast<uint32_t>(s.y)};
+    if (!ragged) {
 #pragma unroll
-        for (int i = 0; i < kTokenTiles; ++i) copy_async(to + i * 4096, x_from[i] + k);
-      } else {  // the last inputs, and zeros: weights there are zero, but NaN times zero is not
-        const int bytes = max(0, (inputs_left - k) * 2);
+      for (int pair = 0; pair < kPairs; ++pair) {
 #pragma unroll
-        for (int i = 0; i < kTokenTiles; ++i) copy_async(to + i * 4096, bytes ? x_from[i] + k : x, bytes);
+        for (int i = 0; i < kTokenTiles; ++i)
+          copy_async(x_to[pair] + stage * Shape::kStageBytes + i * 64 * kTokenBytes, x_from[i] + at[pair]);
+      }
+    } else {  // the last inputs, and zeros: weights there are zero, but NaN times zero is not
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const int bytes = min(16, max(0, row_bytes - static_cast<int>(at[pair])));
+#pragma unroll
+        for (int i = 0; i < kTokenTiles; ++i)
+          copy_async(x_to[pair] + stage * Shape::kStageBytes + i * 64 * kTokenBytes, x_from[i] + (bytes ? at[pair] : 0), bytes);
       }
     }
-    const int pieces = __popc(s.z) * (kUnits * 32);
-    const uint4* from = weights + static_cast<int64_t>(s.w) * 32 + thread;
-    if (thread < pieces) copy_async(w_to + stage * Shape::kStageBytes, from);
-    if (thread + 256 < pieces) copy_async(w_to + stage * Shape::kStageBytes + 4096, from + 256);
+    if constexpr (Shape::kStaged) {
+      const int pieces = __popc(s.z) * 32;
+      const uint4* from = weights + static_cast<int64_t>(s.w) * 32 + thread;
+      if (thread < pieces) copy_async(w_to + stage * Shape::kStageBytes, from);
+      if (thread + 256 < pieces) copy_async(w_to + stage * Shape::kStageBytes + 4096, from + 256);
+    }
   };
 
   Sum<T> sums[kTokenTiles][kGroupRows][kUnits][2][4] = {};  // [tokens / 16, rows, outputs / 16, outputs / 8, fragment]
-
+  uint4 w[kHeld];                                           // fragments of 16 inputs x 2 * 8 outputs
+  const uint4* w_from = weights + static_cast<int64_t>(tile.units[group]) * 32 + lane;
+  if constexpr (!Shape::kStaged) {
 #pragma unroll
-  for (int s = 0; s < Shape::kStages - 1; ++s) {
-    if (s < count) load(step[s], s);
+    for (int unit = 0; unit < kHeld; ++unit) w[unit] = load_read_only(w_from + unit * 32);
+  }
+
+  constexpr int kAhead = Shape::kStages - 1;
+#pragma unroll
+  for (int s = 0; s < kAhead; ++s) {
+    if (s < count) load(step[s * kStepThreads], s);
     copies_commit();
   }
-  const uint32_t first_rows = ((1u << kGroupRows) - 1) * 0x101;  // of group 0, in both columns
-  const uint32_t a_from = base + (slice * 16 * kTokenTiles + lane % 16) * 64 + ((lane / 16) ^ (lane % 16 / 2 % 4)) * 16;
-  const uint32_t b_from = base + Shape::kXBytes + lane * 16;
-  Step ahead = step[Shape::kStages - 1];
-  uint32_t all = step[0].z;
-  for (int s = 0, stage = 0; s < count; ++s) {
+  // of the first column; others differ in the bits of 32 and 64
+  const uint32_t a_from = base + (slice * 16 * kTokenTiles + lane % 16) * kTokenBytes + (lane / 16 ^ exchange(lane % 16)) * 16;
+  Step ahead = step[kAhead * kStepThreads];
+  uint32_t next = step[0].z;
+  int left = count;
+  // One step; its stage is a constant. False after the last one.
+  auto run = [&](auto number) {
+    constexpr int kStage = decltype(number)::value, kAt = kStage * Shape::kStageBytes;
     copies_wait<Shape::kStages - 2>();
     __syncthreads();  // the copies of all threads have arrived, and all warps have left the stage that is filled next
-    const int fill = stage == 0 ? Shape::kStages - 1 : stage - 1;
-    if (s + Shape::kStages - 1 < count) load(ahead, fill);
+    if (left > kAhead) load(ahead, (kStage + kAhead) % Shape::kStages);
     copies_commit();
-    const uint32_t rows = all >> (group * kGroupRows);
-    uint32_t b = b_from + stage * Shape::kStageBytes + (group ? __popc(all & first_rows) * (kUnits * 512) : 0);
-    ahead = step[s + Shape::kStages];
-    all = step[s + 1].z;
+    --left;
+    // All lanes of a warp have the same: said so, branches need no bookkeeping of those that diverge.
+    const uint32_t rows = __reduce_or_sync(~0u, next);
+    step += kStepThreads;
+    ahead = step[kAhead * kStepThreads];
+    next = step[0].z;
+    uint32_t b = base + Shape::kXBytes + kAt + lane * 16;
+    if constexpr (Shape::kStaged) {
+      if (group) b += __popc(rows >> 16) * (kUnits * 512);
+    }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t present = rows >> (8 * half) & ((1u << kGroupRows) - 1);
-      if (present == 0) continue;
-      uint32_t a[kTokenTiles][4];  // [tokens / 16] fragments of 16 tokens x 16 inputs
+    for (int column = 0; column < kColumns; column += kTogether) {
+      if (!(rows & ((1u << kGroupRows) - 1) << (kGroupRows * column))) continue;
+      uint32_t a[kLoaded][kTokenTiles][4];  // [columns, tokens / 16] fragments of 16 tokens x 16 inputs
+      auto load_a = [&](int c) {
 #pragma unroll
-      for (int i = 0; i < kTokenTiles; ++i) load_matrix(a[i], ((a_from + stage * Shape::kStageBytes) ^ (half * 32)) + i * 1024);
+        for (int i = 0; i < kTokenTiles; ++i) load_matrix(a[c % kLoaded][i], (a_from ^ (column + c) * 32) + kAt + i * 16 * kTokenBytes);
+      };
+#pragma unroll
+      for (int c = 0; c < kLoaded; ++c) load_a(c);
 #pragma unroll
       for (int row = 0; row < kGroupRows; ++row) {
-        if (!(present >> row & 1)) continue;
+        if (kGroupRows > 1 && !(rows & 1u << (kGroupRows * column + row))) continue;
 #pragma unroll
-        for (int unit = 0; unit < kUnits; ++unit) {
-          const uint4 w = load_shared(b);  // fragments of 16 inputs x 2 * 8 outputs
-          b += 512;
+        for (int unit = 0; unit < kPiece; ++unit) {
+          const int c = unit / kUnits;
+          if (c >= kLoaded && unit % kUnits == 0) load_a(c);
+          uint4& v = w[unit % kHeld];
+          if constexpr (Shape::kStaged) v = load_shared(b + unit * 512);
 #pragma unroll
           for (int i = 0; i < kTokenTiles; ++i) {
-            multiply_add<T>(sums[i][row][unit][0], a[i], w.x, w.y);
-            multiply_add<T>(sums[i][row][unit][1], a[i], w.z, w.w);
+            multiply_add<T>(sums[i][row][unit % kUnits][0], a[c % kLoaded][i], v.x, v.y);
+            multiply_add<T>(sums[i][row][unit % kUnits][1], a[c % kLoaded][i], v.z, v.w);
           }
+          if constexpr (!Shape::kStaged) v = load_read_only(w_from + (unit + kHeld) * 32);
         }
+        b += kPiece * 512;
+        w_from += kPiece * 32;
       }
     }
-    stage = stage == Shape::kStages - 1 ? 0 : stage + 1;
+    return left > 0;
+  };
+  for (bool more = count > 0; more;) {
+    more = run(Number<0>()) && run(Number<1>()) && run(Number<2>());
+    if constexpr (Shape::kStages == 4) more = more && run(Number<3>());
   }
 
   // A loop that is not unrolled, over registers that move: the activation's code then stands here once, not kTokenTiles times.
@@ -148,7 +208,7 @@ __device__ __forceinline__ void bsr_linear_sm80(const T* __restrict__ x, const u
     const int m = m0 + (slice * kTokenTiles + i) * 16 + lane / 4;
 #pragma unroll
     for (int row = 0; row < kGroupRows; ++row) {
-      const int v = tile.rows[group * kGroupRows + row];
+      const int v = tiles[tile_number].rows[group * kGroupRows + row];
       if (v >= 0) {
         constexpr int kRun = kRow == 16 ? 4 : 8;  // adjacent outputs of a lane
 #pragma unroll

@@ -36,16 +36,17 @@ LinearLaunch skinny_launch(int64_t M, const Layout& layout, int sms) {
 Layout layout_of(int64_t out_features, int64_t nnzb, int block_rows, int block_cols, int most_row) {
   Layout l = {};
   l.row = std::min(block_rows, most_row);
+  l.block_cols = block_cols;
   l.order = l.row == 16 ? kRightOrder16 : kRightOrder;
   const int64_t block_row_count = ceil_div(out_features, block_rows);
   l.rows = block_row_count * (block_rows / l.row);
   l.tiles = ceil_div(block_row_count, kTileOutputs / block_rows);
   l.pieces = nnzb * (block_rows / l.row) * (block_cols / kUnit);
-  l.tables = 2 * nnzb * block_rows * block_cols;
+  l.tables = 2 * nnzb * block_rows * block_cols + kSpareUnits * kUnitBytes;
   l.starts = l.tables + l.tiles * 48;
   l.piece_table = l.starts + ceil_div(l.rows + 1, 4) * 16;
   l.steps = l.piece_table + ceil_div(2 * l.pieces, 4) * 16;
-  l.least_bytes = l.steps + 16;
+  l.least_bytes = l.steps + 64;
   return l;
 }
 
@@ -64,9 +65,11 @@ LinearLaunch linear_launch(int64_t M, const Layout& layout, int sms) {
   auto cost = [&](int64_t tokens, int percent) { return ceil_div(ceil_div(M, tokens) * layout.tiles, sms) * tokens * percent; };
   LinearLaunch launch = {};
   launch.tokens = cost(256, 100) <= cost(128, layout.row == 64 ? 110 : 140) ? 256 : 128;
+  // Rows of 64 and 128 tokens lack two registers for more.
+  launch.inputs = layout.row == 16 || layout.block_cols == 16 || (layout.row == 64 && launch.tokens == 128) ? 16 : 32;
   launch.threads = 256;
-  const int stage = (launch.tokens + kTileOutputs) * 64;  // 32 inputs of x and of the outputs of a tile, as Sm80Tile has it
-  launch.shared_bytes = stage * (launch.tokens == 256 ? 4 : 3);
+  // As Sm80Tile has it: 64 inputs of x; or 32, and of the outputs of a tile.
+  launch.shared_bytes = layout.row > 16 ? 3 * launch.tokens * 128 : (launch.tokens == 256 ? 4 : 3) * (launch.tokens + kTileOutputs) * 64;
   launch.blocks = ceil_div(M, launch.tokens) * layout.tiles;
   return launch;
 }

@@ -13,6 +13,7 @@ namespace sparse_prune {
 struct Layout {
   int row;          // outputs of a row: 16, 32 or 64
   int order;        // of a unit: kRightOrder16, kRightOrder or kLeftOrder
+  int block_cols;   // inputs of a block
   int64_t rows;     // of the weight
   int64_t tiles;    // of merged rows
   int64_t pieces;   // of a row at 16 inputs
@@ -33,6 +34,7 @@ struct LinearLaunch {
   int skinny;        // whether bsr_linear_skinny runs, else bsr_linear_sm80
   int tokens;        // which instantiation: most tokens of a block
   int units;         // skinny: which instantiation
+  int inputs;        // else: which instantiation, by the inputs that a row has or lacks together
   int threads;
   int shared_bytes;  // dynamic shared memory
   int64_t blocks;    // of the grid

@@ -1,5 +1,5 @@
 // The kernels of the sm_80 family for int8 weights, by name (what they take beside the names is as in kernels_sm80.cu), and what rounds x:
-//   bsr_linear_sm80_int8_{bf16,f16}_{16,32}_{128,256}, bsr_linear_skinny_int8_{bf16,f16}_{16_1,64_1,64_2}
+//   bsr_linear_sm80_int8_{bf16,f16}_{16x16,32x16,32x32}_{128,256}, bsr_linear_skinny_int8_{bf16,f16}_{16_1,64_1,64_2}
 //   quantize_rows_{bf16,f16}
 #include <float.h>
 
@@ -65,12 +65,14 @@ __device__ __forceinline__ void quantize_rows(const T* __restrict__ x, int8_t* _
 
 }  // namespace sparse_prune::device
 
-#define LINEAR(NAME, T, ROW, BLOCK_M)                                                                                              \
-  extern "C" __global__ void __launch_bounds__(256, BLOCK_M == 256 ? 1 : 2) bsr_linear_sm80_int8_##NAME##_##ROW##_##BLOCK_M(      \
-      const Int8Pair* x, const uint4* weights, const Tile* tiles, const Step* steps, const T* bias, const T* residual, T* y,      \
-      int M, int N, int K, int64_t ldx, int tile_count, int activation, int vector, const float* x_scales, const float* scales) { \
+#define LINEAR(NAME, T, ROW, INPUTS, BLOCK_M)                                                                                      \
+  extern "C" __global__ void __launch_bounds__(256, BLOCK_M == 256 ? 1 : 2)                                                        \
+      bsr_linear_sm80_int8_##NAME##_##ROW##x##INPUTS##_##BLOCK_M(                                                                  \
+          const Int8Pair* x, const uint4* weights, const Tile* tiles, const Step* steps, const T* bias, const T* residual, T* y,   \
+          int M, int N, int K, int64_t ldx, int tile_count, int ragged, int activation, int vector, const float* x_scales,         \
+          const float* scales) {                                                                                                   \
     const ScaledEpilogue<T> epilogue{{bias, residual, y, M, N, activation, vector != 0}, x_scales, scales};                        \
-    bsr_linear_sm80<Int8Pair, ROW, BLOCK_M / 64>(x, weights, tiles, steps, epilogue, M, K, ldx, tile_count);                       \
+    bsr_linear_sm80<Int8Pair, ROW, INPUTS / 16, BLOCK_M / 64>(x, weights, tiles, steps, epilogue, M, K, ldx, tile_count, ragged);  \
   }
 #define SKINNY(NAME, T, TOKENS, UNITS)                                                                                             \
   extern "C" __global__ void __launch_bounds__(TOKENS == 16 ? 512 : 256, TOKENS == 16 ? 1 : 2)                                    \
@@ -87,7 +89,8 @@ __device__ __forceinline__ void quantize_rows(const T* __restrict__ x, int8_t* _
     quantize_rows(x, q, scales, K, ldx, ldq, x_scale);                                                                             \
   }
 #define ALL(NAME, T)                                                                                              \
-  LINEAR(NAME, T, 16, 128) LINEAR(NAME, T, 16, 256) LINEAR(NAME, T, 32, 128) LINEAR(NAME, T, 32, 256)             \
+  LINEAR(NAME, T, 16, 16, 128) LINEAR(NAME, T, 32, 16, 128) LINEAR(NAME, T, 32, 32, 128)                          \
+  LINEAR(NAME, T, 16, 16, 256) LINEAR(NAME, T, 32, 16, 256) LINEAR(NAME, T, 32, 32, 256)                          \
   SKINNY(NAME, T, 16, 1) SKINNY(NAME, T, 64, 1) SKINNY(NAME, T, 64, 2) QUANTIZE(NAME, T)
 
 ALL(bf16, __nv_bfloat16)
@@ -95,20 +98,20 @@ ALL(f16, __half)
 
 namespace {
 
-#define LINEAR_ENTRY(NAME, BF16, ROW, TOKENS) \
-  {BF16, false, TOKENS, ROW, reinterpret_cast<const void*>(bsr_linear_sm80_int8_##NAME##_##ROW##_##TOKENS)},
+#define LINEAR_ENTRY(NAME, BF16, ROW, INPUTS, TOKENS) \
+  {BF16, false, TOKENS, ROW, INPUTS, reinterpret_cast<const void*>(bsr_linear_sm80_int8_##NAME##_##ROW##x##INPUTS##_##TOKENS)},
 #define SKINNY_ENTRY(NAME, BF16, TOKENS, UNITS) \
-  {BF16, true, TOKENS, UNITS, reinterpret_cast<const void*>(bsr_linear_skinny_int8_##NAME##_##TOKENS##_##UNITS)},
+  {BF16, true, TOKENS, UNITS, 0, reinterpret_cast<const void*>(bsr_linear_skinny_int8_##NAME##_##TOKENS##_##UNITS)},
 #define ENTRIES(NAME, BF16)                                                                                             \
-  LINEAR_ENTRY(NAME, BF16, 16, 128) LINEAR_ENTRY(NAME, BF16, 16, 256) LINEAR_ENTRY(NAME, BF16, 32, 128)                 \
-  LINEAR_ENTRY(NAME, BF16, 32, 256)                                                                                     \
+  LINEAR_ENTRY(NAME, BF16, 16, 16, 128) LINEAR_ENTRY(NAME, BF16, 32, 16, 128) LINEAR_ENTRY(NAME, BF16, 32, 32, 128)     \
+  LINEAR_ENTRY(NAME, BF16, 16, 16, 256) LINEAR_ENTRY(NAME, BF16, 32, 16, 256) LINEAR_ENTRY(NAME, BF16, 32, 32, 256)     \
   SKINNY_ENTRY(NAME, BF16, 16, 1) SKINNY_ENTRY(NAME, BF16, 64, 1) SKINNY_ENTRY(NAME, BF16, 64, 2)
 const LinearKernel kKernels[] = {ENTRIES(bf16, true) ENTRIES(f16, false)};
 
 }  // namespace
 
-const void* sparse_prune::int8_kernel(bool bfloat16, bool skinny, int tokens, int row_or_units) {
-  return find(kKernels, bfloat16, skinny, tokens, row_or_units);
+const void* sparse_prune::int8_kernel(bool bfloat16, bool skinny, int tokens, int row_or_units, int inputs) {
+  return find(kKernels, bfloat16, skinny, tokens, row_or_units, inputs);
 }
 
 const char* sparse_prune::launch_quantize(const QuantizeProblem& p, void* stream) {

@@ -1,6 +1,6 @@
 // The kernels of the sm_80 family, by name, and their launch:
-//   bsr_linear_sm80_{bf16,f16}_{16,32,64}_{128,256}         row, tokens of a block
-//   bsr_linear_skinny_{bf16,f16}_{16_1,64_1,64_2}           most tokens, units of a block
+//   bsr_linear_sm80_{bf16,f16}_{16x16,32x16,32x32,64x16}_{128,256}, ..._64x32_256   row x inputs that it has or lacks together, tokens of a block
+//   bsr_linear_skinny_{bf16,f16}_{16_1,64_1,64_2}                          most tokens, units of a block
 #include "bsr_linear_skinny.cuh"
 #include "bsr_linear_sm80.cuh"
 #include "config.h"
@@ -10,16 +10,17 @@
 using namespace sparse_prune;
 using namespace sparse_prune::device;
 
-#define LINEAR(NAME, T, ROW, BLOCK_M)                                                                                              \
-  extern "C" __global__ void __launch_bounds__(256, BLOCK_M == 256 ? 1 : 2) bsr_linear_sm80_##NAME##_##ROW##_##BLOCK_M(           \
+#define LINEAR(NAME, T, ROW, INPUTS, BLOCK_M)                                                                                       \
+  extern "C" __global__ void __launch_bounds__(256, BLOCK_M == 256 ? 1 : 2) bsr_linear_sm80_##NAME##_##ROW##x##INPUTS##_##BLOCK_M( \
       const T* x, const uint4* weights, const Tile* tiles, const Step* steps, const T* bias, const T* residual, T* y, int M, int N, \
-      int K, int64_t ldx, int tile_count, int activation, int vector) {                                                            \
+      int K, int64_t ldx, int tile_count, int ragged, int activation, int vector) {                                                \
     const Epilogue<T> epilogue{bias, residual, y, M, N, activation, vector != 0};                                                  \
-    bsr_linear_sm80<T, ROW, BLOCK_M / 64>(x, weights, tiles, steps, epilogue, M, K, ldx, tile_count);                              \
+    bsr_linear_sm80<T, ROW, INPUTS / 16, BLOCK_M / 64>(x, weights, tiles, steps, epilogue, M, K, ldx, tile_count, ragged);         \
   }
-#define LINEARS(NAME, T) \
-  LINEAR(NAME, T, 16, 128) LINEAR(NAME, T, 16, 256) LINEAR(NAME, T, 32, 128) LINEAR(NAME, T, 32, 256) LINEAR(NAME, T, 64, 128) \
-  LINEAR(NAME, T, 64, 256)
+#define LINEARS(NAME, T)                                                                                                        \
+  LINEAR(NAME, T, 16, 16, 128) LINEAR(NAME, T, 32, 16, 128) LINEAR(NAME, T, 32, 32, 128) LINEAR(NAME, T, 64, 16, 128)           \
+  LINEAR(NAME, T, 16, 16, 256) LINEAR(NAME, T, 32, 16, 256) LINEAR(NAME, T, 32, 32, 256) LINEAR(NAME, T, 64, 16, 256)           \
+  LINEAR(NAME, T, 64, 32, 256)
 
 #define SKINNY(NAME, T, TOKENS, UNITS)                                                                                             \
   extern "C" __global__ void __launch_bounds__(TOKENS == 16 ? 512 : 256, TOKENS == 16 ? 1 : 2)                                    \
@@ -38,13 +39,14 @@ SKINNIES(f16, __half)
 
 namespace {
 
-#define LINEAR_ENTRY(NAME, BF16, ROW, TOKENS) \
-  {BF16, false, TOKENS, ROW, reinterpret_cast<const void*>(bsr_linear_sm80_##NAME##_##ROW##_##TOKENS)},
+#define LINEAR_ENTRY(NAME, BF16, ROW, INPUTS, TOKENS) \
+  {BF16, false, TOKENS, ROW, INPUTS, reinterpret_cast<const void*>(bsr_linear_sm80_##NAME##_##ROW##x##INPUTS##_##TOKENS)},
 #define SKINNY_ENTRY(NAME, BF16, TOKENS, UNITS) \
-  {BF16, true, TOKENS, UNITS, reinterpret_cast<const void*>(bsr_linear_skinny_##NAME##_##TOKENS##_##UNITS)},
-#define ENTRIES(NAME, BF16)                                                                                             \
-  LINEAR_ENTRY(NAME, BF16, 16, 128) LINEAR_ENTRY(NAME, BF16, 16, 256) LINEAR_ENTRY(NAME, BF16, 32, 128)                 \
-  LINEAR_ENTRY(NAME, BF16, 32, 256) LINEAR_ENTRY(NAME, BF16, 64, 128) LINEAR_ENTRY(NAME, BF16, 64, 256)                 \
+  {BF16, true, TOKENS, UNITS, 0, reinterpret_cast<const void*>(bsr_linear_skinny_##NAME##_##TOKENS##_##UNITS)},
+#define ENTRIES(NAME, BF16)                                                                                                     \
+  LINEAR_ENTRY(NAME, BF16, 16, 16, 128) LINEAR_ENTRY(NAME, BF16, 32, 16, 128) LINEAR_ENTRY(NAME, BF16, 32, 32, 128)             \
+  LINEAR_ENTRY(NAME, BF16, 64, 16, 128) LINEAR_ENTRY(NAME, BF16, 16, 16, 256) LINEAR_ENTRY(NAME, BF16, 32, 16, 256)             \
+  LINEAR_ENTRY(NAME, BF16, 32, 32, 256) LINEAR_ENTRY(NAME, BF16, 64, 16, 256) LINEAR_ENTRY(NAME, BF16, 64, 32, 256)             \
   SKINNY_ENTRY(NAME, BF16, 16, 1) SKINNY_ENTRY(NAME, BF16, 64, 1) SKINNY_ENTRY(NAME, BF16, 64, 2)
 const LinearKernel kKernels[] = {ENTRIES(bf16, true) ENTRIES(f16, false)};
 
@@ -68,8 +70,8 @@ const char* sparse_prune::launch_linear(const LinearProblem& p, void* stream) {
   const LinearLaunch launch = linear_launch(p.M, p.layout, sms);
   if (launch.blocks > INT32_MAX || p.M > INT32_MAX || p.N > INT32_MAX || p.K > INT32_MAX) return kTooLarge;
   const int row_or_units = launch.skinny ? launch.units : p.layout.row;
-  const void* function = p.scales ? int8_kernel(p.bfloat16, launch.skinny, launch.tokens, row_or_units)
-                                  : find(kKernels, p.bfloat16, launch.skinny, launch.tokens, row_or_units);
+  const void* function = p.scales ? int8_kernel(p.bfloat16, launch.skinny, launch.tokens, row_or_units, launch.inputs)
+                                  : find(kKernels, p.bfloat16, launch.skinny, launch.tokens, row_or_units, launch.inputs);
   if (function == nullptr) return "no kernel of that shape";
   const char* packed = static_cast<const char*>(p.packed);
   const void *tiles = packed + p.layout.tables, *starts = packed + p.layout.starts, *pieces = packed + p.layout.piece_table;
@@ -77,9 +79,11 @@ const char* sparse_prune::launch_linear(const LinearProblem& p, void* stream) {
   const void *x_scales = p.x_scales, *scales = p.scales;  // behind the others, where a kernel takes them
   void* y = p.y;
   int M = p.M, N = p.N, K = p.K, tile_count = p.layout.tiles, row_units = p.layout.row / kUnit, activation = p.activation;
+  int ragged = p.layout.block_cols > 0 && p.K % p.layout.block_cols != 0;
   int order = p.layout.order, vector = N % 8 == 0 && aligned(bias) && aligned(residual) && aligned(y);
   int64_t ldx = p.ldx;
-  void* wide[] = {&x, &packed, &tiles, &steps, &bias, &residual, &y, &M, &N, &K, &ldx, &tile_count, &activation, &vector, &x_scales, &scales};
+  void* wide[] = {&x, &packed, &tiles, &steps, &bias, &residual, &y, &M, &N, &K, &ldx, &tile_count, &ragged, &activation,
+                  &vector, &x_scales, &scales};
   void* skinny[] = {&x, &packed, &starts, &pieces, &bias, &residual, &y, &M, &N, &K, &ldx, &row_units, &order, &activation,
                     &vector, &x_scales, &scales};
   cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);

@@ -43,7 +43,7 @@ struct QuantizeProblem {
 const char* launch_quantize(const QuantizeProblem& problem, void* stream);
 
 // The kernel for int8 weights of that shape, or null.
-const void* int8_kernel(bool bfloat16, bool skinny, int tokens, int row_or_units);
+const void* int8_kernel(bool bfloat16, bool skinny, int tokens, int row_or_units, int inputs);
 
 // dvalues[nnzb, R, C]: the stored blocks of dy[M, N]^T @ x[M, K], summed in float32.
 struct SddProblem {

@@ -14,6 +14,8 @@ constexpr int kTileOutputs = 128;  // outputs of a tile of merged block-rows
 enum : int { kRightOrder16 = 0, kRightOrder = 1, kLeftOrder = 2 };
 constexpr int kUnit = 16;          // a unit is 16 outputs x 16 inputs in the order of one mma's fragments: 512 bytes
 
+constexpr int kUnitBytes = 512;
+constexpr int kSpareUnits = 4;     // behind a layout's last one: a kernel reads that far ahead
 constexpr int kMostRow = 64;       // outputs of a row at most
 constexpr int kMostRowInt8 = 32;   // and of int8 weights: with 64 and scales, two blocks on a multiprocessor lack 14 registers
 constexpr int kJobInts = 160;      // of struct SddJob

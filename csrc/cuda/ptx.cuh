@@ -51,6 +51,15 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   return v;
 }
 
+// 16 bytes that nothing writes and other warps of the block read too.
+__device__ __forceinline__ uint4 load_read_only(const uint4* from) {
+  uint4 v;
+  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(__cvta_generic_to_global(from)));
+  return v;
+}
+
 // 16 bytes that are read once in the whole grid: they need no place in L1.
 __device__ __forceinline__ uint4 load_once(const uint4* from) {
   uint4 v;

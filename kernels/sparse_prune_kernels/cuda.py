@@ -19,8 +19,9 @@ TILE_OUTPUTS = 128  # outputs of a tile
 ROW, ROW_INT8 = 64, 32  # outputs of a row at most: a block-row of 128 is two rows
 GROUPS = 2  # groups of rows in a tile, each for its own warps
 UNIT = 16  # outputs and inputs of a unit
-TILE_INTS, STEP_INTS = 12, 4  # of struct Tile and Step
-SPARE_STEPS = 4  # behind the last one: a kernel looks that far ahead
+SPARE_UNITS = 4  # of weights, behind the last one: a kernel reads that far ahead
+TILE_INTS, STEP_INTS = 12, 16  # of struct Tile, and of the four struct Step of a step
+SPARE_STEPS = 4  # behind the last one, likewise
 JOB_COLUMNS, JOB_UNITS, WARPS = 24, 64, 8  # of struct SddJob: columns and units at most, and who makes them
 JOB_INTS = 8 + JOB_COLUMNS + 2 * JOB_UNITS
 
@@ -35,7 +36,7 @@ class Layout:
     units    int64 [nnzb * R * C / 256], place of each unit in the natural order of `fragments`
     rows     number of rows
     tables   int32, flat: struct Tile [tiles]; [rows + 1] where each row's pieces begin; struct Piece [nnzb * R * C / (16 * row)],
-             by row and column; struct Step [steps + SPARE_STEPS]. Each of these begins at a multiple of 16 bytes.
+             by row and column; struct Step [steps + SPARE_STEPS, GROUPS, 2]. Each of these begins at a multiple of 16 bytes.
     """
 
     row: int
@@ -52,12 +53,14 @@ class Layout:
         return starts, pieces, pieces + (len(self.units) // (self.row // UNIT) * 2 + 3) // 4 * 4
 
     def pack(self, values: Tensor) -> Tensor:
-        """uint8 [2 * nnzb * R * C + 4 * len(tables)]: weights, then tables. Queued on the device, which is not waited for."""
-        size = 2 * values.numel()
-        packed = torch.empty(size + 4 * len(self.tables), dtype=torch.uint8, device=values.device)
+        """uint8 [2 * (nnzb * R * C + 256 * SPARE_UNITS) + 4 * len(tables)]: weights, zeros, tables. Queued on the device, which is
+        not waited for."""
+        size, spare = 2 * values.numel(), 2 * SPARE_UNITS * UNIT * UNIT
+        packed = torch.empty(size + spare + 4 * len(self.tables), dtype=torch.uint8, device=values.device)
         weights = packed[:size].view(values.dtype).view(-1, UNIT * UNIT)  # [units, 256]
         torch.index_select(fragments(values.mT if self.transposed else values, self.row), 0, self.units, out=weights)
-        packed[size:] = self.tables.view(torch.uint8)
+        packed[size : size + spare] = 0
+        packed[size + spare :] = self.tables.view(torch.uint8)
         return packed
 
 
@@ -106,26 +109,43 @@ def make_layout(
     tile, column = (blocks >= 0).any(1).nonzero(as_tuple=True)  # [E] each: the columns of all unions
     per_tile = torch.bincount(tile, minlength=len(order))  # [T]
     place = torch.arange(len(tile)) - (per_tile.cumsum(0) - per_tile)[tile]  # [E], within the tile
-    steps = (per_tile + 1) // 2  # [T]
+    wide = row == UNIT and 2 or 4  # columns of a step
+    together = 1 if row == UNIT or c == UNIT else 2  # columns whose units lie together
+    steps = (per_tile + wide - 1) // wide  # [T]
     first = steps.cumsum(0) - steps  # [T]
-    step, half = first[tile] + place // 2, place % 2  # [E]
+    step, at = first[tile] + place // wide, place % wide  # [E]
 
     mine = blocks[tile, :, column]  # [E, rows of a tile]
     entry, which = (mine >= 0).nonzero(as_tuple=True)  # [P]: the pieces row x 16 inputs that exist
-    group = which // (numbers.shape[1] // GROUPS)
-    used = ((step[entry] * GROUPS + group) * 2 + half[entry]) * 8 + which
-    entry, which = entry[used.argsort()], which[used.argsort()]
+    group_rows = numbers.shape[1] // GROUPS
+    group = which // group_rows  # [P]
+    if row == UNIT:  # by step, group, column, row
+        used = ((step[entry] * GROUPS + group) * wide + at[entry]) * group_rows + which % group_rows
+    else:  # by tile, group, columns together, row, column
+        used = (tile[entry] * GROUPS + group) * (2 * blocks.shape[2]) + place[entry] // together
+        used = (used * group_rows + which % group_rows) * together + place[entry] % together
+    by_use = used.argsort()
+    entry, which, group = entry[by_use], which[by_use], group[by_use]
     per_row = torch.arange(row // UNIT)
     unit = (mine[entry, which] * parts + part[which])[:, None] * len(per_row) + per_row  # [P, units of a row]
     units = (unit * (c // UNIT) + (column[entry] % (c // UNIT))[:, None]).flatten()
 
-    table = torch.zeros(int(steps.sum()) + SPARE_STEPS, STEP_INTS, dtype=torch.int64)
-    table[:, :2] = -1
-    table[step, half] = column
-    table[:, 2].index_put_((step[entry],), 1 << (which + 8 * half[entry]), accumulate=True)
-    table[1:, 3] = torch.bincount(step[entry], minlength=len(table))[:-1].cumsum(0) * len(per_row)
+    columns = torch.zeros(int(steps.sum()) + SPARE_STEPS, wide, dtype=torch.int64)  # [steps, columns]
+    columns[step[at == 0]] = column[at == 0][:, None]  # where there is no more: the first one
+    columns[step, at] = column
+    rows_of = torch.zeros(len(columns), GROUPS, dtype=torch.int64)
+    bit = 1 << (group_rows * at[entry] + which % group_rows)
+    rows_of.index_put_((step[entry], group), bit, accumulate=True)
+    table = torch.zeros(len(columns), GROUPS, 2, 4, dtype=torch.int64)  # [steps, groups, halves of a pair, struct Step]
+    table[..., : wide // 2] = 2 * UNIT * columns.view(-1, 1, wide // 2, 2).mT
+    table[..., 2] = (rows_of + (rows_of.flip(1) << 16))[:, :, None]
+    if row == UNIT:
+        before = torch.bincount(step[entry], minlength=len(columns)).cumsum(0)  # [steps]
+        table[1:, :, :, 3] = before[:-1, None, None]
+    begin = torch.bincount(tile[entry] * GROUPS + group, minlength=GROUPS * len(order)).cumsum(0) * len(per_row)
     heads = torch.full((len(order), TILE_INTS), -1)
     heads[:, 0], heads[:, 1] = first, steps
+    heads[:, 2 : 2 + GROUPS] = torch.cat([begin.new_zeros(1), begin[:-1]]).view(-1, GROUPS)
     heads[:, 4 : 4 + numbers.shape[1]] = torch.where(numbers < 0, -1, numbers * parts + part)
     owner = (numbers * parts + part)[tile[entry], which]  # [P]
     by_row = (owner * (block_columns * c // UNIT) + column[entry]).argsort()  # [P]
