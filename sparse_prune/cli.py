@@ -121,12 +121,21 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except Exception as error:  # a path that cannot be written, a full disk; anything else is a mistake of ours
-        told = _disk_problem(error)
+    except Exception as error:  # a package or a path that is not there, a full disk; anything else is a mistake of ours
+        told = _missing_package(error) if isinstance(error, ModuleNotFoundError) else _disk_problem(error)
         if told is None:
             raise
         Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(told))}", soft_wrap=True)
         sys.exit(2)
+
+
+def _missing_package(error: ModuleNotFoundError) -> SparsePruneError | None:
+    """What to tell of a package that a command needs and pip was not asked for; None for a module of ours."""
+    name = (error.name or "").partition(".")[0]
+    if name in ("", "sparse_prune", "sparse_prune_kernels"):
+        return None
+    extra = "report" if name in ("matplotlib", "jinja2") else "nlp"
+    return SparsePruneError(name, "an installed package", "none", f"pip install 'sparse-prune[{extra}]'")
 
 
 def _disk_problem(error: BaseException | None) -> SparsePruneError | None:

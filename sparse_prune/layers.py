@@ -225,8 +225,16 @@ class SparseLinear(nn.Module):
         super().train(mode)
         return self if mode else self._renew()
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        told = rest[-1]  # what load_state_dict raises
+        before = len(told)
+        super()._load_from_state_dict(state, prefix, *rest)
+        if len(told) > before:
+            nnzb, r, c = self.values.shape
+            told.append(
+                f"{prefix or 'layer'}: expected the {nnzb} blocks of {r}x{c} that this SparseLinear holds, got another pattern; "
+                "sparse_prune.load_packed(model, file) takes that of a packed file"
+            )
         self._renew()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> SparseLinear:

@@ -93,6 +93,15 @@ def test_a_full_disk_is_told_in_one_sentence(run, monkeypatch, reviews, tmp_path
         run("train", "--train", reviews, "--eval", reviews, "--out", tmp_path / "o", *TINY)
 
 
+def test_a_package_that_is_not_installed_is_told_with_its_extra(run, monkeypatch):
+    assert cli._missing_package(ModuleNotFoundError(name="sparse_prune.tasks")) is None  # a mistake of ours
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    code, text = run("train", "--recipe", "r.yaml", "--out", "o")
+    assert (
+        code == 2 and text == "error: yaml: expected an installed package, got none; pip install 'sparse-prune[nlp]'\n"
+    )
+
+
 def test_help_names_every_command(run):
     code, text = run("--help")
     assert code == 0

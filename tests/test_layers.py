@@ -90,6 +90,14 @@ def test_state_dict_deepcopy_and_file_without_pickle():
     assert torch.load(buffer, weights_only=True).keys() == layer.state_dict().keys()
 
 
+def test_a_state_dict_that_does_not_fit_says_what_would():
+    linear, layer, _ = make(density=1.0)
+    other = nn.Sequential(sp.SparseLinear.from_dense(linear, torch.eye(3, 2).bool()))
+    model = nn.Sequential(layer)
+    with pytest.raises(RuntimeError, match=r"0\.: expected the 6 blocks of 32x32 .*load_packed\(model, file\)"):
+        model.load_state_dict(other.state_dict())
+
+
 def test_from_dense_keeps_mode_and_frozen_weights():
     linear = nn.Linear(64, 64).eval()
     linear.weight.requires_grad_(False)
