@@ -71,10 +71,25 @@ def line_chart(
         "lines": drawn,
         "x_ticks": drawn_ticks,
         "y_ticks": [{"at": up(y), "text": f"{y:,.{digits}f}"} for y in ticks],
-        "reference": {"at": up(reference[0]), "text": reference[1]} if reference else None,
+        "reference": _reference(drawn, up(reference[0]), reference[1], left + 4, right) if reference else None,
         "mark": across(mark) if mark is not None and min(xs) <= mark <= max(xs) else None,
         "band": (across(band[0]), across(band[1])) if band else None,
     }
+
+
+def _reference(lines: list[dict], at: float, text: str, left: int, right: int) -> dict[str, Any]:
+    """A line across the picture at height `at`, and where its name meets neither a curve nor what is written at its points."""
+    width, taken = 8 * len(text), []  # [(x, y)]: places that ink covers
+    for line in lines:
+        places = [(float(x), float(y)) for x, y in (point.split() for point in line["path"][1:].split("L"))]
+        for (x, y), (x1, y1) in zip(places, places[1:] or places, strict=False):
+            taken += [(x + (x1 - x) * i / 20, y + (y1 - y) * i / 20) for i in range(21)]
+        taken += [(dot["x"] + dx, dot["y"] - 14) for dot in line["dots"] if dot["text"] for dx in (-18, -6, 6, 18)]
+
+    def clear(x: float) -> bool:
+        return not any(x - 4 <= tx <= x + width + 4 and at - 24 <= ty <= at for tx, ty in taken)
+
+    return {"at": at, "text": text, "x": next(filter(clear, range(left, right - width, 4)), left)}
 
 
 def dumbbells(rows: list[dict], reference: float | None = None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparse_prune import charts
 from sparse_prune.errors import SparsePruneError
 from sparse_prune.report import collect_heads, collect_layers, render_report, summary_picture
 
@@ -574,3 +575,13 @@ def test_probe_sees_what_is_wrong(tmp_path):
     assert (
         width == 390 and "blocked: script-src-elem" in wrong and any(line.startswith("the page is 9") for line in wrong)
     )
+
+
+def test_the_name_of_the_dense_line_stands_clear_of_the_points():
+    """A sparse score just below the dense one, at the left, is what a good run gives: its number stood on the word."""
+    scores = [(0.2, 89.8), (0.33, 86.1), (0.5, 80.8), (1.0, 90.7)]
+    chart = charts.line_chart(
+        "F1", [("sparse", scores)], x_name="kept", log=True, reference=(90.7, "dense"), labels="{:.1f}"
+    )
+    dot, name = chart["lines"][0]["dots"][0], chart["reference"]
+    assert abs(dot["y"] - name["at"]) < 24 and name["x"] > dot["x"] + 18
