@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import backends, ops, planner, reference
 from .bsr import QUANTIZED, BsrWeight, Derived
@@ -276,7 +277,7 @@ class SparseLinear(nn.Module):
     def _ready(self) -> ops.Ready | None:
         """The number by which the C++ kernels know this layer and what goes with it, unless something was replaced since."""
         ready = self._derived.ready
-        if ready is None:
+        if ready is None or forward_ad._current_level >= 0:  # ops.forward_mode without its call
             return None
         # Straight to the dicts: nn.Module's attribute lookup costs more than a small product, and there are several of them.
         _, values, version, steps, epoch, crow_indices, col_indices, scales, bias, _, _ = ready
@@ -315,9 +316,11 @@ class SparseLinear(nn.Module):
         self, derived: Derived, x: Tensor, activation: Activation, residual: Tensor | None
     ) -> Tensor | None:
         """The kernel on rows x[M, K], past torch.library's autograd in Python, or None where that has to run."""
+        if ops.owes_gradient(x, self.values, self.bias, residual):
+            return None
         if self._ready() is None:
             derived.ready = ops.make_ready(self.packed, derived, self.bias)
-        if derived.ready is None or ops.owes_gradient(x, self.values, self.bias, residual):
+        if derived.ready is None:
             return None
         return run_ready(x, derived.ready.number, ACTIVATION_NUMBERS.get(activation, -1), residual, True)
 

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends, planner, reference, tiles
 from .bsr import QUANTIZED, BsrWeight, Derived
@@ -48,7 +49,38 @@ _SDD = "(Tensor dy, Tensor x, Tensor crow_indices, Tensor col_indices, int block
 _ATTENTION = "(Tensor q, Tensor k, Tensor v, float scale, Tensor? bias, Tensor? keep) -> Tensor"
 _LAYER_NORM = "(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual) -> Tensor"
 
-_library = torch.library.Library("sparse_prune", "FRAGMENT")
+
+def forward_mode() -> bool:
+    """Whether forward-mode AD is on: torch.func.jvp, or a dual_level of torch.autograd.forward_ad."""
+    return forward_ad._current_level >= 0
+
+
+class _Library(torch.library.Library):
+    """A library whose operators know forward-mode AD: the kernels of torch.library.register_autograd drop tangents in silence."""
+
+    def impl(self, op_name, fn, dispatch_key="", **options):
+        if dispatch_key == "Autograd":
+            fn = _seeing_tangents(functools.reduce(str.removesuffix, _FORCED, op_name), fn)
+        super().impl(op_name, fn, dispatch_key, **options)
+
+
+def _seeing_tangents(name: str, kernel: Callable) -> Callable:
+    """An operator's autograd kernel, in whose place plain PyTorch runs where an argument has a tangent, and gives one too."""
+
+    def run(keyset, *arguments):
+        if forward_mode() and any(
+            isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in arguments
+        ):
+            if name in QUANTIZED_OPERATORS:
+                expected = "a floating-point weight under forward-mode AD"
+                raise SparsePruneError("weight", expected, "a quantized one", "differentiate before quantizing")
+            return _REFERENCE[name](*arguments)
+        return kernel(keyset, *arguments)
+
+    return run
+
+
+_library = _Library("sparse_prune", "FRAGMENT")
 _SCHEMAS = {
     "bsr_linear": _LINEAR,
     "bsr_linear_int8": _W8A8,
@@ -160,20 +192,6 @@ def picking(name: str, triton: Callable) -> Callable:
     return run
 
 
-_REFERENCE: dict[str, Callable] = {
-    "bsr_linear": _reference_linear,
-    **dict.fromkeys(QUANTIZED_OPERATORS, _reference_quantized),
-    "bsr_linear_dx": reference.bsr_linear_dx,
-    "bsr_sdd": reference.bsr_sdd,
-    "attention": reference.attention,
-    "layer_norm": reference.layer_norm,
-}
-for _name, _function in _REFERENCE.items():
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
-backends.register_triton(_library, _REFERENCE, _on_gpu)
-tiles.install()
-
-
 def _two_linears(
     x,
     g_crow,
@@ -195,7 +213,19 @@ def _two_linears(
     return linear(x, g_crow, g_col, g_values, g_prepacked, out_features, g_bias, activation, None).mul_(up)
 
 
-_library.impl("bsr_linear_glu", _two_linears, "CompositeExplicitAutograd")
+_REFERENCE: dict[str, Callable] = {
+    "bsr_linear": _reference_linear,
+    "bsr_linear_glu": _two_linears,
+    **dict.fromkeys(QUANTIZED_OPERATORS, _reference_quantized),
+    "bsr_linear_dx": reference.bsr_linear_dx,
+    "bsr_sdd": reference.bsr_sdd,
+    "attention": reference.attention,
+    "layer_norm": reference.layer_norm,
+}
+for _name, _function in _REFERENCE.items():
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+backends.register_triton(_library, _REFERENCE, _on_gpu)
+tiles.install()
 
 
 def _fake_linear(x, crow_indices, col_indices, values, prepacked, out_features, bias, activation, residual):
@@ -397,7 +427,7 @@ ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}  
 
 def owes_gradient(x: Tensor, values: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
     """Whether autograd, or a transform of torch.func, has to see what is computed from these."""
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or forward_mode():
         return True
     return torch.is_grad_enabled() and (
         x.requires_grad
@@ -508,10 +538,11 @@ def bsr_linear(
     """y[..., N] = act(x[..., K] @ W[N, K]^T + bias[N]) + residual[..., N], accumulated in float32.
 
     x, packed.values, bias and residual share one dtype (float32, bfloat16, float16; float64 by plain PyTorch) and device.
-    Differentiable in x, packed.values, bias and residual. backend "auto" runs the sparse kernel, or on a CPU, where no gradient of
-    the weight is wanted, dense PyTorch if the planner expects that to be faster; the dense weight is then made once and kept beside
-    the packed one, N * K more elements of memory. `backend_for(x.device, packed.values.dtype, backend, packed.blocksize, density,
-    M, shape)` tells which runs. "cuda" runs the CUDA C++ kernels and "triton" Triton's.
+    Differentiable in x, packed.values, bias and residual (in forward mode, torch.func.jvp, always by plain PyTorch). backend "auto"
+    runs the sparse kernel, or on a CPU, where no gradient of the weight is wanted, dense PyTorch if the planner expects that to be
+    faster; the dense weight is then made once and kept beside the packed one, N * K more elements of memory.
+    `backend_for(x.device, packed.values.dtype, backend, packed.blocksize, density, M, shape)` tells which runs. "cuda" runs the
+    CUDA C++ kernels and "triton" Triton's.
 
     Where packed.values are int8 or float8_e4m3fn (BsrWeight.quantize), x, bias and residual share float32, bfloat16 or float16,
     each row of x is rounded to the same dtype by its own scale max|x| / L, or by x_scale for all rows (what lies beyond +-L x_scale
@@ -608,9 +639,13 @@ def attention(
     qkv product in place. Otherwise PyTorch's runs.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias)):
+    if _wants_gradient(q, k, v, bias):
         return reference.attention(q, k, v, scale, bias, keep)
     return torch.ops.sparse_prune.attention(q, k, v, scale, bias, keep)
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return forward_mode() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
 
 def layer_norm(
@@ -624,7 +659,7 @@ def layer_norm(
 
     Statistics are in float32. On a CPU one pass of a kernel of ours where no gradient is needed; otherwise PyTorch's.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
+    if _wants_gradient(x, weight, bias, residual):
         return reference.layer_norm(x, weight, bias, eps, residual)
     rows = x.reshape(-1, x.shape[-1])  # [M, H]
     flat = None if residual is None else residual.reshape(rows.shape)
@@ -670,12 +705,12 @@ def values_key(values: Tensor) -> tuple:
 def dense_form(derived: Derived, tokens: int) -> str:
     """The form of the dense product that the plan chooses for M = tokens, or "" for the sparse operator.
 
-    oneDNN's product with a reordered weight has no gradient: where gradients are on, the plain one runs in its place.
+    oneDNN's product with a reordered weight has no gradient: where any may be wanted, the plain one runs in its place.
     """
     if derived.plan is None or tokens == 0:
         return ""
     form = derived.plan.at(tokens).dense
-    return "plain" if form and torch.is_grad_enabled() else form
+    return "plain" if form and (torch.is_grad_enabled() or forward_mode()) else form
 
 
 def dense_weight(derived: Derived, form: str, to_dense: Callable[[], Tensor]) -> Tensor:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
 
 import sparse_prune as sp
-from sparse_prune import ops, reference
+from sparse_prune import ops, planner, reference
 from sparse_prune.masks import expand_mask, grid_shape
 
 ACTIVATIONS = list(ops.ACTIVATIONS)
@@ -242,3 +244,67 @@ def test_backend_that_cannot_run_says_why():
     for name in ("cpu", "triton"):
         with pytest.raises(sp.SparsePruneError, match=f"backend: expected a backend that can run here, got '{name}'"):
             sp.backend_for("meta", torch.float32, backend=name)
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("form", ["plain", "prepacked", ""])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_forward_mode_gives_tangents(activation, form, grad, monkeypatch):
+    """torch.func.jvp and dual tensors, cold and warm, where torch.library would give zeros or none."""
+    linear = nn.Linear(64, 96).requires_grad_(False)
+    layer = sp.SparseLinear.from_dense(linear, sp.block_mask(linear.weight, (32, 32), density=0.5)).eval()
+    plan = planner.Plan((), (planner.Choice(1, form, 2.0, "for this test"),))
+    monkeypatch.setattr(planner, "plan", lambda *_: plan)
+    dense, act = layer.to_dense(), reference.ACTIVATIONS[activation]
+    x, tangent, residual = torch.randn(5, 64), torch.randn(5, 64), torch.randn(5, 96)
+    expected = torch.func.jvp(lambda x: act(dense(x)) + residual, (x,), (tangent,))
+    bsr = (layer.crow_indices, layer.col_indices, layer.values, None, 96, layer.bias)
+    functions = {
+        "layer": lambda x: layer(x, activation, residual),
+        "bsr_linear": lambda x: sp.bsr_linear(x, layer.packed, layer.bias, activation, residual),
+        "operator": lambda x: torch.ops.sparse_prune.bsr_linear(x, *bsr, activation, residual),
+    }
+    with torch.set_grad_enabled(grad):
+        for name, function in functions.items():
+            for _ in range(2):  # the second call of a layer is the short one
+                torch.testing.assert_close(torch.func.jvp(function, (x,), (tangent,)), expected, msg=name)
+                with forward_ad.dual_level():
+                    dual = forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent)))
+                    torch.testing.assert_close(tuple(dual), expected, msg=name)
+                function(x)
+
+
+def _in_blocks(dense: torch.Tensor, like: sp.BsrWeight) -> torch.Tensor:
+    """The blocks [nnzb, R, C] of a dense [N, K] that like stores, differentiable."""
+    r, c = like.blocksize
+    grid = dense.unflatten(1, (-1, c)).unflatten(0, (-1, r)).transpose(1, 2)  # [N/R, K/C, R, C]
+    return grid[like.block_mask()]
+
+
+def test_forward_mode_of_the_other_operators():
+    packed, x, tangent = make(5, 96, 64, 32, 32, 0.5)[0], torch.randn(5, 64), torch.randn(5, 64)
+    gate, up = nn.Linear(64, 96, bias=False), nn.Linear(64, 96, bias=False)
+    layers = [sp.SparseLinear.from_dense(p, torch.ones(3, 2, dtype=torch.bool)).eval() for p in (gate, up)]
+    q, norm = torch.randn(2, 5, 3, 8), torch.randn(64)
+    weight, quantized, dy = packed.to_dense(), packed.quantize(), torch.randn(5, 96)
+    own, index = torch.ops.sparse_prune, (packed.crow_indices, packed.col_indices)
+    pairs = [
+        (lambda x: sp.fused_glu(*layers, x), lambda x: F.silu(gate(x)) * up(x)),
+        (lambda x: sp.bsr_linear_glu(x, layers[0].packed, layers[1].packed), lambda x: F.silu(gate(x)) * up(x)),
+        (lambda x: ops.layer_norm(x, norm), lambda x: F.layer_norm(x, (64,), norm)),
+        (lambda x: own.bsr_linear_dx(x @ weight.t(), *index, packed.values, 64), lambda x: x @ weight.t() @ weight),
+        (
+            lambda x: own.bsr_sdd(dy, x, *index, 32, 32).sum((1, 2)),
+            lambda x: _in_blocks(dy.t() @ x, packed).sum((1, 2)),
+        ),
+    ]
+    with torch.no_grad():
+        for ours, theirs in pairs:
+            torch.testing.assert_close(
+                torch.func.jvp(ours, (x,), (tangent,)), torch.func.jvp(theirs, (x,), (tangent,)), rtol=1e-4, atol=1e-4
+            )
+    # PyTorch's own attention has no forward mode on a CPU: told, not passed over.
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="forward AD"):
+        torch.func.jvp(lambda x: ops.attention(q + x.sum(), q, q), (x,), (tangent,))
+    with pytest.raises(sp.SparsePruneError, match="a floating-point weight under forward-mode AD"):
+        torch.func.jvp(lambda x: sp.bsr_linear(x, quantized), (x,), (tangent,))
