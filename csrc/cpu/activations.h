@@ -1,5 +1,5 @@
 // Activations on vectors of float, included by AVX files inside their namespace. V adds: sub, mul, div, abs, min, max, round, pow2,
-// less_select (a < b ? yes : no), times_pow2_unless_less (a < b ? 0 : v * 2^n).
+// less_select (a < b ? yes : no), times_pow2 (v * 2^n for n from -200 to 0, which may be 0 where n < -126).
 
 // e^x to about 1 ulp for x in [-87, 88], 0 below and infinity above (Cephes expf); NaN stays NaN.
 template <class V>
@@ -21,22 +21,19 @@ inline typename V::F vector_exp(typename V::F exact) {
   return V::less_select(high, exact, V::set1(__builtin_inff()), p);
 }
 
-// e^x for x <= 0, 0 below -87; NaN stays NaN. 2^n * 2^f with f in [-1/2, 1/2]: Taylor to a power of 6, below 1e-7 relative, or of
-// 4, below 5e-5.
+// 2^x for x <= 0, 0 below -126; NaN stays NaN. 2^n * 2^f with f in [-1/2, 1/2]: Taylor to a power of 6, below 1e-7 relative, or of 4,
+// below 5e-5.
 template <class V, int power = 6>
-inline typename V::F vector_exp_nonpositive(typename V::F exact) {
+inline typename V::F vector_exp2_nonpositive(typename V::F exact) {
   using F = typename V::F;
-  const F low = V::set1(-87.0f), log2e = V::set1(1.44269504088896341f);
-  const F x = V::max(low, exact);
-  const F n = V::round(V::mul(x, log2e));
-  const F f = V::fma(x, log2e, V::sub(V::zero(), n));
+  const F x = V::max(V::set1(-200.0f), exact), n = V::round(x), f = V::sub(x, n);
   F p = V::set1(9.6181291e-3f);
   if constexpr (power == 6) p = V::fma(V::fma(V::set1(1.5403530e-4f), f, V::set1(1.3333558e-3f)), f, p);
   p = V::fma(p, f, V::set1(5.5504109e-2f));
   p = V::fma(p, f, V::set1(2.4022651e-1f));
   p = V::fma(p, f, V::set1(6.9314718e-1f));
   p = V::fma(p, f, V::set1(1.0f));
-  return V::times_pow2_unless_less(p, n, exact, low);
+  return V::times_pow2(p, n);
 }
 
 // x * Phi(x) = x/2 * (1 + erf(x / sqrt 2)). erf by two polynomials (N. Juffa's erff, about 1 ulp): near zero a * P(a^2), beyond it

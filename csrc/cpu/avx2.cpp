@@ -40,7 +40,7 @@ struct Avx2 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
   }
   static inline F less_select(F a, F b, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
-  static inline F times_pow2_unless_less(F v, F n, F a, F b) { return less_select(a, b, zero(), mul(v, pow2(n))); }
+  static inline F times_pow2(F v, F n) { return mul(v, pow2(max(set1(-127.0f), n))); }  // whose exponent -127 is that of 0
   static inline F load_bf16(const uint16_t* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
@@ -69,11 +69,6 @@ struct Avx2 {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
-  static inline float highest(F v) {
-    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
-  }
   // to[c][r] = from[r][c], 8 x 8 of four bytes; rows of from are `apart` bytes from each other, those of to 4 * ldto.
   static inline void transpose(const void* from, int64_t apart, void* to, int64_t ldto) {
     const auto row = [&](int i) { return _mm256_loadu_ps(reinterpret_cast<const float*>(static_cast<const char*>(from) + i * apart)); };
@@ -92,7 +87,7 @@ struct Avx2 {
       _mm256_storeu_ps(out + 4 * ldto, _mm256_permute2f128_ps(t[j], t[4 + j], 0x31));
     }
   }
-  static inline F exp_nonpositive(F v) { return vector_exp_nonpositive<Avx2>(v); }
+  static inline F exp2_nonpositive(F v) { return vector_exp2_nonpositive<Avx2>(v); }
   static inline F activate(F v, Activation a) { return vector_activate<Avx2>(v, a); }
   static inline F activate_to_bf16(F v, Activation a) { return activate(v, a); }
 };

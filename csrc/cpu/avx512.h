@@ -29,9 +29,7 @@ struct Avx512 {
   static inline F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static inline F pow2(F n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
   static inline F less_select(F a, F b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
-  static inline F times_pow2_unless_less(F v, F n, F a, F b) {
-    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ), v, n);
-  }
+  static inline F times_pow2(F v, F n) { return _mm512_scalef_ps(v, n); }
   static inline F load_bf16(const uint16_t* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -54,7 +52,6 @@ struct Avx512 {
     second = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
   }
   static inline float sum(F v) { return _mm512_reduce_add_ps(v); }
-  static inline float highest(F v) { return _mm512_reduce_max_ps(v); }
   // to[c][r] = from[r][c], 16 x 16 of four bytes; rows of from are `apart` bytes from each other, those of to 4 * ldto.
   static inline void transpose(const void* from, int64_t apart, void* to, int64_t ldto) {
     F r[16], t[16];
@@ -81,7 +78,7 @@ struct Avx512 {
   }
   static inline F pair_low(F a, F b) { return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); }
   static inline F pair_high(F a, F b) { return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); }
-  static inline F exp_nonpositive(F v) { return vector_exp_nonpositive<Avx512>(v); }
+  static inline F exp2_nonpositive(F v) { return vector_exp2_nonpositive<Avx512>(v); }
   template <int powers>
   static inline F activate(F x, const ActivationTable<powers>& table) {
     // In a float from 2^23 to 2^24 units are the last bits: adding 1.5 * 2^23 rounds, and leaves n where the permutation looks for it.

@@ -17,7 +17,7 @@ struct DotBf16 : Plain<Avx512> {
   static inline F load_y(const Y* y) { return Avx512::load_bf16(y); }
   static inline void store_y(Y* y, F v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), (__m256i)_mm512_cvtneps_pbh(v)); }
   static inline void store_x(X* x, F v) { store_y(x, v); }
-  static inline F exp_nonpositive(F v) { return vector_exp_nonpositive<Avx512, 4>(v); }  // to be rounded to 8 bits
+  static inline F exp2_nonpositive(F v) { return vector_exp2_nonpositive<Avx512, 4>(v); }  // to be rounded to 8 bits
   static inline F activate(F x, Activation activation) { return Avx512::activate_to_bf16(x, activation); }
   // Two rows of x, count elements each (a multiple of 16), element by element.
   static inline void interleave(const X* first, const X* second, int64_t count, X* to) {

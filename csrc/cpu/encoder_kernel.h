@@ -1,5 +1,5 @@
 // Attention and LayerNorm in terms of a vector type V, included after tile_kernel.h inside an instruction set's own namespace. V adds
-// to what tile_kernel.h asks: sub, mul, max, sum, highest (over its lanes), exp_nonpositive and transpose.
+// to what tile_kernel.h asks: sub, mul, max, sum (over its lanes), exp2_nonpositive and transpose.
 //
 // Dot is the format of the products (Plain<V>, or pairs of bf16), Io the format of the tensors. Where they agree q is read in place;
 // otherwise it is widened. Keys are packed once per head as [d / step][keys][step] and values as [T / step][d][step], which the products
@@ -12,17 +12,24 @@ void product_tile(const typename Dot::X* x, int64_t ldx, const typename Dot::Wt*
   using V = typename Dot::Vec;
   using F = typename V::F;
   F acc[MR][NV];  // [MR][NV * W]
+  SPARSE_PRUNE_UNROLL
   for (int m = 0; m < MR; ++m)
+    SPARSE_PRUNE_UNROLL
     for (int v = 0; v < NV; ++v) acc[m][v] = V::zero();
   for (int64_t s = 0; s < steps; ++s, x += Dot::step, w += ldw) {
     F b[NV][1];
+    SPARSE_PRUNE_UNROLL
     for (int v = 0; v < NV; ++v) Dot::weights(w + v * V::W * Dot::step, b[v]);
+    SPARSE_PRUNE_UNROLL
     for (int m = 0; m < MR; ++m) {
       const F xv = Dot::broadcast(x + m * ldx, 0);
+      SPARSE_PRUNE_UNROLL
       for (int v = 0; v < NV; ++v) acc[m][v] = Dot::multiply_add(xv, b[v][0], acc[m][v]);
     }
   }
+  SPARSE_PRUNE_UNROLL
   for (int m = 0; m < MR; ++m)
+    SPARSE_PRUNE_UNROLL
     for (int v = 0; v < NV; ++v) V::store(z + m * ldz + v * V::W, acc[m][v]);
 }
 
@@ -90,14 +97,15 @@ struct AttentionHead {
   const AttentionArgs& a;
   const int64_t b, h, keys, features, key_steps, feature_steps;
   X *packed_k, *packed_v, *weights, *row;
-  E *scores, *sums, *limits;
+  E *scores, *sums, *limits, *totals, *lanes, *columns;
 
   AttentionHead(const AttentionArgs& args, int64_t batch, int64_t head)
       : a(args), b(batch), h(head), keys(round_up(a.T, V::W)), features(round_up(a.d, V::W)), key_steps((a.T + step - 1) / step),
         feature_steps((a.d + step - 1) / step) {
     const int64_t counts[] = {round_up(feature_steps, V::W) * keys * step, key_steps * features * step, rows_most * keys * step,
                               (rows_most + 2) * features * step};
-    size_t bytes = sizeof(E) * (rows_most * (keys + features + 1) + keys);
+    const int64_t rows = round_up(rows_most, V::W);
+    size_t bytes = sizeof(E) * (rows_most * (keys + features) + keys + rows * (V::W + 1) + V::W * V::W);
     for (int64_t count : counts) bytes += (sizeof(X) * count + 63) / 64 * 64;
     char* at = static_cast<char*>(thread_scratch(bytes));
     X** parts[] = {&packed_k, &packed_v, &weights, &row};
@@ -108,6 +116,9 @@ struct AttentionHead {
     scores = reinterpret_cast<E*>(at);             // [rows_most, keys]
     sums = scores + rows_most * keys;              // [rows_most, features]
     limits = sums + rows_most * features;          // [keys]
+    totals = limits + keys;                        // [rows]
+    lanes = totals + rows;                         // [rows, W]
+    columns = lanes + rows * V::W;                 // [W, W]
   }
 
   // Rows [t, t + count) of from as Dot's elements, zeros past d and T: [count][features * step].
@@ -168,37 +179,63 @@ struct AttentionHead {
     for (int64_t j = a.T; j < keys; ++j) limits[j] = -all;
   }
 
-  // scores[m] -> weights[m] = e^(score - highest), not yet divided by their sum, which is returned.
-  E softmax(int64_t m, int64_t t) {
-    E* s = scores + m * keys;
-    const auto* bias = static_cast<const Y*>(a.bias.data);
-    if (bias) bias += b * a.bias.batch + h * a.bias.head + t * a.bias.query;
-    if (a.keep.query != 0) set_limits(t);
-    const bool limited = a.keep.data != nullptr || keys != a.T;
-    const F scale = V::set1(static_cast<E>(a.scale));
-    const auto score = [&](int64_t j) {
-      F v = V::mul(V::load(s + j), scale);
-      if (bias) v = V::add(v, a.T - j >= V::W ? Io::load_y(bias + j) : load_edge<Io>(bias + j, a.T - j));
-      return limited ? V::min(V::load(limits + j), v) : v;
-    };
-    F highest = V::set1(lowest);
-    for (int64_t j = 0; j < keys; j += V::W) highest = V::max(highest, score(j));
-    const F top = V::set1(V::highest(highest));
-    F total = V::zero();
-    X* w = weights + m * keys;
-    for (int64_t j = 0; j < keys; j += V::W) {
-      const F e = Dot::exp_nonpositive(V::sub(score(j), top));
-      total = V::add(total, e);
-      Dot::store_x(w + j, e);
+  // out[m] = op over the lanes of rows[m]: sixteen rows in turn by columns, where one row at a time would wait for each of its halvings.
+  template <class Op>
+  void over_lanes(int64_t count, E* out, const Op& op) {
+    for (int64_t m = 0; m < count; m += V::W) {
+      V::transpose(lanes + m * V::W, V::W * sizeof(E), columns, V::W);
+      F v = V::load(columns);
+      for (int i = 1; i < V::W; ++i) v = op(v, V::load(columns + i * V::W));
+      V::store(out + m, v);
     }
-    return V::sum(total);
+  }
+
+  // scores[rows] -> weights[rows] = e^(score - highest), not yet divided by their sums, totals[rows]. All in powers of 2: e^s = 2^(s log2 e).
+  // Scores that a bias or a limit changes are written back; others are scaled again when they are read again.
+  void softmax(int64_t rows, int64_t t0) {
+    constexpr E log2e = E(1.44269504088896340736);
+    const bool limited = a.keep.data != nullptr || keys != a.T, changed = limited || a.bias.data != nullptr;
+    const E scale = static_cast<E>(a.scale) * log2e;
+    const F factor = V::set1(changed ? E(1) : scale);
+    for (int64_t m = 0; m < rows; ++m) {
+      E* s = scores + m * keys;
+      F highest = V::set1(lowest);
+      if (changed) {
+        const auto* bias = static_cast<const Y*>(a.bias.data);
+        if (bias) bias += b * a.bias.batch + h * a.bias.head + (t0 + m) * a.bias.query;
+        if (a.keep.query != 0) set_limits(t0 + m);
+        for (int64_t j = 0; j < keys; j += V::W) {
+          F v = V::mul(V::load(s + j), V::set1(scale));
+          if (bias) v = V::fma(a.T - j >= V::W ? Io::load_y(bias + j) : load_edge<Io>(bias + j, a.T - j), V::set1(log2e), v);
+          if (limited) v = V::min(V::load(limits + j), v);
+          V::store(s + j, v);
+          highest = V::max(highest, v);
+        }
+      } else {
+        for (int64_t j = 0; j < keys; j += V::W) highest = V::max(highest, V::mul(V::load(s + j), factor));
+      }
+      V::store(lanes + m * V::W, highest);
+    }
+    over_lanes(rows, totals, [](F v, F w) { return V::max(v, w); });
+    for (int64_t m = 0; m < rows; ++m) {
+      const E* s = scores + m * keys;
+      X* w = weights + m * keys;
+      const F minus_top = V::set1(-totals[m]);
+      F total = V::zero();
+      for (int64_t j = 0; j < keys; j += V::W) {
+        const F e = Dot::exp2_nonpositive(V::fma(V::load(s + j), factor, minus_top));
+        total = V::add(total, e);
+        Dot::store_x(w + j, e);
+      }
+      V::store(lanes + m * V::W, total);
+    }
+    over_lanes(rows, totals, [](F v, F w) { return V::add(v, w); });
   }
 
   void run(int64_t t0, int64_t t1) {
     pack();
     const auto* q = static_cast<const Y*>(a.q) + b * a.q_batch + h * a.q_head;
     auto* out = static_cast<Y*>(a.out) + (b * a.T * a.heads + h) * a.d;
-    E* totals = limits + keys;  // [rows_most]
     set_limits(0);
     for (int64_t t = t0; t < t1; t += rows_most) {
       const int64_t rows = t1 - t < rows_most ? t1 - t : rows_most;
@@ -219,7 +256,7 @@ struct AttentionHead {
       }
       prefetch_next(t, rows);
       product<Dot>(rows, keys, x, ldx, packed_k, feature_steps, scores, keys);                // [rows, keys]
-      for (int64_t m = 0; m < rows; ++m) totals[m] = softmax(m, t + m);
+      softmax(rows, t);
       product<Dot>(rows, features, weights, keys, packed_v, key_steps, sums, features);       // [rows, d]
       for (int64_t m = 0; m < rows; ++m) {
         const F share = V::set1(totals[m] == 0 ? E(0) : 1 / totals[m]);

@@ -110,11 +110,6 @@ struct Lanes {
     for (int j = 1; j < W; ++j) total += v[j];
     return total;
   }
-  static inline T highest(F v) {
-    T most = v[0];
-    for (int j = 1; j < W; ++j) most = v[j] > most ? v[j] : most;
-    return most;
-  }
   // to[c][r] = from[r][c], W x W of T; rows of from are `apart` bytes from each other, those of to ldto elements.
   static inline void transpose(const void* from, int64_t apart, void* to, int64_t ldto) {
     for (int r = 0; r < W; ++r) {
@@ -122,8 +117,8 @@ struct Lanes {
       for (int c = 0; c < W; ++c) static_cast<T*>(to)[c * ldto + r] = v[c];
     }
   }
-  static inline F exp_nonpositive(F v) {
-    for (int j = 0; j < W; ++j) v[j] = std::exp(v[j]);
+  static inline F exp2_nonpositive(F v) {
+    for (int j = 0; j < W; ++j) v[j] = std::exp2(v[j]);
     return v;
   }
   static inline F activate(F v, Activation activation) {

@@ -27,7 +27,7 @@ struct Plain {
   static inline F load_y(const Y* y) { return V::load(y); }
   static inline void store_y(Y* y, F v) { V::store(y, v); }
   static inline void store_x(X* x, F v) { V::store(x, v); }
-  static inline F exp_nonpositive(F v) { return V::exp_nonpositive(v); }
+  static inline F exp2_nonpositive(F v) { return V::exp2_nonpositive(v); }
   static inline F activate(F v, Activation activation) { return V::activate(v, activation); }
   template <int NV>
   static inline void store_row(Y* y, const F (&v)[NV], bool past_cache) {
