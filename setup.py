@@ -30,6 +30,7 @@ FLAGS = [
     "-O3",
     "-std=c++20",
     "-fno-math-errno",
+    "-ffp-contract=off",  # what is multiplied and added is rounded alike wherever the compiler puts it
     "-falign-loops=64",
     "-fvisibility=hidden",
     "-Wno-maybe-uninitialized",

@@ -48,6 +48,6 @@ def amx(tmp_path_factory):
     library = tmp_path_factory.mktemp("amx") / "amx.so"
     names = ("activation_tables", "amx_bf16", "amx_int8", "avx512_bf16", "avx512_bf16_int8", "scratch")
     sources = [tests / "amx_harness.cpp", *(tests.parent / "csrc" / "cpu" / f"{name}.cpp" for name in names)]
-    flags = ["-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-DSPARSE_PRUNE_EMULATE_AMX"]
+    flags = ["-std=c++20", "-O1", "-w", "-ffp-contract=off", "-fPIC", "-shared", "-DSPARSE_PRUNE_EMULATE_AMX"]
     subprocess.run([*compiler, *flags, "-o", library, *sources], check=True)
     return ctypes.CDLL(str(library))

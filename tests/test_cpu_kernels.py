@@ -29,6 +29,14 @@ each_isa = pytest.mark.parametrize(
     ],
 )
 
+# Low blocks and enough tokens for csrc/cpu/token_tile.h: cut edges, blocks of odd heights, long rows, the rows of two panels.
+TOKENS = [
+    (53, 250, 75, 16, 16, 0.9),
+    (97, 500, 333, 8, 8, 0.5),
+    (40, 300, 128, 12, 8, 0.7),
+    (64, 256, 600, 16, 64, 1.0),
+    (48, 512, 40, 1, 1, 0.5),
+]
 # M, N, K, R, C, density of blocks: M of 0 and 1, cut edges, odd and rectangular blocks, no and all blocks, strips of 16 to 64.
 PROBLEMS = [
     (0, 64, 64, 32, 32, 0.5),
@@ -45,6 +53,7 @@ PROBLEMS = [
     (47, 80, 128, 16, 48, 0.5),
     (67, 100, 96, 80, 24, 0.6),
     (300, 160, 72, 128, 16, 0.5),
+    *TOKENS,
 ]
 ACTIVATIONS = list(reference.ACTIVATIONS)
 
@@ -217,17 +226,17 @@ def test_activation_to_bf16_is_rounded_right_but_for_a_unit(isa, activation):
 @needs_kernels
 @each_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_threads_do_not_change_the_bits(isa, dtype):
-    p = Problem(
-        300, 640, 256, 32, 32, 0.5, dtype
-    )  # about 12 million multiply-adds: more than enough work for 3 threads
+@pytest.mark.parametrize(("block", "density"), [(32, 0.5), (16, 0.2)])
+def test_threads_do_not_change_the_bits(isa, dtype, block, density):
+    # Over 9 million multiply-adds: enough work for 3 threads. In blocks of 16 lanes are tokens for one thread, outputs for three.
+    p = Problem(300, 640, 256, block, block, density, dtype)
     before = torch.get_num_threads()
     results = []
     try:
         with backends.force_isa(isa):
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                dvalues = sparse.bsr_sdd(p.dy, p.x, *p.bsr[:2], 32, 32)
+                dvalues = sparse.bsr_sdd(p.dy, p.x, *p.bsr[:2], block, block)
                 results.append((p.linear("gelu"), sparse.bsr_linear_dx(p.dy, *p.bsr, p.k), dvalues))
     finally:
         torch.set_num_threads(before)

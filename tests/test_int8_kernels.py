@@ -53,6 +53,9 @@ PROBLEMS = [
     (67, 100, 96, 80, 24, 0.6),
     (65, 200, 300, 128, 128, 0.5),
     (300, 160, 72, 128, 16, 0.5),
+    (53, 250, 75, 16, 16, 0.9),  # from here on csrc/cpu/token_tile.h
+    (97, 500, 333, 8, 8, 0.5),
+    (40, 300, 128, 12, 8, 0.7),
 ]
 
 
@@ -204,8 +207,10 @@ def test_a_layer_errs_by_about_a_percent(shape, dtype):
 
 @needs_kernels
 @pytest.mark.parametrize("isa", [isa for isa in backends.ISAS if isa in ISAS])
-def test_threads_do_not_change_the_bits(isa):
-    p = Problem(300, 640, 256, 32, 32, 0.5, torch.bfloat16)  # about 25 million multiply-adds: enough work for 3 threads
+@pytest.mark.parametrize(("block", "density"), [(32, 0.5), (16, 0.2)])
+def test_threads_do_not_change_the_bits(isa, block, density):
+    # Over 9 million multiply-adds: enough work for 3 threads. In blocks of 16 lanes are tokens for one thread, outputs for three.
+    p = Problem(300, 640, 256, block, block, density, torch.bfloat16)
     before = torch.get_num_threads()
     results = []
     try:

@@ -44,7 +44,14 @@ def build(sources: Path, library: Path) -> None:
     setup = (ROOT / "setup.py").read_text()
     (version,) = re.findall(r'"TORCH_TARGET_VERSION", "(\w+)"', setup)
     home = Path(torch.__file__).parent
-    flags = ["-std=c++20", "-fPIC", "-fno-math-errno", "-Wno-maybe-uninitialized", f"-DTORCH_TARGET_VERSION={version}"]
+    flags = [
+        "-std=c++20",
+        "-fPIC",
+        "-fno-math-errno",
+        "-ffp-contract=off",
+        "-Wno-maybe-uninitialized",
+        f"-DTORCH_TARGET_VERSION={version}",
+    ]
     flags += [f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}"]
 
     def compile_one(source: Path) -> Path:

@@ -19,6 +19,7 @@ namespace {
 #include "amx_tile.h"
 #include "avx512.h"
 #include "tile_kernel.h"
+#include "native_bf16.h"
 #include "avx512_bf16.h"
 
 #include "amx_kernel.h"

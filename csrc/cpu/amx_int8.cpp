@@ -21,15 +21,15 @@ namespace {
 #include "activations.h"
 #include "amx_tile.h"
 #include "avx512.h"
+#include "native_bf16.h"
 #include "tile_kernel.h"
 #include "avx512_int8.h"
 #include "int8_tile.h"
 #include "vnni.h"
-#include "native_bf16.h"
 #include "amx_kernel.h"
 
 struct ByteTiles {
-  using Dot = Vnni<NativeBf16>;  // for what follows the sums
+  using Dot = Vnni<NativeBf16<Avx512Int8>>;  // for what follows the sums
   using Sum = int32_t;
   using F = __m512i;
   static constexpr int64_t size = 1;

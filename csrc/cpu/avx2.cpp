@@ -19,7 +19,7 @@ namespace {
 struct Avx2 {
   using Elem = float;
   using F = __m256;
-  static constexpr int W = 8, registers = 16;
+  static constexpr int W = 8, registers = 16, bf16_per_lane = 0;
   static inline F zero() { return _mm256_setzero_ps(); }
   static inline F set1(float v) { return _mm256_set1_ps(v); }
   static inline F load(const float* p) { return _mm256_loadu_ps(p); }

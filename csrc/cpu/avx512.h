@@ -3,7 +3,7 @@
 struct Avx512 {
   using Elem = float;
   using F = __m512;
-  static constexpr int W = 16, registers = 32;
+  static constexpr int W = 16, registers = 32, bf16_per_lane = 0;
   static inline F zero() { return _mm512_setzero_ps(); }
   static inline F set1(float v) { return _mm512_set1_ps(v); }
   static inline F load(const float* p) { return _mm512_loadu_ps(p); }

@@ -17,6 +17,7 @@ namespace {
 #include "avx512.h"
 #include "tile_kernel.h"
 #include "encoder_kernel.h"
+#include "native_bf16.h"
 #include "avx512_bf16.h"
 
 void linear(const LinearArgs& a, int64_t m0, int64_t m1, int64_t i0, int64_t i1) {

@@ -1,4 +1,5 @@
-// bf16 pairs in a zmm register; for the files whose target adds AVX512-BF16. Included inside their namespace, after tile_kernel.h.
+// bf16 pairs in a zmm register; for the files whose target adds AVX512-BF16. Included inside their namespace, after tile_kernel.h
+// and native_bf16.h.
 
 // x stays bf16 in place: two neighbouring inputs of a row are the pair that the instruction wants.
 struct DotBf16 : Plain<Avx512> {
@@ -17,6 +18,8 @@ struct DotBf16 : Plain<Avx512> {
   static inline F load_y(const Y* y) { return Avx512::load_bf16(y); }
   static inline void store_y(Y* y, F v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), (__m256i)_mm512_cvtneps_pbh(v)); }
   static inline void store_x(X* x, F v) { store_y(x, v); }
+  static constexpr int per_lane = 2;
+  static inline F lanes(const F (&v)[2]) { return round_to_lanes(v[0], v[1]); }
   static inline F exp2_nonpositive(F v) { return vector_exp2_nonpositive<Avx512, 4>(v); }  // to be rounded to 8 bits
   static inline F activate(F x, Activation activation) { return Avx512::activate_to_bf16(x, activation); }
   // Two rows of x, count elements each (a multiple of 16), element by element.

@@ -14,15 +14,15 @@ namespace sparse_prune {
 namespace {
 #include "activations.h"
 #include "avx512.h"
+#include "native_bf16.h"
 #include "tile_kernel.h"
 #include "avx512_int8.h"
 #include "int8_tile.h"
 #include "vnni.h"
-#include "native_bf16.h"
 }  // namespace
 
 const Int8Kernels* avx512_bf16_int8_kernels() {
-  static const Int8Kernels kernels = {"avx512_bf16", quantize_rows<Avx512Int8>, int8_range<Vnni<NativeBf16>>};
+  static const Int8Kernels kernels = {"avx512_bf16", quantize_rows<Avx512Int8>, int8_range<Vnni<NativeBf16<Avx512Int8>>>};
   return &kernels;
 }
 

@@ -165,8 +165,66 @@ struct Int8Tiles {
   static constexpr Fn tile = int8_tile<Dot, MR, NV>;
 };
 
+// token_tile.h for bytes: a lane of x is four unsigned ones, and sums start at their output's offset.
+template <class Dot>
+struct ByteLanes {
+  using V = typename Dot::Vec;
+  using A = typename Dot::I;
+  static constexpr int step = kInt8Step;
+  static constexpr bool in_parts = false, whole_blocks = true;
+  static inline A start(const LinearArgs& a, int64_t n) {
+    return Dot::broadcast(reinterpret_cast<const uint8_t*>(static_cast<const Int8Args&>(a).offsets + n));
+  }
+  static inline A tokens(const char* x) { return Dot::load(reinterpret_cast<const int32_t*>(x)); }
+  static inline A weight(const char* w) { return Dot::broadcast(reinterpret_cast<const uint8_t*>(w)); }
+  static inline A dot(A acc, A x, A w) { return Dot::dot(acc, x, w); }
+  static inline void store(char* z, A v) { Dot::store(reinterpret_cast<int32_t*>(z), v); }
+};
+
+// What linear_tile's ending is to tiles, to a part whose lanes are tokens, whole and without residual.
+template <class Dot, class Out>
+bool int8_write_tokens(const Int8Args& a, const TokenPart& part, int64_t m) {
+  using V = typename Dot::Vec;
+  using Y = typename Out::Y;
+  if constexpr (Out::per_lane == 0) {
+    return false;
+  } else {
+    if (part.cols != kTokenColumns || a.residual || a.N % Out::per_lane != 0) return false;
+    float bias[kTokenColumns] = {}, x_scales[kTokenVectors * V::W] = {};
+    if (a.bias)
+      for (int64_t n = 0; n < kTokenColumns; n += V::W) V::store(bias + n, Out::load_y(static_cast<const Y*>(a.bias) + part.n + n));
+    memcpy(x_scales, a.x_scales + m, part.rows * sizeof *x_scales);
+    const auto* z = reinterpret_cast<const int32_t*>(part.z);  // [kTokenColumns][tokens]
+    const auto value = [&](int64_t n, int64_t t) {
+      const typename V::F scaled = V::mul(V::from_int32(z + n * part.tokens + t), V::set1(a.w_scales[part.n + n]));
+      const typename V::F v = V::add(V::mul(scaled, V::load(x_scales + t)), V::set1(bias[n]));
+      return a.activation == Activation::none ? v : V::activate(v, a.activation);
+    };
+    write_tokens<Out>(static_cast<Y*>(a.y) + m * a.N + part.n, a.N, part.rows, value);
+    return true;
+  }
+}
+
+template <class Dot>
+void int8_finish_tokens(const Int8Args& a, const TokenPart& part, int64_t m) {
+  using V = typename Dot::Vec;
+  if (a.dtype == DType::f32 && int8_write_tokens<Dot, Plain<V>>(a, part, m)) return;
+  if (a.dtype == DType::bf16 && int8_write_tokens<Dot, Bf16Weights<V>>(a, part, m)) return;
+  alignas(64) int32_t turned[kTokenVectors * V::W * kTokenColumns];  // [tokens][outputs]
+  turn<V>(part, reinterpret_cast<char*>(turned));
+  int8_finish<V>(a, turned, kTokenColumns, m, part.n, part.rows, part.cols);
+}
+
 template <class Dot>
 void int8_range(const Int8Args& a, int64_t m0, int64_t m1, int64_t i0, int64_t i1) {
+  using V = typename Dot::Vec;
+  if constexpr (V::registers >= 32) {
+    if (lanes_are_tokens(a, kInt8Step, V::W, m1 - m0, i0, i1)) {
+      const int64_t whole = (a.K + a.C - 1) / a.C * a.C;
+      return token_range<ByteLanes<Dot>>(a, static_cast<const char*>(a.x) + m0 * a.ldx, a.ldx, whole, m0, m1, i0, i1,
+                                         [&](const TokenPart& part) { int8_finish_tokens<Dot>(a, part, m0 + part.m); });
+    }
+  }
   for_each_tile<Int8Tiles<Dot>>(a, 1, m0, m1, i0, i1, [&](auto tile, int64_t m, int64_t i, int64_t n, int64_t cols, bool) {
     tile(a, m0 + m, i, n, cols);
   });

@@ -66,7 +66,7 @@ template <class T>
 struct Lanes {
   using Elem = T;
   typedef T F __attribute__((vector_size(16)));
-  static constexpr int W = 16 / sizeof(T), registers = 16;
+  static constexpr int W = 16 / sizeof(T), registers = 16, bf16_per_lane = 0;
   static inline F zero() { return F{}; }
   static inline F set1(T v) { return F{} + v; }
   static inline F load(const T* p) {
@@ -78,7 +78,14 @@ struct Lanes {
   static inline void stream(T* p, F v) { store(p, v); }
   static inline void fence() {}
   static inline F add(F a, F b) { return a + b; }
-  static inline F fma(F a, F b, F c) { return a * b + c; }
+  static inline F fma(F a, F b, F c) {
+#if defined(__FP_FAST_FMAF) && defined(__FP_FAST_FMA)
+    for (int j = 0; j < W; ++j) c[j] = std::fma(a[j], b[j], c[j]);
+    return c;
+#else
+    return a * b + c;
+#endif
+  }
   static inline F load_bf16(const uint16_t* p) {
     F v;
     for (int j = 0; j < W; ++j) v[j] = float_of_bits(static_cast<uint32_t>(p[j]) << 16);

@@ -5,7 +5,7 @@
 // so y is written once. Each step loads NV vectors of weights and multiplies them by MR broadcast elements of x:
 //     acc[m][v] += x[m, k] * w[k, v]
 // V provides: Elem, F (vector), W (lanes), zero, set1, load, store, stream (a store past the caches), fence, add, fma, activate,
-// activate_to_bf16, load_bf16/f16, store_bf16/f16, bf16_pairs.
+// activate_to_bf16, load_bf16/f16, store_bf16/f16, bf16_pairs, bf16_per_lane (2 where it has bf16_lanes).
 
 // Before each loop over a tile's sums: left to itself the compiler unrolls them too late to see that sums need no memory, and a tile then
 // stores all of them twice.
@@ -27,6 +27,8 @@ struct Plain {
   static inline F load_y(const Y* y) { return V::load(y); }
   static inline void store_y(Y* y, F v) { V::store(y, v); }
   static inline void store_x(X* x, F v) { V::store(x, v); }
+  static constexpr int per_lane = 1;  // of y, in four bytes
+  static inline F lanes(const F (&v)[1]) { return v[0]; }
   static inline F exp2_nonpositive(F v) { return V::exp2_nonpositive(v); }
   static inline F activate(F v, Activation activation) { return V::activate(v, activation); }
   template <int NV>
@@ -41,6 +43,7 @@ struct HalfWeights : Plain<V> {
   using F = typename V::F;
   using Wt = uint16_t;
   using Y = uint16_t;
+  static constexpr int per_lane = 0;  // none of the instructions that lanes of two would need
   static inline void weights(const Wt* w, F out[1]) { out[0] = V::load_f16(w); }
   static inline F load_y(const Y* y) { return V::load_f16(y); }
   static inline void store_y(Y* y, F v) { V::store_f16(y, v); }
@@ -57,7 +60,8 @@ struct Bf16Weights : Plain<V> {
   using X = typename V::Elem;
   using Wt = uint16_t;
   using Y = uint16_t;
-  static constexpr int step = 2, parts = 2;
+  static constexpr int step = 2, parts = 2, per_lane = V::bf16_per_lane;
+  static inline F lanes(const F (&v)[2]) { return V::bf16_lanes(v[0], v[1]); }
   static inline void weights(const Wt* w, F out[2]) { V::bf16_pairs(w, out[0], out[1]); }
   static inline F broadcast(const X* x, int part) { return V::set1(x[part]); }
   static inline F activate(F v, Activation activation) { return V::activate_to_bf16(v, activation); }
@@ -392,11 +396,20 @@ bool fetches_ahead(const LinearArgs& a) {
   return a.M * a.N * static_cast<int64_t>(sizeof(typename Fmt::Y)) > 1 << 20 && !writes_past_cache<Fmt>(a);
 }
 
+#include "token_tile.h"
+
 // Rows [m0, m1) of block-rows [i0, i1). x is a.x, or its rows widened to float, as X with ldx elements per row, starting at row m0.
 template <class Fmt>
 void linear_range(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, int64_t m0, int64_t m1, int64_t i0, int64_t i1) {
   using Y = typename Fmt::Y;
   const bool past_cache = writes_past_cache<Fmt>(a), ahead = fetches_ahead<Fmt>(a);
+  if constexpr (Fmt::Vec::registers >= 32 && std::is_same_v<typename Fmt::X, typename Fmt::Wt>) {
+    if (lanes_are_tokens(a, Fmt::step, Fmt::Vec::W, m1 - m0, i0, i1)) {
+      token_linear<Fmt>(a, x, ldx, m0, m1, i0, i1, past_cache, ahead);
+      if (past_cache) Fmt::Vec::fence();
+      return;
+    }
+  }
   for_each_tile<LinearTiles<Fmt>>(a, sizeof(typename Fmt::Wt), m0, m1, i0, i1,
                                   [&](auto tile, int64_t m, int64_t i, int64_t n, int64_t cols, bool whole) {
     const int64_t offset = (m0 + m) * a.N + n;
