@@ -115,7 +115,7 @@ def _measure(problem: dict[str, Any], timer: Timer, device: str) -> dict[str, An
 
     def product(config: Any) -> Tensor:
         if packed.scales is not None:
-            return launch.bsr_linear_int8(x, *index, packed.scales, n, config=config)
+            return launch.bsr_linear_w8a8(x, *index, packed.scales, n, config=config)
         return launch.bsr_linear(x, *index, n, config=config)
 
     # int8 rounds x, which is not the tiling's doing.

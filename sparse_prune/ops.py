@@ -490,7 +490,7 @@ def backend_for(
     rounds = "its kernels round x to int8 too, and this weight is weight_only" if weight_only else None
     reasons = {
         "cpu": lambda: backends.cpu_unavailable(device, dtype) or rounds,
-        "triton": lambda: backends.triton_unavailable(device, dtype, blocksize) or rounds,
+        "triton": lambda: backends.triton_unavailable(device, dtype, blocksize),
         "cuda": lambda: backends.cuda_unavailable(device, dtype, blocksize) or rounds,
     }
     for name, why_not in reasons.items():

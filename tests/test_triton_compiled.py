@@ -180,53 +180,79 @@ def test_rows_that_lie_apart(capability):
     assert_as_good_as_torch(y, x.double() @ packed.to_dense().double().T, x @ packed.to_dense().T)
 
 
-def check_int8(problem, dtype, capability, activation="silu", x_scale=None, config=None, mode="late"):
+SCHEMES = {"int8": {}, "e4m3": {"dtype": torch.float8_e4m3fn}, "w8a16": {"weight_only": True}}
+
+
+def check_quantized(scheme, problem, dtype, capability, activation="silu", x_scale=None, config=None, mode="late"):
     """Rounding of x, bit for bit, and the product, by what a launch would run; returns its counts."""
     from sparse_prune_kernels import launch
     from sparse_prune_kernels.config import linear_config
 
     packed, x, bias, residual = make_problem(*problem, dtype)
-    packed = packed.to(torch.float32).quantize()
+    packed = packed.to(torch.float32).quantize(**SCHEMES[scheme])
     (n, k), (r, c) = packed.shape, packed.blocksize
     crow, col, values = arrays(packed)
-    plans = launch.plans_of(crow, col, n, k, r, c, 1, transposed=False)
+    itemsize = x.element_size() if packed.weight_only else 1
+    plans = launch.plans_of(crow, col, n, k, r, c, itemsize, transposed=False)
     unions = {merge: plan.union for merge, plan in plans.items()}
-    config = config or linear_config(len(x), n, k, r, c, 1, capability, packed.density, unions)
-    q = torch.full((len(x), -(-k // c) * c), 99, dtype=torch.int8)
-    x_scales, y = torch.full((len(x),), torch.nan), x.new_full((len(x), n), torch.nan)
-    run([launch.round_call(x, q, x_scales, x_scale)], capability, mode)
-    expected, of_rows = reference.quantize_rows(x, x_scale)
-    assert torch.equal(q[:, :k], expected) and torch.equal(x_scales, of_rows) and not q[:, k:].any()
+    sizes = (len(x), n, k, r, c, itemsize, capability, packed.density, unions)
+    config = config or linear_config(*sizes, value_size=1)
+    y, operand, scales = x.new_full((len(x), n), torch.nan), x, (packed.scales,)
+    if not packed.weight_only:
+        operand = torch.full((len(x), -(-k // c) * c), 99, dtype=torch.int8).to(values.dtype)
+        x_scales = torch.full((len(x),), torch.nan)
+        run([launch.round_call(x, operand, x_scales, x_scale)], capability, mode)
+        expected, of_rows = reference.quantize_rows(x, x_scale, values.dtype)
+        assert torch.equal(operand[:, :k].float(), expected.float()) and not operand[:, k:].float().any()
+        assert torch.equal(x_scales, of_rows)
+        scales = (packed.scales, x_scales)
     plan = plans[config.merge]
     calls = launch.linear_calls(
-        q, plan, values, bias, residual, y, r, c, c, 1, activation, config, "ieee", packed.scales, x_scales
+        operand, plan, values, bias, residual, y, r, c, c, 1, activation, config, "ieee", *scales
     )
     counts = run(calls, capability, mode)
     assert_as_good_as_torch(y, *exact_and_reference_int8(x, packed, bias, activation, residual, x_scale))
     return packed, plan, config, counts
 
 
+QUANTIZED_PROBLEMS = [
+    (5, 45, 200, 16, 32, 0.5),
+    (130, 70, 96, 16, 16, 0.4),
+    (33, 128, 640, 64, 64, 0.4),
+    (300, 200, 300, 128, 128, 0.7),
+]
+
+
 # mma.sync's and wgmma's int8, and on sm_120 what a younger compiler makes of it; M = 5 and 33 go through sum_parts_kernel.
 @pytest.mark.parametrize("capability", [80, 90, 120])
-@pytest.mark.parametrize(
-    "problem",
-    [
-        (5, 45, 200, 16, 32, 0.5),
-        (130, 70, 96, 16, 16, 0.4),
-        (33, 128, 640, 64, 64, 0.4),
-        (300, 200, 300, 128, 128, 0.7),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("problem", QUANTIZED_PROBLEMS, ids=str)
 def test_int8(problem, capability):
     dtype, x_scale = {80: (BF16, None), 90: (F16, 0.03), 120: (F32, None)}[capability]
-    check_int8(problem, dtype, capability, x_scale=x_scale)
+    check_quantized("int8", problem, dtype, capability, x_scale=x_scale)
+
+
+# mma.sync's e4m3 on sm_89 and sm_120; on sm_90 wgmma's, or float16's by mma.sync.
+@pytest.mark.parametrize("capability", [89, 90, 120])
+@pytest.mark.parametrize("problem", QUANTIZED_PROBLEMS, ids=str)
+def test_e4m3(problem, capability):
+    dtype, x_scale = {89: (F32, 0.01), 90: (BF16, None), 120: (F16, None)}[capability]
+    check_quantized("e4m3", problem, dtype, capability, x_scale=x_scale)
+
+
+# int8 becomes bfloat16 or float16 in registers, and on sm_90 goes from there into wgmma. sm_80 and sm_120 skip at 32x32.
+@pytest.mark.parametrize("capability", [80, 90, 120])
+@pytest.mark.parametrize("problem", [*QUANTIZED_PROBLEMS, (130, 140, 96, 32, 32, 0.4)], ids=str)
+def test_w8a16(problem, capability):
+    check_quantized("w8a16", problem, F16 if capability == 120 else BF16, capability)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("mode", ["early", "random"])
-def test_int8_whenever_copies_end(mode, capability):
-    check_int8((260, 128, 640, 32, 32, 0.4), BF16, capability, mode=mode)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantized_whenever_copies_end(scheme, mode, capability):
+    if scheme == "e4m3" and capability == 80:
+        capability = 120
+    check_quantized(scheme, (260, 128, 640, 32, 32, 0.4), BF16, capability, mode=mode)
 
 
 def test_int8_rounds_the_smallest_numbers_too():
@@ -244,7 +270,7 @@ def test_work_of_int8_is_what_config_counts():
     from sparse_prune_kernels.config import LinearConfig
 
     config = LinearConfig(2, 256, 32, 8, 1, False, 8, 3)
-    packed, plan, _, (counts,) = check_int8((512, 256, 1024, 32, 32, 0.2), BF16, 80, config=config)
+    packed, plan, _, (counts,) = check_quantized("int8", (512, 256, 1024, 32, 32, 0.2), BF16, 80, config=config)
     assert counts.tensor_fma == 512 * 2 * 32 * plan.steps * 32
     loaded = (
         32 * (512 * plan.steps + 2 * 32 * packed.nnzb) + 2 * 512 * 256 + 2 * 4 * 256

@@ -99,6 +99,14 @@ LINEAR_GATES = [
     (64, 64, 16, "int8", 90, "ieee", False),
     (64, 64, 4096, "int8", 90, "ieee", False),
     (16, 16, 512, "int8", 120, "ieee", False),
+    (32, 128, 4096, "e4m3", 89, "ieee", False),
+    (64, 64, 16, "e4m3", 90, "ieee", False),
+    (128, 128, 4096, "e4m3", 90, "ieee", False),
+    (16, 16, 512, "e4m3", 120, "ieee", False),
+    (32, 32, 16, "w8a16", 80, "ieee", False),
+    (16, 16, 4096, "w8a16", 80, "ieee", False),
+    (32, 32, 512, "w8a16", 90, "ieee", False),
+    (128, 128, 4096, "w8a16", 120, "ieee", False),
 ]
 SIDES = (16, 32, 64, 128)
 UNIONS = {1: 0.2, 2: 0.34, 4: 0.53, 8: 0.76}  # of a random mask of density .2
@@ -115,6 +123,8 @@ ALL_LINEAR_GATES = (
         for m in (16, 512)
     ]
     + [(16, 128, m, "int8", capability, "ieee", False) for capability in (86, 90, 100, 120) for m in (512, 4096)]
+    + [(r, r, m, "e4m3", c, "ieee", False) for c, m in ((89, 16), (90, 512), (100, 512), (120, 4096)) for r in SIDES]
+    + [(r, r, m, "w8a16", c, "ieee", False) for c, m in ((80, 4096), (90, 4096), (100, 512), (120, 16)) for r in SIDES]
 )
 SDD_GATES = [
     (32, 32, "bfloat16", 80, "ieee"),
@@ -125,11 +135,15 @@ SDD_GATES = [
 ]
 
 
-def tiling(m, side_n, side_k, itemsize, capability):
+def tiling(m, side_n, side_k, itemsize, capability, value_size=0):
     from sparse_prune_kernels import config
 
     unions = {merge: UNIONS[merge] for merge in config.merges(side_n, itemsize)}
-    return config.linear_config(m, 4096, 4096, side_n, side_k, itemsize, capability, 0.2, unions)
+    problem = (m, 4096, 4096, side_n, side_k, itemsize, capability, 0.2, unions)
+    return config.linear_config(*problem, value_size=value_size)
+
+
+PRODUCTS = {"bfloat16": "bf16", "float16": "f16", "float32": "tf32", "int8": "s8", "w8a16": "bf16"}  # as PTX names them
 
 
 def check_gates(made, dtype, capability, precision, instruction, bytes_per_stage, num_stages):
@@ -150,16 +164,14 @@ def check_gates(made, dtype, capability, precision, instruction, bytes_per_stage
     elif instruction == "tcgen05.mma":
         assert instruction in made.ptx and not products
     else:
-        assert products == {
-            (instruction, {"bfloat16": "bf16", "float16": "f16", "float32": "tf32", "int8": "s8"}[dtype])
-        }
+        assert products == {(instruction, PRODUCTS.get(dtype, dtype))}
 
 
 def check_linear_gates(side_n, side_k, m, dtype, capability, precision, transposed, even_k):
     from sparse_prune_kernels import config, offline
 
-    itemsize = getattr(torch, dtype).itemsize
-    tiles = tiling(m, side_n, side_k, itemsize, capability)
+    itemsize, value_size = (kind.itemsize for kind in offline.QUANTIZED.get(dtype) or (getattr(torch, dtype),) * 2)
+    tiles = tiling(m, side_n, side_k, itemsize, capability, value_size)
     made, *then = offline.compile_linear(
         tiles, side_n, side_k, dtype, capability, precision, transposed=transposed, even_k=even_k
     )
@@ -168,7 +180,9 @@ def check_linear_gates(side_n, side_k, m, dtype, capability, precision, transpos
     instruction = "wgmma.mma_async" if capability == 90 and rows >= 64 else "mma.sync"
     if capability == 100 and (dtype != "float32" or precision != "ieee"):
         instruction = next(name for name in ("tcgen05.mma", "mma.sync") if name in made.ptx)
-    bytes_per_stage = (tiles.block_m + tiles.merge * side_n) * tiles.block_k * itemsize
+    bytes_per_stage = (tiles.block_m * itemsize + tiles.merge * side_n * value_size) * tiles.block_k
+    if dtype == "e4m3" and capability == 90 and instruction == "mma.sync":
+        dtype = "float16"  # mma.sync has e4m3 from 8.9 on, but not for Hopper: Triton makes it float16, exactly
     check_gates(made, dtype, capability, precision, instruction, bytes_per_stage, tiles.num_stages)
     # What config.py counts on: one program of eight warps on an SM, two of four, three of the small ones.
     programs = 3 if m <= config.SMALL_M and itemsize <= 2 else 1 if tiles.num_warps == 8 else 2
@@ -178,8 +192,11 @@ def check_linear_gates(side_n, side_k, m, dtype, capability, precision, transpos
 
 
 @needs_triton
-@pytest.mark.parametrize("even_k", [True, False])
-@pytest.mark.parametrize("gate", LINEAR_GATES, ids=str)
+@pytest.mark.parametrize(
+    "gate, even_k",
+    [(gate, even) for gate in LINEAR_GATES for even in (True, False) if not even or gate[3] not in ("e4m3", "w8a16")],
+    ids=str,
+)
 def test_compiled_linear(gate, even_k):
     check_linear_gates(*gate, even_k)
 
@@ -450,7 +467,7 @@ def test_rows_that_share_columns_share_a_tile():
     "device, dtype, blocksize, reason",
     [
         (torch.device("cpu"), torch.float32, (32, 32), "run on CUDA devices, not on cpu"),
-        (CUDA, torch.float64, (32, 32), "take float16, bfloat16, float32 and int8, not float64"),
+        (CUDA, torch.float64, (32, 32), "take float16, bfloat16, float32, int8 and float8_e4m3fn, not float64"),
         (CUDA, torch.float32, (4, 8), "take blocks with sides 16, 32, 64 or 128, not 4x8"),
         (CUDA, torch.float32, (32, 256), "not 32x256"),
     ],
@@ -475,6 +492,18 @@ def test_old_gpu(gpu):
     assert unavailable(CUDA, torch.float32, (32, 32)) == "compute capability 7.5 is older than 8.0"
 
 
+@needs_triton
+@pytest.mark.parametrize("capability, runs", [((8, 0), False), ((8, 6), False), ((8, 9), True), ((12, 0), True)])
+def test_gpus_without_float8(capability, runs, gpu):
+    gpu(*capability)
+    reason = unavailable(CUDA, torch.float8_e4m3fn, (32, 32))
+    assert (reason is None) == runs and unavailable(CUDA, torch.int8, (32, 32)) is None
+    assert backend_for(CUDA, torch.float8_e4m3fn) == ("triton" if runs else "reference")
+    if not runs:
+        with pytest.raises(SparsePruneError, match=f"8.9, and this GPU has 8.{capability[1]}"):
+            backend_for(CUDA, torch.float8_e4m3fn, "triton")
+
+
 def test_triton_missing(gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     assert "Triton cannot be imported (ModuleNotFoundError" in unavailable(CUDA, torch.float32, (32, 32))
@@ -492,7 +521,7 @@ def test_triton_version(gpu, monkeypatch, number, reason):
 
 def test_registered_operators_fall_back_where_a_reason_stands():
     library, called = Library(), []
-    names = ("bsr_linear", "bsr_linear_int8", "bsr_linear_dx", "bsr_sdd")
+    names = ("bsr_linear", "bsr_linear_int8", "bsr_linear_e4m3", "bsr_linear_w8a16", "bsr_linear_dx", "bsr_sdd")
     fallbacks = {name: lambda *arguments, name=name: called.append((name, len(arguments))) for name in names}
     support.register(library, fallbacks)
     assert set(library.implementations) == {(name, "CUDA") for name in names}
@@ -500,9 +529,11 @@ def test_registered_operators_fall_back_where_a_reason_stands():
     library.implementations["bsr_linear", "CUDA"](x, index, index, values, None, 4, None, "none", None)
     scaled = (values.char(), torch.ones(4))
     library.implementations["bsr_linear_int8", "CUDA"](x, index, index, *scaled, None, 4, None, "none", None, None)
+    library.implementations["bsr_linear_w8a16", "CUDA"](x, index, index, *scaled, None, 4, None, "none", None)
     library.implementations["bsr_linear_dx", "CUDA"](x, index, index, values, 8)
     library.implementations["bsr_sdd", "CUDA"](x, x, index, index, 4, 8)
-    assert called == [("bsr_linear", 9), ("bsr_linear_int8", 11), ("bsr_linear_dx", 5), ("bsr_sdd", 6)]
+    counts = {"bsr_linear": 9, "bsr_linear_int8": 11, "bsr_linear_w8a16": 10, "bsr_linear_dx": 5, "bsr_sdd": 6}
+    assert called == list(counts.items())
 
 
 def registered(monkeypatch, fallbacks=None):
@@ -521,6 +552,7 @@ def test_tensors_on_the_cpu(monkeypatch):
     calls = {
         "bsr_linear": (x, crow, col, values, None, 45, bias, "gelu", residual),
         "bsr_linear_int8": (x, crow, col, values.char(), bias.float(), None, 45, bias, "gelu", residual, None),
+        "bsr_linear_w8a16": (x, crow, col, values.char(), bias.float(), None, 45, bias, "gelu", residual),
         "bsr_linear_dx": (residual, crow, col, values, 70),
         "bsr_sdd": (residual, x, crow, col, 16, 32),
     }

@@ -112,49 +112,68 @@ def test_registered_operators_run_the_kernels(monkeypatch):
     y = implementations["bsr_linear"](x, crow, col, values, None, 45, bias, "relu", residual)
     weight = packed.to_dense()
     torch.testing.assert_close(y, F.relu(F.linear(x, weight, bias)) + residual)
-    packed = packed.quantize()
-    y = implementations["bsr_linear_int8"](
-        x, crow, col, packed.values, packed.scales, None, 45, bias, "relu", residual, None
-    )
-    exact, _ = exact_and_reference_int8(x, packed, bias, "relu", residual)
-    torch.testing.assert_close(y, exact.float())
+    for name, how in (("int8", {}), ("e4m3", {"dtype": E4M3}), ("w8a16", {"weight_only": True})):
+        if name not in SCHEMES:
+            continue
+        quantized, own = packed.quantize(**how), () if name == "w8a16" else (None,)
+        bsr = (crow, col, quantized.values, quantized.scales)
+        y = implementations[f"bsr_linear_{name}"](x, *bsr, None, 45, bias, "relu", residual, *own)
+        torch.testing.assert_close(y, exact_and_reference_int8(x, quantized, bias, "relu", residual)[0].float())
     dx = implementations["bsr_linear_dx"](residual, crow, col, values, 70)
     torch.testing.assert_close(dx, residual @ weight)
     dvalues = implementations["bsr_sdd"](residual, x, crow, col, 16, 32)
     torch.testing.assert_close(dvalues, reference.bsr_sdd(residual, x, crow, col, 16, 32))
 
 
-def check_int8(packed, x, bias, residual, activation, x_scale=None, config=None):
+def check_quantized(packed, x, bias, residual, activation, x_scale=None, config=None):
+    x_scale = None if packed.weight_only else x_scale
     exact, rounded = exact_and_reference_int8(x, packed, bias, activation, residual, x_scale)
-    got = launch.bsr_linear_int8(
-        x, *arrays(packed), packed.scales, packed.shape[0], bias, activation, residual, x_scale, config
-    )
+    weight, epilogue = (*arrays(packed), packed.scales, packed.shape[0]), (bias, activation, residual)
+    if packed.weight_only:
+        got = launch.bsr_linear_w8a16(x, *weight, *epilogue, config)
+    else:
+        got = launch.bsr_linear_w8a8(x, *weight, *epilogue, x_scale, config)
+    if packed.values.dtype == E4M3 and x.dtype == torch.float32 and DEVICE == "cuda":
+        # Hopper's tensor cores keep some 14 bits of a sum of float8: less than float32 shows.
+        assert not got.isnan().any() and (got - exact).abs().max() <= 2**-11 * exact.abs().max()
+        return
     assert_as_good_as_torch(got, exact, rounded)
 
 
-def make_int8(*problem_and_dtype):
+E4M3 = torch.float8_e4m3fn
+SCHEMES = {"int8": {}, "e4m3": {"dtype": E4M3}, "w8a16": {"weight_only": True}}
+if DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+    del SCHEMES["e4m3"]
+
+
+def make_quantized(scheme, *problem_and_dtype):
     packed, *tensors = make(*problem_and_dtype)
-    return packed.to(torch.float32).quantize(), *tensors
+    return packed.to(torch.float32).quantize(**SCHEMES[scheme]), *tensors
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_int8(problem):
+def test_quantized(problem, scheme):
     for dtype, x_scale in ((torch.bfloat16, None), (torch.float16, 0.03)):
-        packed, x, bias, residual = make_int8(*problem, dtype)
-        check_int8(packed, x, bias, residual, "gelu", x_scale)
+        packed, x, bias, residual = make_quantized(scheme, *problem, dtype)
+        check_quantized(packed, x, bias, residual, "gelu", x_scale)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_int8_epilogues(activation):
-    packed, x, bias, residual = make_int8(7, 45, 70, 16, 32, 0.5, torch.bfloat16)
+def test_quantized_epilogues(activation, scheme):
+    packed, x, bias, residual = make_quantized(scheme, 7, 45, 70, 16, 32, 0.5, torch.bfloat16)
     for b, r in ((bias, None), (None, residual), (None, None)):
-        check_int8(packed, x, b, r, activation)
-    check_int8(packed, 100 * x[:, :70].t().contiguous().t(), bias, residual, activation)  # columns that lie apart
+        check_quantized(packed, x, b, r, activation)
+    check_quantized(packed, 100 * x[:, :70].t().contiguous().t(), bias, residual, activation)  # columns that lie apart
+    packed, x, bias, residual = make_quantized(scheme, 20, 45, 70, 16, 32, 0.5, torch.float32)
+    check_quantized(packed, x, bias, residual, activation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("x_scale", [None, 0.5])
-def test_rounding_of_rows(x_scale, dtype):
+@pytest.mark.parametrize("kind", [torch.int8, *(how["dtype"] for how in SCHEMES.values() if "dtype" in how)], ids=str)
+def test_rounding_of_rows(kind, x_scale, dtype):
     """Bit for bit as the reference: halves to even, saturation, zeros, the smallest numbers, and rows that are not finite."""
     largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
     if dtype is torch.bfloat16 and DEVICE == "cpu":
@@ -171,18 +190,20 @@ def test_rounding_of_rows(x_scale, dtype):
     for row, bad in enumerate((torch.nan, torch.inf, -torch.inf)):
         x[-1 - row, 200 + row] = bad
     for width in (256, 288):
-        q = torch.full((len(x), width), 99, dtype=torch.int8, device=DEVICE)
+        q = torch.full((len(x), width), 99, dtype=torch.int8, device=DEVICE).to(kind)
         scales = torch.full((len(x),), torch.nan, device=DEVICE)
         launch.round_call(x, q, scales, x_scale).run()
-        expected, of_rows = reference.quantize_rows(x, x_scale)
+        expected, of_rows = reference.quantize_rows(x, x_scale, kind)
+        q, expected = q.float(), expected.float()
         assert torch.equal(q[:, :256], expected) and not q[:, 256:].any()
         torch.testing.assert_close(scales, of_rows, rtol=0, atol=0, equal_nan=True)
 
 
-def test_int8_rows_that_are_not_finite():
-    packed, x, bias, _ = make_int8(20, 64, 64, 32, 32, 1.0, torch.float32)
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "w8a16"])
+def test_quantized_rows_that_are_not_finite(scheme):
+    packed, x, bias, _ = make_quantized(scheme, 20, 64, 64, 32, 32, 1.0, torch.float32)
     x[3, 5], x[8, 0] = torch.nan, torch.inf
-    y = launch.bsr_linear_int8(x, *arrays(packed), packed.scales, 64, bias, "relu")
+    y = launch.bsr_linear_w8a8(x, *arrays(packed), packed.scales, 64, bias, "relu")
     bad = torch.zeros(20, dtype=torch.bool, device=DEVICE).index_fill(0, torch.tensor([3, 8], device=DEVICE), True)
     assert y[bad].isnan().all() and not y[~bad].isnan().any()
 
@@ -192,23 +213,34 @@ def test_int8_rows_that_are_not_finite():
     [
         (
             dict(x=torch.zeros(7, 70, dtype=torch.float64)),
-            "x: expected float16, bfloat16 or float32 beside int8 values",
+            "x: expected float16, bfloat16 or float32 beside quantized values",
         ),
         (dict(scales=torch.ones(44)), "scales: expected shape (45,), got (44,)"),
         (dict(scales=torch.ones(45, dtype=torch.float16)), "scales: expected float32, got torch.float16"),
-        (dict(values=torch.zeros(3, 16, 32)), "values: expected int8, got torch.float32"),
+        (dict(values=torch.zeros(3, 16, 32)), "values: expected int8 or float8_e4m3fn, got torch.float32"),
         (dict(bias=torch.zeros(45, dtype=torch.bfloat16)), "bias: expected torch.float32 like x, got torch.bfloat16"),
         (dict(values=torch.zeros(1, 16, 32, dtype=torch.int8)), "blocks, one for each of col_indices, got (1, 16, 32)"),
     ],
 )
-def test_int8_arguments_that_disagree(change, message):
-    packed, x, bias, _ = make_int8(7, 45, 70, 16, 32, 1.0, torch.float32)
+def test_quantized_arguments_that_disagree(change, message):
+    packed, x, bias, _ = make_quantized("int8", 7, 45, 70, 16, 32, 1.0, torch.float32)
     crow, col, values = arrays(packed)
     arguments = dict(x=x, crow_indices=crow, col_indices=col, values=values, scales=packed.scales, out_features=45)
     change = {name: v.to(DEVICE) for name, v in change.items()}
     with pytest.raises(support.ArgumentError) as error:
-        launch.bsr_linear_int8(**(arguments | {"bias": bias} | change))
+        launch.bsr_linear_w8a8(**(arguments | {"bias": bias} | change))
     assert message in str(error.value)
+    if "values: expected int8 or" not in message:
+        with pytest.raises(support.ArgumentError) as error:
+            launch.bsr_linear_w8a16(**(arguments | {"bias": bias} | change))
+        assert message in str(error.value)
+
+
+@pytest.mark.skipif("e4m3" not in SCHEMES, reason="this GPU has no float8_e4m3fn")
+def test_float8_beside_x_as_it_is():
+    packed, x, *_ = make_quantized("e4m3", 7, 45, 70, 16, 32, 1.0, torch.float32)
+    with pytest.raises(support.ArgumentError, match="values: expected int8, got torch.float8_e4m3fn"):
+        launch.bsr_linear_w8a16(x, *arrays(packed), packed.scales, 45)
 
 
 # Every way through the kernel, whatever linear_config would choose here.
@@ -231,7 +263,8 @@ def test_every_tiling(tiling):
     )
     weight = packed.to_dense()
     assert_as_good_as_torch(dx, residual.double() @ weight.double(), residual @ weight)
-    check_int8(packed.to(torch.float32).quantize(), x, bias, residual, "silu", None, config)
+    for how in SCHEMES.values():
+        check_quantized(packed.to(torch.float32).quantize(**how), x, bias, residual, "silu", None, config)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.4, 1.0])
@@ -241,6 +274,7 @@ def test_skipping_what_a_block_row_lacks(merge, density):
     packed, x, bias, residual = make(37, 9 * 16 - 5, 150, 16, 32, density, torch.bfloat16)
     config = LinearConfig(merge, 32, 16, 8, 1, False, 4, 2, skip=True)
     check_linear(packed, x, bias, residual, "silu", config)
+    check_quantized(packed.to(torch.float32).quantize(weight_only=True), x, bias, residual, "silu", None, config)
     weight = packed.to_dense()
     dx = launch.bsr_linear_dx(residual, *arrays(packed), 150, LinearConfig(merge, 16, 16, 8, 1, False, 4, 2, skip=True))
     assert_as_good_as_torch(dx, residual.double() @ weight.double(), residual @ weight)
@@ -392,7 +426,7 @@ def chosen(monkeypatch, packed, x):
         if packed.scales is None:
             launch.bsr_linear(x, *arrays(packed), packed.shape[0])
         else:
-            launch.bsr_linear_int8(x, *arrays(packed), packed.scales, packed.shape[0])
+            launch.bsr_linear_w8a8(x, *arrays(packed), packed.scales, packed.shape[0])
     return seen[0]
 
 
@@ -401,7 +435,7 @@ def test_tuning_measures_and_its_tilings_run(dtype, tuning, monkeypatch):
     """The fastest tiling serves problems near the one that was measured, and no others."""
     problem = {"dtype": dtype, "blocksize": [16, 32], "M": 24, "K": 96, "N": 128, "density": 0.5}
     kind = torch.bfloat16 if dtype == "int8" else getattr(torch, dtype)
-    weights = [make_int8 if dtype == "int8" else make][0]
+    weights = functools.partial(make_quantized, "int8") if dtype == "int8" else make
     near, far = ((weights(m, 128, 96, 16, 32, 0.5, kind))[:2] for m in (20, 90))
     before = [chosen(monkeypatch, *call) for call in (near, far)]
     (row,) = tuning.tune([problem], timer=FakeTimer(2, 5), device=DEVICE)
@@ -459,7 +493,9 @@ def every_product(packed, x, bias, residual):
     launch.bsr_linear(x, crow, col, values, packed.shape[0], bias, "gelu", residual)
     launch.bsr_linear_dx(residual, crow, col, values, packed.shape[1])
     launch.bsr_sdd(residual, x, crow, col, *packed.blocksize)
-    launch.bsr_linear_int8(x, crow, col, values.char(), bias.float(), packed.shape[0], bias, "gelu", residual)
+    quantized = (crow, col, values.char(), bias.float(), packed.shape[0], bias, "gelu", residual)
+    launch.bsr_linear_w8a8(x, *quantized)
+    launch.bsr_linear_w8a16(x, *quantized)
 
 
 def test_nothing_waits_for_the_gpu_after_the_first_call(monkeypatch):
@@ -530,4 +566,5 @@ def test_every_blocksize(r, c, dtype):
         packed, x, bias, residual = make(m, 2 * r + 5, 3 * c - 3, r, c, 0.6, dtype)
         check_linear(packed, x, bias, residual, "gelu_tanh")
         check_gradients(packed, x, residual)
-        check_int8(packed.to(torch.float32).quantize(), x, bias, residual, "gelu_tanh")
+        for how in SCHEMES.values():
+            check_quantized(packed.to(torch.float32).quantize(**how), x, bias, residual, "gelu_tanh")

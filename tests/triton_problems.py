@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 import sparse_prune as sp
 from sparse_prune import reference
+from sparse_prune.bsr import dense_from_bsr
 from sparse_prune.masks import expand_mask, grid_shape
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -47,13 +48,22 @@ def exact_and_dense(x, weight, bias, activation, residual):
 
 
 def exact_and_reference_int8(x, packed, bias, activation, residual, x_scale=None):
-    """act(q @ W^T * scales * x_scales + bias) + residual for an int8 packed and x rounded to q, in float64 and by the reference."""
-    q, x_scales = reference.quantize_rows(x, x_scale)
-    weight = packed.to_dense().double() / packed.scales[:, None]  # whole numbers, but for a rounding far below them
-    z = (q.double() @ weight.round().T) * packed.scales.double() * x_scales.double()[:, None]
+    """act(q @ W^T * scales * x_scales + bias) + residual, packed quantized and x rounded to q, in float64 and by the reference.
+
+    Where packed.weight_only, q is x as it is and x_scales are 1.
+    """
+    numbers = dense_from_bsr(*arrays(packed)[:2], packed.values.double(), packed.shape)
+    q, x_scales = (
+        (x, torch.ones_like(x[:, 0]))
+        if packed.weight_only
+        else reference.quantize_rows(x, x_scale, packed.values.dtype)
+    )
+    z = (q.double() @ numbers.T) * packed.scales.double() * x_scales.double()[:, None]
     exact = reference.ACTIVATIONS[activation](z if bias is None else z + bias.double())
     exact = exact if residual is None else exact + residual.double()
     index = (packed.crow_indices, packed.col_indices, packed.values, packed.scales, packed.shape[0])
+    if packed.weight_only:
+        return exact, reference.bsr_linear_w8a16(x, *index, bias, activation, residual)
     return exact, reference.bsr_linear_w8a8(x, *index, bias, activation, residual, x_scale)
 
 

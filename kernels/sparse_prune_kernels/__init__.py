@@ -1,8 +1,8 @@
 """Triton kernels for block-sparse linear layers on NVIDIA GPUs.
 
-`register(library, fallbacks)` gives `sparse_prune::bsr_linear`, `bsr_linear_int8`, `bsr_linear_dx` and `bsr_sdd` their CUDA
-implementations; `unavailable(device, dtype, blocksize)` says why a problem does not run here, and `refused` why it would not on any
-GPU. Neither importing this package nor registering imports Triton: the first call on a GPU does.
+`register(library, fallbacks)` gives `sparse_prune::bsr_linear`, `bsr_linear_dx`, `bsr_sdd` and those of quantized weights their
+CUDA implementations; `unavailable(device, dtype, blocksize)` says why a problem does not run here, and `refused` why it would not
+on any GPU. Neither importing this package nor registering imports Triton: the first call on a GPU does.
 
 support.py     which problems run, and the registration
 plan.py        which block-rows one program serves together

@@ -150,13 +150,15 @@ def linear_config(
     density: float,
     unions: Mapping[int, float],
     sms: int | None = None,
+    value_size: int = 0,
 ) -> LinearConfig:
     """The cheapest tiling for m rows, n outputs and k inputs.
 
-    itemsize is 1 for int8, 2 for float16 and bfloat16, 4 for float32; density of blocks; unions maps each possible merge to the
-    filled part of its unions; sms of the device, those of the model in GPUS unless given.
+    itemsize is 1 for int8 and e4m3, 2 for float16 and bfloat16, 4 for float32, as they are multiplied; value_size the same of the
+    stored weight where it is narrower; density of blocks; unions maps each possible merge to the filled part of its unions; sms of
+    the device, those of the model in GPUS unless given.
     """
-    return linear_candidates(m, n, k, side_n, side_k, itemsize, capability, density, unions, sms, 1)[0]
+    return linear_candidates(m, n, k, side_n, side_k, itemsize, capability, density, unions, sms, 1, value_size)[0]
 
 
 def linear_candidates(
@@ -171,27 +173,31 @@ def linear_candidates(
     unions: Mapping[int, float],
     sms: int | None = None,
     most: int = 12,
+    value_size: int = 0,
 ) -> list[LinearConfig]:
     """What linear_config chooses, then up to most - 1 others, those first that the same arithmetic finds cheapest.
 
     Some of the others may lack registers or shared memory: for measuring, where that shows.
     """
     gpu = gpu_of(capability)
-    sms = sms or gpu.sms
+    sms, value_size = sms or gpu.sms, value_size or itemsize
     if itemsize == 4:
         found = _float32_configs(m, side_n, side_k, gpu)
     elif m <= SMALL_M:
-        found = _small_configs(m, n, k, side_n, side_k, itemsize, unions, gpu, sms)
+        found = _small_configs(m, n, k, side_n, side_k, itemsize, value_size, unions, gpu, sms)
     else:
-        found = _large_configs(m, n, side_n, side_k, itemsize, density, unions, gpu, sms)
+        found = _large_configs(m, n, side_n, side_k, itemsize, value_size, density, unions, gpu, sms)
     return list(dict.fromkeys(itertools.islice(found, most)))
 
 
-def _large_configs(m, n, side_n, side_k, itemsize, density, unions, gpu: Gpu, sms: int) -> Iterator[LinearConfig]:
+def _large_configs(
+    m, n, side_n, side_k, itemsize, value_size, density, unions, gpu: Gpu, sms: int
+) -> Iterator[LinearConfig]:
     def cost(tile: tuple[int, int, bool]) -> tuple[float, int]:
         merge, block_m, skip = tile
         warps, union = _warps(block_m, merge * side_n, itemsize, gpu), unions[merge]
-        resources = _resources(m, n, merge, block_m, warps, side_n, side_k, itemsize, density, union, gpu, sms, skip)
+        problem = (side_n, side_k, itemsize, value_size, density, union, gpu, sms)
+        resources = _resources(m, n, merge, block_m, warps, *problem, skip)
         # the wall first; among equal walls the tiling that leaves more to spare
         return max(resources.values()) + sum(resources.values()) / 16, merge
 
@@ -211,14 +217,19 @@ def _large_configs(m, n, side_n, side_k, itemsize, density, unions, gpu: Gpu, sm
         # 128 bytes are one line of x and of the block, and one swizzle of shared memory. Four warps with 128 accumulators a
         # thread have registers for the operands of 64 bytes.
         full = skip or (num_warps == 4 and block_m * merge * side_n == 128 * 128)
+        # Where int8 becomes bfloat16 on its way to mma.sync, eight warps have no registers for more either.
+        full = full or (value_size < itemsize and not gpu.warpgroup and block_m * merge * side_n == 256 * 128)
         block_k = _block_k(side_k, itemsize, 64 if full or not roomy else 128)
         # As the left operand, W's 64 rows meet x of 256 in one wgmma: fewer reads of shared memory than x's 64 rows and W's 128.
-        swap = gpu.warpgroup and merge * side_n == 2 * 64 and num_warps == 8
+        # Also because wgmma takes its left operand from registers: int8 that became bfloat16 there need not go back.
+        converts = value_size < itemsize and merge * side_n >= 64
+        swap = gpu.warpgroup and ((merge * side_n == 2 * 64 and num_warps == 8) or converts)
         room = gpu.shared // (1 if num_warps == 8 else 2)
         # Both loops of a program that skips fill a pipeline, with zeros beyond their end: three stages cost less of that than four.
         # Steps of 16 inputs are so short that latency needs the fourth.
         deepest = 3 if skip and block_k > 16 else 4
-        stages = _stages((block_m + merge * side_n) * block_k * itemsize, room, gpu, deepest, skip)
+        stage = (block_m * itemsize + merge * side_n * value_size) * block_k
+        stages = _stages(stage, room, gpu, deepest, skip)
         chosen = LinearConfig(merge, block_m, block_k, GROUP_M, 1, swap, num_warps, stages, skip)
         yield chosen
         if (merge, block_m, skip) in tiles[:2]:  # what the arithmetic does not see
@@ -242,7 +253,7 @@ def predicted_cycles(
     """Clocks per input that each resource of the GPU is busy, at its peak, as the module's text counts them."""
     gpu = gpu_of(capability)
     tile = (config.merge, config.block_m, config.num_warps)
-    return _resources(m, n, *tile, side_n, side_k, itemsize, density, union, gpu, gpu.sms, config.skip)
+    return _resources(m, n, *tile, side_n, side_k, itemsize, itemsize, density, union, gpu, gpu.sms, config.skip)
 
 
 def sdd_config(r: int, c: int, itemsize: int, capability: int) -> SddConfig:
@@ -253,7 +264,7 @@ def sdd_config(r: int, c: int, itemsize: int, capability: int) -> SddConfig:
     return SddConfig(block_m, num_warps, _stages((r + c) * block_m * itemsize, gpu.shared, gpu))
 
 
-def _small_configs(m, n, k, side_n, side_k, itemsize, unions, gpu: Gpu, sms: int) -> Iterator[LinearConfig]:
+def _small_configs(m, n, k, side_n, side_k, itemsize, value_size, unions, gpu: Gpu, sms: int) -> Iterator[LinearConfig]:
     """Bytes of the weight are the wall: each block is read once, and many programs keep many bytes on their way."""
     block_m = max(16, 1 << (m - 1).bit_length())  # the fewest wasted columns of y^T, from 16
     # Enough rows that the x tile, which comes from L2 again for each tile of block-rows, is no larger than what it meets.
@@ -265,8 +276,9 @@ def _small_configs(m, n, k, side_n, side_k, itemsize, unions, gpu: Gpu, sms: int
         fitting = max(1, min(SPLIT_LIMIT, columns // 2))
         split = min(fitting, max(1, -(-2 * sms // tiles)))
         # A warp copies 512 bytes at once; more warps than the blocks of a step have to copy would only repeat its instructions.
-        num_warps = min(4, merge * side_n * block_k * itemsize // 512)
-        stages = _stages((block_m + merge * side_n) * block_k * itemsize, gpu.shared // 3, gpu, deepest=8)
+        num_warps = max(1, min(4, merge * side_n * block_k * value_size // 512))
+        stage = (block_m * itemsize + merge * side_n * value_size) * block_k
+        stages = _stages(stage, gpu.shared // 3, gpu, deepest=8)
         for parts in dict.fromkeys((split, min(fitting, 2 * split), max(1, split // 2), 1)):
             yield LinearConfig(merge, block_m, block_k, 1, parts, True, num_warps, stages)
 
@@ -308,25 +320,26 @@ def _warps(block_m: int, block_n: int, itemsize: int, gpu: Gpu) -> int:
 
 
 def _resources(
-    m, n, merge, block_m, warps, side_n, side_k, itemsize, density, union, gpu, sms, skip=False
+    m, n, merge, block_m, warps, side_n, side_k, itemsize, value_size, density, union, gpu, sms, skip=False
 ) -> dict[str, float]:
     block_n = merge * side_n
     tiles = -(-m // block_m) * -(-n // block_n)
     busiest = -(-tiles // sms)  # tiles that the busiest SM makes: the last wave is seldom full
-    loaded = block_m * union + block_n * density  # elements
+    loaded = block_m * union * itemsize + block_n * density * value_size  # bytes
     # bytes of an input past L2, zeros behind it included
     width = max(itemsize, _block_k(side_k, itemsize, 128) // side_k)
     # Of the zeros: 4 block-rows that skip still bring in those of the columns that some share, about half of what they lack.
     filled = union if not skip else density if merge == 2 else (union + density) / 2
+    of_values = width * value_size / itemsize
     if gpu.warpgroup:  # a warp group's 64 rows read the blocks once, and x tiles straight from shared memory
-        read = block_m * union + block_n * union * max(1, block_m // 64)
+        read = block_m * union * width + block_n * union * max(1, block_m // 64) * of_values
     else:
         across = min(warps, max(1, block_m // 32))  # warps along m: each reads all blocks; those along n all of x
-        read = block_m * union * (warps // across) + block_n * filled * across
+        read = block_m * union * (warps // across) * width + block_n * filled * across * of_values
     return {
         "tensor": busiest * block_m * block_n * (density if skip else union) * width / (2 * gpu.multiply_adds),
-        "L2": tiles * itemsize * loaded / gpu.l2_bytes,
-        "shared": busiest * width * (block_m * union + block_n * filled + read) / gpu.shared_bytes,
+        "L2": tiles * loaded / gpu.l2_bytes,
+        "shared": busiest * (block_m * union * width + block_n * filled * of_values + read) / gpu.shared_bytes,
     }
 
 

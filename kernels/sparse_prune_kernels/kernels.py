@@ -1,7 +1,7 @@
 """Device code. Launches and allocation are in launch.py, tile sizes in config.py.
 
-Triton's interpreter multiplies the raw bits of bfloat16 and cuts float32 down to it instead of rounding. INTERPRETED, a constant
-that launch.py sets, makes both right there and changes nothing in compiled code.
+Triton's interpreter multiplies the raw bits of bfloat16 and cuts float32 down to it instead of rounding, and rounds float8 wrongly.
+INTERPRETED, a constant that launch.py sets, makes these right there and changes nothing in compiled code.
 
 M is not specialised: it differs from call to call, and M = 1 would be compiled apart, with a number where code expects a tensor.
 """
@@ -29,13 +29,17 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def multiply(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """acc + a @ b: in int32 of int8 numbers, else in float32."""
+    """acc + a @ b: in int32 of int8 numbers, else in float32. One operand of int8 alone becomes what the other one is."""
     if acc.dtype == tl.int32:
         acc = tl.dot(a, b, acc, out_dtype=tl.int32)
     else:
         if INTERPRETED:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
+        elif a.dtype == tl.int8:
+            a = a.to(b.dtype)
+        elif b.dtype == tl.int8:
+            b = b.to(a.dtype)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
 
@@ -47,6 +51,15 @@ def round_to(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
         bits = value.to(tl.int32, bitcast=True)
         value = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return value.to(dtype)
+
+
+@triton.jit
+def round_to_e4m3(v):
+    """float32 v within +-448 to the nearest number of float8e4nv, ties to even, as float32: the interpreter's cast goes wrong."""
+    exponent = tl.maximum((v.to(tl.int32, bitcast=True) >> 23) & 255, 127 - 6)  # below 2^-6 steps stay 2^-9 wide
+    # At 1.5 * 2^23 steps neighbouring floats lie a step apart: the addition rounds. A step is 2^(exponent - 127 - 3).
+    anchor = (((exponent + 20) << 23) | 0x400000).to(tl.float32, bitcast=True)
+    return (v + anchor) - anchor
 
 
 @triton.jit
@@ -67,7 +80,7 @@ def place(M, tiles_n, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
 
 @triton.jit
 def finish(
-    acc,  # float32 [BLOCK_M, L], int32 if SCALED; [BLOCK_N, L] if SWAP
+    acc,  # float32 [BLOCK_M, L], int32 of int8 x; [BLOCK_N, L] if SWAP
     START: tl.constexpr,  # place of acc's first column within the tile
     NARROW: tl.constexpr,  # columns to work on at a time; a wider acc is halved, which moves nothing between warps
     head,  # the tile's row of the plan
@@ -83,6 +96,7 @@ def finish(
     SWAP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SCALED: tl.constexpr,
+    X_SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     WHOLE: tl.constexpr,  # acc is the whole product: what follows it is done here
@@ -96,11 +110,11 @@ def finish(
         left, right = tl.split(tl.permute(tl.reshape(acc, (HEIGHT, 2, HALF)), (0, 2, 1)))  # [HEIGHT, HALF] each
         finish(
             left, START, NARROW, head, first_m, x_scales, scales, bias, residual, y, M, N,
-            SIDE_N, SWAP, ACTIVATION, SCALED, HAS_BIAS, HAS_RESIDUAL, WHOLE, INTERPRETED,
+            SIDE_N, SWAP, ACTIVATION, SCALED, X_SCALED, HAS_BIAS, HAS_RESIDUAL, WHOLE, INTERPRETED,
         )  # fmt: skip
         finish(
             right, START + HALF, NARROW, head, first_m, x_scales, scales, bias, residual, y, M, N,
-            SIDE_N, SWAP, ACTIVATION, SCALED, HAS_BIAS, HAS_RESIDUAL, WHOLE, INTERPRETED,
+            SIDE_N, SWAP, ACTIVATION, SCALED, X_SCALED, HAS_BIAS, HAS_RESIDUAL, WHOLE, INTERPRETED,
         )  # fmt: skip
         return
     m_axis: tl.constexpr = 1 if SWAP else 0
@@ -116,8 +130,10 @@ def finish(
     if WHOLE:
         if SCALED:
             of_n = tl.load(scales + n_out, mask=n_mask, other=0.0)  # as n
+            acc = acc.to(tl.float32) * tl.expand_dims(of_n, m_axis)
+        if X_SCALED:
             of_m = tl.load(x_scales + m, mask=m < M, other=0.0)  # as m
-            acc = acc.to(tl.float32) * tl.expand_dims(of_n, m_axis) * tl.expand_dims(of_m, n_axis)
+            acc *= tl.expand_dims(of_m, n_axis)
         if HAS_BIAS:
             acc += tl.expand_dims(tl.load(bias + n_out, mask=n_mask, other=0.0).to(tl.float32), m_axis)
         acc = activate(acc, ACTIVATION)
@@ -131,8 +147,8 @@ def bsr_linear_kernel(
     x,  # [M, K], rows stride_x apart
     plan,  # int32 [tiles_n + 1 + U, 1 + MERGE], as Plan.table in plan.py
     values,  # [nnzb, ...], blocks of SIDE_N * SIDE_K elements
-    x_scales,  # float32 [M], read if SCALED: x and values are then int8
-    scales,  # float32 [N], read if SCALED
+    x_scales,  # float32 [M], read if X_SCALED: x and values are then int8 or float8e4nv
+    scales,  # float32 [N], read if SCALED: values are then int8 or float8e4nv, and x of that type too or bfloat16 and the like
     bias,  # [N], read if HAS_BIAS
     residual,  # [M, N], read if HAS_RESIDUAL
     y,  # [M, N]; [SPLIT, M, N] of acc's dtype if SPLIT > 1: sums over a part of the inputs, without what follows the product
@@ -154,6 +170,7 @@ def bsr_linear_kernel(
     NARROW: tl.constexpr,  # columns of the accumulators that are finished at a time
     ACTIVATION: tl.constexpr,
     SCALED: tl.constexpr,
+    X_SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     EVEN_K: tl.constexpr,  # K is a multiple of SIDE_K: no block reaches past x
@@ -182,7 +199,8 @@ def bsr_linear_kernel(
     begin += columns_of_tile * part // SPLIT
     steps = plan + (tiles_n + 1) * WIDTH
     step_slots = steps + 1 + n // SIDE_N  # [BLOCK_N]
-    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.int32 if SCALED else tl.float32)
+    kind: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), kind)
     last = end - 1  # of an empty tile: a row of the plan all the same, the heads' last one at worst
     first = tl.minimum(begin, last)
     column = tl.load(steps + first * WIDTH)
@@ -200,10 +218,10 @@ def bsr_linear_kernel(
         if BLOCK_K > SIDE_K:
             x_mask = x_mask & (k[None, :] < SIDE_K)  # [BLOCK_M, BLOCK_K]
             w_mask = w_mask & (k[:, None] < SIDE_K)  # [BLOCK_K, BLOCK_N]
-        x_tile = tl.load(x_rows + columns[None, :], mask=x_mask, other=0)  # [BLOCK_M, BLOCK_K]
+        x_tile = tl.load(x_rows + columns[None, :], mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
         # A block-row without this column gets zeros, which cost tensor-core time and no bytes.
         w_blocks = values + slot.to(tl.int64) * (SIDE_N * SIDE_K) + inner * VALUE_STRIDE_K  # [BLOCK_N]
-        w_tile = tl.load(w_blocks[None, :] + in_block, mask=w_mask, other=0)  # [BLOCK_K, BLOCK_N]
+        w_tile = tl.load(w_blocks[None, :] + in_block, mask=w_mask, other=0.0)  # [BLOCK_K, BLOCK_N]
         if SWAP:
             acc = multiply(tl.trans(w_tile), tl.trans(x_tile), acc, PRECISION, INTERPRETED)  # [BLOCK_N, BLOCK_M]
         else:
@@ -216,7 +234,7 @@ def bsr_linear_kernel(
         y += part.to(tl.int64) * M * N
     finish(
         acc, 0, NARROW, head, first_m, x_scales, scales, bias, residual, y, M, N,
-        SIDE_N, SWAP, ACTIVATION, SCALED, HAS_BIAS, HAS_RESIDUAL, SPLIT == 1, INTERPRETED,
+        SIDE_N, SWAP, ACTIVATION, SCALED, X_SCALED, HAS_BIAS, HAS_RESIDUAL, SPLIT == 1, INTERPRETED,
     )  # fmt: skip
 
 
@@ -241,6 +259,7 @@ def bsr_linear_skip_kernel(
     x,  # [M, K], rows stride_x apart
     lists,  # int32 [2 tiles_n + 1 + U, 1 + MERGE], as Plan.lists in plan.py
     values,  # [nnzb, ...], blocks of SIDE_N * SIDE_K elements
+    scales,  # float32 [N], read if SCALED: values are then int8
     bias,  # [N], read if HAS_BIAS
     residual,  # [M, N], read if HAS_RESIDUAL
     y,  # [M, N]
@@ -260,6 +279,7 @@ def bsr_linear_skip_kernel(
     STAGES: tl.constexpr,
     NARROW: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -350,28 +370,28 @@ def bsr_linear_skip_kernel(
         which = tl.load(at + 2)
 
     finish(
-        acc0, 0, NARROW, head, first_m, None, None, bias, residual, y, M, N,
-        SIDE_N, False, ACTIVATION, False, HAS_BIAS, HAS_RESIDUAL, True, INTERPRETED,
+        acc0, 0, NARROW, head, first_m, None, scales, bias, residual, y, M, N,
+        SIDE_N, False, ACTIVATION, SCALED, False, HAS_BIAS, HAS_RESIDUAL, True, INTERPRETED,
     )  # fmt: skip
     finish(
-        acc1, 0, NARROW, head + 1, first_m, None, None, bias, residual, y, M, N,
-        SIDE_N, False, ACTIVATION, False, HAS_BIAS, HAS_RESIDUAL, True, INTERPRETED,
+        acc1, 0, NARROW, head + 1, first_m, None, scales, bias, residual, y, M, N,
+        SIDE_N, False, ACTIVATION, SCALED, False, HAS_BIAS, HAS_RESIDUAL, True, INTERPRETED,
     )  # fmt: skip
     if MERGE == 4:
         finish(
-            acc2, 0, NARROW, head + 2, first_m, None, None, bias, residual, y, M, N,
-            SIDE_N, False, ACTIVATION, False, HAS_BIAS, HAS_RESIDUAL, True, INTERPRETED,
+            acc2, 0, NARROW, head + 2, first_m, None, scales, bias, residual, y, M, N,
+            SIDE_N, False, ACTIVATION, SCALED, False, HAS_BIAS, HAS_RESIDUAL, True, INTERPRETED,
         )  # fmt: skip
         finish(
-            acc3, 0, NARROW, head + 3, first_m, None, None, bias, residual, y, M, N,
-            SIDE_N, False, ACTIVATION, False, HAS_BIAS, HAS_RESIDUAL, True, INTERPRETED,
+            acc3, 0, NARROW, head + 3, first_m, None, scales, bias, residual, y, M, N,
+            SIDE_N, False, ACTIVATION, SCALED, False, HAS_BIAS, HAS_RESIDUAL, True, INTERPRETED,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
 def sum_parts_kernel(
-    parts,  # float32 [SPLIT, M, N], int32 if SCALED
-    x_scales,  # float32 [M], read if SCALED
+    parts,  # float32 or int32 [SPLIT, M, N]
+    x_scales,  # float32 [M], read if X_SCALED
     scales,  # float32 [N], read if SCALED
     bias,  # [N], read if HAS_BIAS
     residual,  # [M, N], read if HAS_RESIDUAL
@@ -382,6 +402,7 @@ def sum_parts_kernel(
     BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SCALED: tl.constexpr,
+    X_SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -390,13 +411,13 @@ def sum_parts_kernel(
     size = M.to(tl.int64) * N
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = offsets < size  # [BLOCK]
-    acc = tl.zeros((BLOCK,), tl.int32 if SCALED else tl.float32)  # [BLOCK]
+    acc = tl.zeros((BLOCK,), parts.dtype.element_ty)  # [BLOCK]
     for part in tl.static_range(SPLIT):
         acc += tl.load(parts + part * size + offsets, mask=mask, other=0)  # [BLOCK]
     if SCALED:
-        of_n = tl.load(scales + offsets % N, mask=mask, other=0.0)  # [BLOCK]
-        of_m = tl.load(x_scales + offsets // N, mask=mask, other=0.0)  # [BLOCK]
-        acc = acc.to(tl.float32) * of_n * of_m  # [BLOCK]
+        acc = acc.to(tl.float32) * tl.load(scales + offsets % N, mask=mask, other=0.0)  # [BLOCK]
+    if X_SCALED:
+        acc *= tl.load(x_scales + offsets // N, mask=mask, other=0.0)  # [BLOCK]
     if HAS_BIAS:
         acc += tl.load(bias + offsets % N, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
     acc = activate(acc, ACTIVATION)  # [BLOCK]
@@ -408,7 +429,7 @@ def sum_parts_kernel(
 @triton.jit(do_not_specialize=["M"])
 def round_rows_kernel(
     x,  # [M, K], rows stride_x apart
-    q,  # int8 [M, WIDTH]
+    q,  # int8 or float8e4nv [M, WIDTH]
     x_scales,  # float32 [M]
     x_scale,  # of every row, if STATIC
     M,
@@ -418,8 +439,10 @@ def round_rows_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STATIC: tl.constexpr,
+    LIMIT: tl.constexpr,  # 127.0 of int8, 448.0 of float8e4nv
+    INTERPRETED: tl.constexpr,
 ):
-    """q = x / x_scales rounded half to even, no further than +-127, where x_scales = max |row| / 127. One program takes ROWS rows.
+    """q = x / x_scales rounded half to even, no further than +-LIMIT, where x_scales = max |row| / LIMIT. A program takes ROWS.
 
     A row that is not all finite becomes zeros, and its scale NaN.
     """
@@ -435,17 +458,20 @@ def round_rows_kernel(
         highest = tl.maximum(highest, size)  # [ROWS, BLOCK]
     whole = tl.min(finite, 1) != 0  # [ROWS]
     # The least normal number has a finite reciprocal, and a row of zeros stays zeros.
-    own = tl.maximum(tl.div_rn(tl.max(highest, 1), 127.0), 1.1754943508222875e-38)  # [ROWS]
+    own = tl.maximum(tl.div_rn(tl.max(highest, 1), LIMIT), 1.1754943508222875e-38)  # [ROWS]
     scale = tl.full((ROWS,), x_scale, tl.float32) if STATIC else own  # [ROWS]
     inverse = tl.div_rn(1.0, scale)  # [ROWS]
     for start in range(0, WIDTH, BLOCK):
         x_mask = (m[:, None] < M) & (start + k[None, :] < K)  # [ROWS, BLOCK]
         v = tl.load(x_rows + (start + k[None, :]), mask=x_mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
-        v = tl.where(whole[:, None], tl.clamp(v * inverse[:, None], -127.0, 127.0), 0.0)  # [ROWS, BLOCK]
-        # At 1.5 * 2^23 neighbouring floats lie 1 apart: the addition rounds, half to even.
-        v = (v + 12582912.0) - 12582912.0  # [ROWS, BLOCK]
+        v = tl.where(whole[:, None], tl.clamp(v * inverse[:, None], -LIMIT, LIMIT), 0.0)  # [ROWS, BLOCK]
+        if q.dtype.element_ty == tl.int8:
+            # At 1.5 * 2^23 neighbouring floats lie 1 apart: the addition rounds, half to even.
+            v = (v + 12582912.0) - 12582912.0  # [ROWS, BLOCK]
+        elif INTERPRETED:
+            v = round_to_e4m3(v)  # [ROWS, BLOCK]
         q_mask = (m[:, None] < M) & (start + k[None, :] < WIDTH)  # [ROWS, BLOCK]
-        tl.store(q + m[:, None] * WIDTH + (start + k[None, :]), v.to(tl.int8), mask=q_mask)
+        tl.store(q + m[:, None] * WIDTH + (start + k[None, :]), v.to(q.dtype.element_ty), mask=q_mask)
     tl.store(x_scales + m, tl.where(whole, scale, float("nan")), mask=m < M)
 
 

@@ -30,12 +30,13 @@ from .config import (
 )
 from .kernels import bsr_linear_kernel, bsr_linear_skip_kernel, bsr_sdd_kernel, round_rows_kernel, sum_parts_kernel
 from .plan import Plan, make_plans, once
-from .support import ArgumentError, check_device
+from .support import E4M3_CAPABILITY, ArgumentError, check_device
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 MAX_PROGRAMS = 2**31 - 1  # CUDA's limit on the first dimension of a grid
 # Rows, inputs and outputs are numbered in int32, and a tile reaches past the last one by 511 at most; their products are int64.
 MAX_SIZE = 2**31 - 512
+LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the largest numbers of what rows are rounded to
 INTERPRETED = not isinstance(
     bsr_linear_kernel, triton.JITFunction
 )  # TRITON_INTERPRET=1 was set when Triton was imported
@@ -93,7 +94,7 @@ def bsr_linear(
     return _linear(x, plans, values, out_features, r, c, c, 1, bias, activation, residual, config)
 
 
-def bsr_linear_int8(
+def bsr_linear_w8a8(
     x: Tensor,
     crow_indices: Tensor,
     col_indices: Tensor,
@@ -108,20 +109,18 @@ def bsr_linear_int8(
 ) -> Tensor:
     """y[M, N] = act(sum_k q[m, k] w[n, k] * scales[n] * x_scales[m] + bias[N]) + residual[M, N]; q, x_scales = round_rows(x).
 
-    values         int8 [nnzb, R, C], R and C in {16, 32, 64, 128}; summed in int32, so at most 2^31 / 127^2 inputs
+    values         int8 or float8_e4m3fn [nnzb, R, C], R and C in {16, 32, 64, 128}. int8 is summed in int32, so at most
+                   2^31 / 127^2 inputs; float8_e4m3fn in float32, on a GPU of compute capability 8.9 at least. The tensor cores of
+                   9.0 keep some 14 bits of a sum, as they do for torch._scaled_mm with use_fast_accum
     scales         float32 [N]
-    x_scale        None: each row of x has its own, max |x[m, :]| / 127
+    x_scale        None: each row of x has its own, max |x[m, :]| / 127 or 448
 
     The rest as in bsr_linear; what follows the sum is computed in float32 and rounded once to the dtype of x.
     """
-    floating = x.dtype.is_floating_point and x.dtype.itemsize <= 4
-    _check("x", floating, "float16, bfloat16 or float32 beside int8 values", x.dtype, "x.to(torch.bfloat16)")
-    _check("values", values.dtype is torch.int8, "int8", values.dtype, "BsrWeight.quantize()")
-    _checked("x", x, crow_indices, col_indices, None, bias=bias, residual=residual)
-    check_device("x", x, values=values, scales=scales)
-    _check_blocks(values, col_indices)
-    _check("scales", scales.dtype is torch.float32, "float32", scales.dtype)
-    _check("scales", scales.shape == (out_features,), f"shape ({out_features},)", tuple(scales.shape))
+    _check("values", values.dtype in LIMITS, "int8 or float8_e4m3fn", values.dtype, "BsrWeight.quantize()")
+    _check_quantized(x, crow_indices, col_indices, values, scales, out_features, bias, residual)
+    old = values.dtype is torch.float8_e4m3fn and not INTERPRETED and _device(x.device)[0] < E4M3_CAPABILITY
+    _check("values", not old, "int8 on this GPU", values.dtype, "float8_e4m3fn needs compute capability 8.9")
     _, r, c = values.shape
     plans = plans_of(crow_indices, col_indices, out_features, x.shape[1], r, c, values.element_size(), transposed=False)
     bias, residual = _checked_epilogue(x, out_features, activation, bias, residual)
@@ -130,7 +129,8 @@ def bsr_linear_int8(
     y = x.new_empty(x.shape[0], out_features)  # [M, N]
     if y.numel() == 0:
         return y
-    q = torch.empty(x.shape[0], triton.cdiv(x.shape[1], c) * c, dtype=torch.int8, device=x.device)  # [M, whole blocks]
+    width = triton.cdiv(x.shape[1], c) * c  # whole blocks
+    q = torch.empty(x.shape[0], width, dtype=values.dtype, device=x.device)  # [M, width]
     x_scales = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)  # [M]
     with torch.cuda.device_of(x):
         round_call(x, q, x_scales, x_scale).run()
@@ -140,13 +140,52 @@ def bsr_linear_int8(
     )
 
 
+def bsr_linear_w8a16(
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    config: LinearConfig | None = None,
+) -> Tensor:
+    """y[M, N] = act(sum_k x[m, k] w[n, k] * scales[n] + bias[N]) + residual[M, N]; values w int8 [nnzb, R, C], scales float32 [N].
+
+    int8 becomes the dtype of x in registers, exactly; one scale a row needs no product until the sum is done. The rest as in
+    bsr_linear.
+    """
+    _check("values", values.dtype is torch.int8, "int8", values.dtype, "BsrWeight.quantize()")
+    _check_quantized(x, crow_indices, col_indices, values, scales, out_features, bias, residual)
+    _, r, c = values.shape
+    plans = plans_of(crow_indices, col_indices, out_features, x.shape[1], r, c, x.element_size(), transposed=False)
+    bias, residual = _checked_epilogue(x, out_features, activation, bias, residual)
+    quantized = (scales.contiguous(),)
+    values = values.contiguous()
+    return _linear(x, plans, values, out_features, r, c, c, 1, bias, activation, residual, config, quantized=quantized)
+
+
+def _check_quantized(x, crow_indices, col_indices, values, scales, out_features, bias, residual) -> None:
+    """Raise ArgumentError unless x and a quantized weight agree."""
+    floating = x.dtype.is_floating_point and 2 <= x.dtype.itemsize <= 4
+    _check("x", floating, "float16, bfloat16 or float32 beside quantized values", x.dtype, "x.to(torch.bfloat16)")
+    _checked("x", x, crow_indices, col_indices, None, bias=bias, residual=residual)
+    check_device("x", x, values=values, scales=scales)
+    _check_blocks(values, col_indices)
+    _check("scales", scales.dtype is torch.float32, "float32", scales.dtype)
+    _check("scales", scales.shape == (out_features,), f"shape ({out_features},)", tuple(scales.shape))
+
+
 def round_call(x: Tensor, q: Tensor, x_scales: Tensor, x_scale: float | None) -> Call:
-    """What makes int8 q[M, K or more] and x_scales[M] of x[M, K], whose columns are adjacent; see round_rows_kernel."""
+    """What makes q[M, K or more], int8 or float8_e4m3fn, and x_scales[M] of x[M, K], whose columns are adjacent."""
     (m, k), width = x.shape, q.shape[1]
     arguments: Arguments = {"x": x, "q": q, "x_scales": x_scales, "x_scale": float(x_scale or 0.0)}
     arguments |= {"M": m, "K": k, "WIDTH": width, "stride_x": x.stride(0)}
     block = min(ROUND_BLOCK, triton.next_power_of_2(width))
     constants: dict[str, object] = {"ROWS": ROUND_BLOCK // block, "BLOCK": block, "STATIC": x_scale is not None}
+    constants |= {"LIMIT": LIMITS[q.dtype], "INTERPRETED": INTERPRETED}
     return Call(round_rows_kernel, (triton.cdiv(m, ROUND_BLOCK // block), 1), arguments, constants, ROUND_WARPS)
 
 
@@ -226,13 +265,14 @@ def _device(device: torch.device) -> tuple[int, int | None]:
 
 
 @lru_cache(maxsize=4096)
-def _config(device, dtype, m, n, k, side_n, side_k, density, unions, forward, epoch) -> LinearConfig:
+def _config(device, dtype, value_size, m, n, k, side_n, side_k, density, unions, forward, epoch) -> LinearConfig:
     """The tiling measured near this problem, else the one that arithmetic finds; epoch is that of the measurements."""
     found = None
-    if forward:
+    if forward and value_size == dtype.itemsize:
         found = tuned.nearest(device_name(device), dtype.itemsize, (side_n, side_k), m, n, k, density)
     capability, sms = _device(device)
-    return found or linear_config(m, n, k, side_n, side_k, dtype.itemsize, capability, density, dict(unions), sms)
+    sizes = (m, n, k, side_n, side_k, dtype.itemsize, capability, density, dict(unions), sms)
+    return found or linear_config(*sizes, value_size)
 
 
 @cache
@@ -242,7 +282,7 @@ def device_name(device: torch.device) -> str:
 
 
 def candidates(x: Tensor, crow: Tensor, col: Tensor, values: Tensor, out_features: int) -> list[LinearConfig]:
-    """Tilings worth measuring of bsr_linear, or for int8 values of bsr_linear_int8, the one that arithmetic finds first."""
+    """Tilings worth measuring of bsr_linear, or for quantized values of bsr_linear_w8a8, the one that arithmetic finds first."""
     (m, k), (nnzb, r, c) = x.shape, values.shape
     plans = plans_of(crow, col, out_features, k, r, c, values.element_size(), transposed=False)
     unions = {merge: plan.union for merge, plan in plans.items()}
@@ -256,7 +296,7 @@ def _linear(
 ) -> Tensor:
     """y[M, n] for blocks that span side_n outputs and side_k inputs, stride_n and stride_k elements apart.
 
-    quantized: the scales of W[n] and of x[M] where both are int8; y has then another dtype.
+    quantized: the scales of W[n], and those of x[M] where x is quantized too; y has then another dtype.
     """
     x = _with_adjacent_columns(x)
     m, k = x.shape
@@ -268,7 +308,8 @@ def _linear(
         density = values.shape[0] / (triton.cdiv(n, side_n) * triton.cdiv(k, side_k))
         unions = tuple((merge, plan.union) for merge, plan in plans.items())
         forward = stride_k == 1  # what tuning measures
-        config = _config(x.device, x.dtype, m, n, k, side_n, side_k, density, unions, forward, tuned.epoch)
+        dtypes = (x.dtype, values.element_size())
+        config = _config(x.device, *dtypes, m, n, k, side_n, side_k, density, unions, forward, tuned.epoch)
     plan = plans[config.merge]
     # Places in the plan and steps of the loop are int32.
     places = max(plan.table.numel(), plan.steps * (side_k // config.block_k))
@@ -303,16 +344,17 @@ def linear_calls(
 ) -> list[Call]:
     """What makes y[M, N] of x[M, K], whose columns are adjacent: one call, or two where config splits the inputs.
 
-    scales [N] and x_scales [M] where x and values are int8.
+    scales [N] where values are quantized, x_scales [M] where x is too.
     """
     (m, k), n = x.shape, y.shape[1]
-    whole, scaled = config.split == 1, scales is not None
+    whole = config.split == 1
     # sums of each part of the inputs, [split, M, N]
-    kind = torch.int32 if scaled else torch.float32
+    kind = torch.int32 if x.dtype is torch.int8 else torch.float32
     parts = y if whole else torch.empty(config.split, m, n, dtype=kind, device=x.device)
     epilogue: dict[str, object] = {
         "ACTIVATION": activation,
-        "SCALED": scaled,
+        "SCALED": scales is not None,
+        "X_SCALED": x_scales is not None,
         "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None,
         "INTERPRETED": INTERPRETED,
@@ -336,10 +378,11 @@ def linear_calls(
         "PRECISION": precision,
     }
     if config.skip:
-        arguments = {"x": x, "lists": plan.lists, "values": values, "bias": bias, "residual": residual, "y": y}
+        arguments = {"x": x, "lists": plan.lists, "values": values, "scales": scales}
+        arguments |= {"bias": bias, "residual": residual, "y": y}
         arguments |= {"M": m, "N": n, "K": k, "stride_x": x.stride(0), "tiles_n": plan.tiles}
         constants = {name: value for name, value in constants.items() if name not in ("SPLIT", "SWAP")}
-        constants |= {name: value for name, value in epilogue.items() if name != "SCALED"}
+        constants |= {name: value for name, value in epilogue.items() if name != "X_SCALED"}
         constants["STAGES"] = config.num_stages
         grid = (triton.cdiv(m, config.block_m) * plan.tiles, 1)
         return [Call(bsr_linear_skip_kernel, grid, arguments, constants, config.num_warps, config.num_stages)]

@@ -24,6 +24,13 @@ TYPES = {  # PyTorch's types and Triton's names of them
     torch.float32: "fp32",
     torch.int32: "i32",
     torch.int8: "i8",
+    torch.float8_e4m3fn: "fp8e4nv",
+}
+# Ways to quantize, by name: dtypes of x as it is multiplied, and of the weight.
+QUANTIZED = {
+    "int8": (torch.int8, torch.int8),
+    "e4m3": (torch.float8_e4m3fn, torch.float8_e4m3fn),
+    "w8a16": (torch.bfloat16, torch.int8),
 }
 AMD_USAGE = (
     "vgpr_count",
@@ -63,14 +70,15 @@ def compile_linear(
 ) -> list[Compiled]:
     """What a launch with bias, residual and config would run on large, aligned tensors: one kernel, or two if config.split > 1.
 
-    dtype as in "bfloat16" ("int8": bias, residual and y are then bfloat16), capability as in 90 (942 for AMD's gfx942), transposed
-    as bsr_linear_dx has it.
+    dtype as in "bfloat16", or as in QUANTIZED (bias, residual and y are then bfloat16), capability as in 90 (942 for AMD's gfx942),
+    transposed as bsr_linear_dx has it.
     """
-    kind, quantized = getattr(torch, dtype), dtype == "int8"
+    kind, of_values = QUANTIZED.get(dtype) or (getattr(torch, dtype),) * 2
+    quantized = dtype in QUANTIZED
     k = 4096 if even_k else 4096 + 16 * (1 if side_k > 16 else 0)
-    x, values = _imagined(kind, 4096, k), _imagined(kind, 8, side_n, side_k)
+    x, values = _imagined(kind, 4096, k), _imagined(of_values, 8, side_n, side_k)
     bias, y = (_imagined(torch.bfloat16 if quantized else kind, *shape) for shape in ((4096,), (4096, 4096)))
-    scales = (_imagined(torch.float32, 4096),) * 2 if quantized else ()
+    scales = (_imagined(torch.float32, 4096),) * (1 + (kind == of_values)) if quantized else ()
     tiles = 4096 // (config.merge * side_n)
     table, lists = (_imagined(torch.int32, rows, 1 + config.merge) for rows in (tiles + 2, 2 * tiles + 2))
     plan = Plan(config.merge, tiles, 1, table, 1.0, lists)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 
 import torch
@@ -17,8 +17,10 @@ BLOCK_SIDES = (
     64,
     128,
 )  # 16 is the shortest side that tensor cores take; beyond 128 an accumulator leaves the registers
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)  # of weights; x beside int8 is one of the others
+# Of weights; x beside the last two is one of the others.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn)
 CUDA_DTYPES = (torch.bfloat16, torch.float16, torch.int8)  # of weights, of the CUDA C++ kernels
+E4M3_CAPABILITY = 89  # the oldest whose tensor cores multiply float8_e4m3fn
 MIN_CAPABILITY = (
     8,
     0,
@@ -56,6 +58,8 @@ def unavailable(device: torch.device, dtype: torch.dtype, blocksize: tuple[int, 
         return (
             f"compute capability {capability[0]}.{capability[1]} is older than {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
         )
+    if dtype is torch.float8_e4m3fn and 10 * capability[0] + capability[1] < E4M3_CAPABILITY:
+        return f"float8_e4m3fn needs compute capability 8.9, and this GPU has {capability[0]}.{capability[1]}"
     return triton_problem()
 
 
@@ -103,7 +107,8 @@ def register(
     error: Callable[[str, str, object, str], Exception] = ArgumentError,
     wrap: Callable[[str, Callable[..., Tensor]], Callable[..., Tensor]] = lambda name, function: function,
 ) -> None:
-    """Make the kernels the CUDA implementation of bsr_linear, bsr_linear_int8, bsr_linear_dx and bsr_sdd in library's namespace.
+    """Make the kernels the CUDA implementation of bsr_linear, bsr_linear_int8, bsr_linear_e4m3, bsr_linear_w8a16, bsr_linear_dx and
+    bsr_sdd in library's namespace.
 
     fallbacks maps each of these names to the function that runs where `unavailable` gives a reason (blocks of 4x8, say); it
     takes the operator's own arguments. error makes the exception that a caller sees of (argument, expected, got, remedy). What is
@@ -125,16 +130,17 @@ def register(
             return fallbacks["bsr_linear"](*arguments)
         return _launch().bsr_linear(x, crow_indices, col_indices, values, out_features, bias, activation, residual)
 
-    def linear_int8(x, crow, col, values, scales, prepacked, out_features, bias, activation, residual, x_scale):
+    def linear_quantized(
+        name, x, crow, col, values, scales, prepacked, out_features, bias, activation, residual, *x_scale
+    ):
         check_device(
             "x", x, crow_indices=crow, col_indices=col, values=values, scales=scales, bias=bias, residual=residual
         )
+        weight, epilogue = (crow, col, values, scales), (bias, activation, residual, *x_scale)
         if unavailable(x.device, values.dtype, tuple(values.shape[1:])) is not None:
-            arguments = (x, crow, col, values, scales, prepacked, out_features, bias, activation, residual, x_scale)
-            return fallbacks["bsr_linear_int8"](*arguments)
-        return _launch().bsr_linear_int8(
-            x, crow, col, values, scales, out_features, bias, activation, residual, x_scale
-        )
+            return fallbacks[name](x, *weight, prepacked, out_features, *epilogue)
+        linear = _launch().bsr_linear_w8a8 if x_scale else _launch().bsr_linear_w8a16
+        return linear(x, *weight, out_features, *epilogue)
 
     def linear_dx(dy, crow_indices, col_indices, values, in_features):
         check_device("dy", dy, crow_indices=crow_indices, col_indices=col_indices, values=values)
@@ -157,7 +163,10 @@ def register(
 
         return run
 
-    functions = {"bsr_linear": linear, "bsr_linear_int8": linear_int8, "bsr_linear_dx": linear_dx, "bsr_sdd": sdd}
+    functions: dict[str, Callable[..., Tensor]]
+    functions = {"bsr_linear": linear, "bsr_linear_dx": linear_dx, "bsr_sdd": sdd}
+    for name in ("bsr_linear_int8", "bsr_linear_e4m3", "bsr_linear_w8a16"):
+        functions[name] = partial(linear_quantized, name)
     for name, function in functions.items():
         library.impl(name, wrap(name, told(function)), "CUDA")
 
