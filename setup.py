@@ -40,6 +40,7 @@ ARCHS = "80;90;100;120+PTX"
 CUDA_SOURCES = (
     "csrc/cuda/kernels_sm80.cu",
     "csrc/cuda/kernels_int8.cu",
+    "csrc/cuda/kernels_e4m3.cu",
     "csrc/cuda/kernels_sdd.cu",
     "csrc/cuda/kernels_sm90.cu",
 )
@@ -102,6 +103,7 @@ def architectures(home: Path, source: str) -> list[str]:
     """What of SPARSE_PRUNE_CUDA_ARCHS, or of those of ARCHS that nvcc knows, a source is compiled for: "80", "120+PTX".
 
     kernels_sm90.cu uses instructions that one GPU alone has: it is compiled for "90a" where 90 is asked for, else for nothing.
+    kernels_e4m3.cu needs 8.9: it is compiled for "89" in place of what is older.
     """
     asked = os.environ.get("SPARSE_PRUNE_CUDA_ARCHS", "")
     known = subprocess.run([home / "bin" / "nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
@@ -110,6 +112,9 @@ def architectures(home: Path, source: str) -> list[str]:
     ]
     if source.endswith("kernels_sm90.cu"):
         return ["90a"] * any(name.startswith("90") for name in names)
+    if source.endswith("kernels_e4m3.cu"):
+        names = ["89" if int(re.match(r"\d+", name)[0]) < 89 else name for name in names]
+        return list(dict.fromkeys(names))
     return names
 
 

@@ -141,18 +141,20 @@ Tensor cuda_linear_sm90(const Tensor& x, const Tensor& packed, int64_t nnzb, int
   });
 }
 
-Tensor cuda_linear_int8(const Tensor& x_any, const Tensor& packed, const Tensor& scales, int64_t nnzb, int64_t block_rows,
-                        int64_t block_cols, int64_t out_features, std::optional<Tensor> bias, std::string activation,
-                        std::optional<Tensor> residual, std::optional<double> x_scale) {
+// Weights of 8 bits; `name` of the operator.
+Tensor linear_w8a8(const char* name, bool e4m3, const Tensor& x_any, const Tensor& packed, const Tensor& scales, int64_t nnzb,
+                   int64_t block_rows, int64_t block_cols, int64_t out_features, std::optional<Tensor> bias, const std::string& activation,
+                   std::optional<Tensor> residual, std::optional<double> x_scale) {
   sp::LinearProblem p = problem_of(x_any, packed, nnzb, block_rows, block_cols, out_features, bias, activation, residual);
-  STD_TORCH_CHECK(block_cols >= 32, "block_cols: expected 32, 64 or 128 beside an int8 weight, got ", block_cols);
-  p.layout = sp::layout_of(p.N, nnzb, static_cast<int>(block_rows), static_cast<int>(block_cols / 2), sp::kMostRowInt8);
+  STD_TORCH_CHECK(block_cols >= 32, "block_cols: expected 32, 64 or 128 beside a weight of 8 bits, got ", block_cols);
+  p.layout = sp::layout_of(p.N, nnzb, static_cast<int>(block_rows), static_cast<int>(block_cols / 2), sp::kMostRow8);
   check_size(packed, p.layout.least_bytes);
   check_cuda(scales, "scales", x_any, "x");
   check_shape(scales, "scales", {p.N});
   STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Float && scales.is_contiguous(), "scales: expected contiguous float32");
-  return run("cuda_linear_int8", x_any, p, [&](sp::LinearProblem p, void* stream) {
-    sp::QuantizeProblem q = {p.bfloat16, p.M, p.K, p.x, p.ldx};
+  p.e4m3 = e4m3;
+  return run(name, x_any, p, [&](sp::LinearProblem p, void* stream) {
+    sp::QuantizeProblem q = {p.bfloat16, p.e4m3, p.M, p.K, p.x, p.ldx};
     q.ldq = (p.K + 31) / 32 * 32;
     q.x_scale = static_cast<float>(x_scale.value_or(0.0));
     // Their memory may be given back before the kernels run: to work that the stream does after them.
@@ -164,6 +166,20 @@ Tensor cuda_linear_int8(const Tensor& x_any, const Tensor& packed, const Tensor&
     const char* reason = sp::launch_quantize(q, stream);
     return reason ? reason : sp::launch_linear(p, stream);
   });
+}
+
+Tensor cuda_linear_int8(const Tensor& x, const Tensor& packed, const Tensor& scales, int64_t nnzb, int64_t block_rows, int64_t block_cols,
+                        int64_t out_features, std::optional<Tensor> bias, std::string activation, std::optional<Tensor> residual,
+                        std::optional<double> x_scale) {
+  return linear_w8a8("cuda_linear_int8", false, x, packed, scales, nnzb, block_rows, block_cols, out_features, bias, activation, residual,
+                     x_scale);
+}
+
+Tensor cuda_linear_e4m3(const Tensor& x, const Tensor& packed, const Tensor& scales, int64_t nnzb, int64_t block_rows, int64_t block_cols,
+                        int64_t out_features, std::optional<Tensor> bias, std::string activation, std::optional<Tensor> residual,
+                        std::optional<double> x_scale) {
+  return linear_w8a8("cuda_linear_e4m3", true, x, packed, scales, nnzb, block_rows, block_cols, out_features, bias, activation, residual,
+                     x_scale);
 }
 
 Tensor cuda_sdd(const Tensor& dy_any, const Tensor& x_any, const Tensor& jobs, int64_t nnzb, int64_t block_rows, int64_t block_cols) {
@@ -218,6 +234,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparse_prune, m) {
   m.def(
       "cuda_linear_int8(Tensor x, Tensor packed, Tensor scales, int nnzb, int block_rows, int block_cols, int out_features, "
       "Tensor? bias, str activation, Tensor? residual, float? x_scale) -> Tensor");
+  m.def(
+      "cuda_linear_e4m3(Tensor x, Tensor packed, Tensor scales, int nnzb, int block_rows, int block_cols, int out_features, "
+      "Tensor? bias, str activation, Tensor? residual, float? x_scale) -> Tensor");
   m.def("cuda_sdd(Tensor dy, Tensor x, Tensor jobs, int nnzb, int block_rows, int block_cols) -> Tensor");
 }
 
@@ -225,6 +244,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_prune, CUDA, m) {
   m.impl("cuda_linear", TORCH_BOX(&cuda_linear));
   m.impl("cuda_linear_sm90", TORCH_BOX(&cuda_linear_sm90));
   m.impl("cuda_linear_int8", TORCH_BOX(&cuda_linear_int8));
+  m.impl("cuda_linear_e4m3", TORCH_BOX(&cuda_linear_e4m3));
   m.impl("cuda_sdd", TORCH_BOX(&cuda_sdd));
 }
 

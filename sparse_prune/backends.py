@@ -119,13 +119,18 @@ def cuda_unavailable(device: torch.device, dtype: torch.dtype, blocksize: tuple[
     refused = _kernels.refused("CUDA", _kernels.CUDA_DTYPES, device, dtype, blocksize)
     if refused is not None:
         return refused
-    if dtype == torch.int8 and blocksize[1] < 32:
-        return f"the CUDA kernels take int8 blocks of 32, 64 or 128 inputs, not {blocksize[0]}x{blocksize[1]}"
+    if dtype.itemsize == 1 and blocksize[1] < 32:
+        name = str(dtype).removeprefix("torch.")
+        return f"the CUDA kernels take {name} blocks of 32, 64 or 128 inputs, not {blocksize[0]}x{blocksize[1]}"
     library, reason = _load_cuda()
     if library is None:
         return reason
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
+    from sparse_prune_kernels.support import E4M3_CAPABILITY
+
+    if dtype == torch.float8_e4m3fn and gpu_capability(device) < E4M3_CAPABILITY:
+        return f"compute capability {gpu_capability(device) / 10} is older than 8.9, the first that multiplies float8_e4m3fn"
     with torch.cuda.device(device):
         problem = library.sparse_prune_cuda_problem()
     return None if problem is None else problem.decode()
@@ -172,9 +177,11 @@ def _load_cuda() -> tuple[ctypes.CDLL | None, str]:
     def _(x, packed, nnzb, block_rows, block_cols, out_features, *others):
         return x.new_empty(x.shape[0], out_features)
 
-    @torch.library.register_fake("sparse_prune::cuda_linear_int8")
-    def _(x, packed, scales, nnzb, block_rows, block_cols, out_features, *others):
-        return x.new_empty(x.shape[0], out_features)
+    for name in ("cuda_linear_int8", "cuda_linear_e4m3"):
+
+        @torch.library.register_fake(f"sparse_prune::{name}")
+        def _(x, packed, scales, nnzb, block_rows, block_cols, out_features, *others):
+            return x.new_empty(x.shape[0], out_features)
 
     @torch.library.register_fake("sparse_prune::cuda_sdd")
     def _(dy, x, jobs, nnzb, block_rows, block_cols):
@@ -213,8 +220,8 @@ def cuda_layout(
 
     r, c = values.shape[1:]
     with _in_our_words():
-        if values.dtype == torch.int8:  # two of them count as one number
-            return cuda.layout_of(crow, col, -(-in_features // c), r, c // 2, most_row=cuda.ROW_INT8).pack(
+        if values.dtype.itemsize == 1:  # two of them count as one number
+            return cuda.layout_of(crow, col, -(-in_features // c), r, c // 2, most_row=cuda.ROW_8).pack(
                 values.contiguous().view(torch.int16)
             )
         if cuda_sm90_unavailable(values.device) is None:

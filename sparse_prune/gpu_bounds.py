@@ -29,7 +29,7 @@ DENSITIES = (0.1, 0.2, 0.5)
 CAPABILITIES = (80, 90)
 NAMES = {80: "A100", 90: "H100"}
 LATENCY = 500  # clocks from asking memory to having: between what microbenchmarks publish for L2 hits and for misses
-SAMPLE = 3  # tiles of a weight that are run, spread over long and short ones
+SAMPLE = 3  # tiles of a weight that are run
 # Tiles of the dense product, warps and stages; the best one counts. The last two are for few rows.
 DENSE_TILES = (
     ((128, 256, 64), 8, 3),
@@ -156,11 +156,11 @@ def cuda_row(capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
     layout = cuda.make_layout(packed.crow_indices, packed.col_indices, -(-k // c), r, c)
     at, launch = kernels.linear_launch(m, n, blocks, sms)
     heads = layout.tables[: layout.tiles * cuda.TILE_INTS].view(layout.tiles, -1)
-    rows, some, outputs = min(m, launch.tokens), None, torch.arange(n)
+    rows, some, outputs, programs = min(m, launch.tokens), None, torch.arange(n), 1.0
     if not launch.skinny:  # few rows are cheap: count all programs, and so the bytes that must move
         units = torch.cat([heads[1:, 2], heads.new_tensor([len(layout.units)])]) - heads[:, 2]  # of each tile
-        by_length, sample = units.argsort(descending=True), min(SAMPLE, layout.tiles)
-        some = by_length[[int((place + 0.5) * layout.tiles / sample) for place in range(sample)]]
+        some = (units - units.float().mean()).abs().argsort()[:SAMPLE]  # work grows with them
+        programs = float(units[some].sum() / units.float().mean())  # so many average ones
         served = heads[some, 4 : 4 + cuda.TILE_OUTPUTS // layout.row].flatten()
         outputs = (served[served >= 0][:, None] * layout.row + torch.arange(layout.row)).flatten()
         outputs = outputs[outputs < n]
@@ -171,18 +171,14 @@ def cuda_row(capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
     _check(y[:, outputs], x, packed.to_dense()[outputs], "CUDA")
     bytes_moved, bytes_ratio = _compulsory(m, packed) + 4 * layout.tables.numel(), None
     if launch.skinny:
-        programs, scale, stages = launch.blocks, 1.0, 2
+        programs, scale, stages = float(launch.blocks), 1.0, 2
         bytes_moved = 32 * (counts.dram_load_sectors + counts.dram_store_sectors)
         bytes_ratio = bytes_moved / _compulsory(m, packed)
         # rounds of loads: pieces of a warp, a batch of which are on their way together
         steps = at.pieces / at.rows / (launch.threads / 32) / (8 if launch.tokens == 16 else 2 / launch.units)
     else:
-        assert some is not None
-        programs = len(some)
-        scale, stages = (
-            -(-m // launch.tokens) * layout.tiles / programs,
-            4 if (layout.row, launch.tokens) == (16, 256) else 3,
-        )
+        scale = -(-m // launch.tokens) * layout.tiles / programs
+        stages = 4 if (layout.row, launch.tokens) == (16, 256) else 3
         steps = float(heads[:, 1].float().mean())
     registers = kernels.registers("kernels_sm80.cu", arch)[kernels.entry(at, launch, torch.bfloat16)]
     made = SimpleNamespace(registers=registers, shared=launch.shared_bytes)

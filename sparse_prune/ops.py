@@ -131,7 +131,7 @@ def _cuda_linear_dx(dy, crow_indices, col_indices, values, in_features):
     return backends.cuda_linear(dy, *bsr, shape, transposed, transposed=True)
 
 
-def _cuda_int8(
+def _cuda_w8a8(
     x, crow_indices, col_indices, values, scales, prepacked, out_features, bias, activation, residual, x_scale
 ):
     expected = "bfloat16 or float16 beside a quantized weight on backend 'cuda'"
@@ -139,7 +139,9 @@ def _cuda_int8(
     if prepacked is None:
         prepacked = backends.cuda_layout(crow_indices, col_indices, values, x.shape[1])
     extras = (bias, activation, residual, x_scale)
-    return torch.ops.sparse_prune.cuda_linear_int8(x, prepacked, scales, *values.shape, out_features, *extras)
+    kernels = torch.ops.sparse_prune
+    run = kernels.cuda_linear_int8 if values.dtype == torch.int8 else kernels.cuda_linear_e4m3
+    return run(x, prepacked, scales, *values.shape, out_features, *extras)
 
 
 def _cuda_sdd(dy, x, crow_indices, col_indices, block_rows, block_cols):
@@ -149,7 +151,8 @@ def _cuda_sdd(dy, x, crow_indices, col_indices, block_rows, block_cols):
 
 _CUDA: dict[str, Callable] = {
     "bsr_linear": _cuda_linear,
-    "bsr_linear_int8": _cuda_int8,
+    "bsr_linear_int8": _cuda_w8a8,
+    "bsr_linear_e4m3": _cuda_w8a8,
     "bsr_linear_dx": _cuda_linear_dx,
     "bsr_sdd": _cuda_sdd,
 }

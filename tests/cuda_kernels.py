@@ -22,6 +22,7 @@ FLAGS = ("-O3", "-std=c++17", "-DNDEBUG")
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 FEW_TOKENS = 64  # kSkinnyTokens of csrc/cuda/config.h
 NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
 
 
 def unavailable() -> str | None:
@@ -223,17 +224,22 @@ def linear(
 
 
 def quantize(
-    x: Tensor, x_scale: float | None, arch: str, patch: tuple[tuple[str, str, str], ...] = (), **options
+    x: Tensor,
+    x_scale: float | None,
+    arch: str,
+    patch: tuple[tuple[str, str, str], ...] = (),
+    of: torch.dtype = torch.int8,
+    **options,
 ) -> tuple[Tensor, Tensor]:
-    """int8 [M, K and zeros up to a multiple of 32] and float32 [M] of the kernel that launch_quantize would run."""
+    """`of` [M, K and zeros up to a multiple of 32] and float32 [M] of the kernel that launch_quantize would run."""
     (m, k), wide = x.shape, -(-x.shape[1] // 32) * 32
-    q, scales = torch.full((m, wide), -128, dtype=torch.int8), torch.full((m,), -1.0)
-    code = program(ptx("kernels_int8.cu", arch, patch), f"quantize_rows_{NAMES[x.dtype]}")
+    q, scales = torch.full((m, wide), -128, dtype=torch.int8).view(of), torch.full((m,), -1.0)
+    code = program(ptx(f"kernels_{KINDS[of]}.cu", arch, patch), f"quantize_rows_{KINDS[of]}_{NAMES[x.dtype]}")
     code.launch(m, 128, [x, q, scales, k, x.stride(0), wide, x_scale or 0.0], shared_bytes=0, **options)
     return q, scales
 
 
-def linear_int8(
+def linear_w8a8(
     x: Tensor,
     packed: Tensor,
     scales: Tensor,
@@ -246,10 +252,11 @@ def linear_int8(
     tokens: int | None = None,
     arch: str = "sm_80",
     patch: tuple[tuple[str, str, str], ...] = (),
+    of: torch.dtype = torch.int8,
     **options,
 ) -> tuple[Tensor, ptx_emulator.Counts]:
-    """As linear, by the kernels that cuda_linear_int8 runs for `blocks` (nnzb, R, C) of int8; counts of the product."""
-    q, x_scales = quantize(x, x_scale, arch, patch, **options)
+    """As linear, by the kernels for weights of 8 bits, `blocks` (nnzb, R, C) of dtype `of`; counts of the product."""
+    q, x_scales = quantize(x, x_scale, arch, patch, of, **options)
     pairs, (nnzb, r, c) = q.view(torch.int16), blocks
     at, launch = linear_launch(len(x), n, (nnzb, r, c // 2), most_row=32)
     if tokens is not None:
@@ -263,10 +270,10 @@ def linear_int8(
         else ((heads, steps), [at.tiles, int(pairs.shape[1] % at.block_cols != 0)])
     )
     vector = n % 8 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in (y, bias, residual))
-    name = entry(at, launch, x.dtype).replace(f"_{NAMES[x.dtype]}_", f"_int8_{NAMES[x.dtype]}_")
+    name = entry(at, launch, x.dtype).replace(f"_{NAMES[x.dtype]}_", f"_{KINDS[of]}_{NAMES[x.dtype]}_")
     arguments = [pairs, weights, *tables, *(0 if t is None else t for t in (bias, residual)), y]
     arguments += [*y.shape, pairs.shape[1], pairs.stride(0), *last, ACTIVATIONS.index(activation), int(vector)]
-    code = program(ptx("kernels_int8.cu", arch, patch), name)
+    code = program(ptx(f"kernels_{KINDS[of]}.cu", arch, patch), name)
     given = [*arguments, x_scales, scales]
     return y, code.launch(launch.blocks, launch.threads, given, shared_bytes=launch.shared_bytes, **options)
 

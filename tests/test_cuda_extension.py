@@ -73,16 +73,25 @@ def test_code_for_every_architecture(library):
         elif match := re.search(r"REG:(\d+) STACK:(\d+)", line):
             assert int(match[2]) == 0, f"{name} for {arch} keeps {match[2]} bytes of registers in memory"
             seen.setdefault(arch, set()).add(name)
-    assert {"sm_80", "sm_90", "sm_90a", "sm_100", "sm_120"} <= set(seen)
+    # 24 of products in 16 bits and 6 of gradients; 20 of int8; 20 of e4m3, which no older GPU than 8.9 multiplies
+    assert {arch: len(names) for arch, names in seen.items()} == {
+        "sm_80": 50,
+        "sm_89": 20,
+        "sm_90": 70,
+        "sm_90a": 16,
+        "sm_100": 70,
+        "sm_120": 70,
+    }
     for arch, names in seen.items():
         hopper = arch == "sm_90a"
         ours = "bsr_linear_sm90_" if hopper else "bsr_linear_s(m80|kinny)_|bsr_sdd_|sum_parts_|quantize_rows_"
-        assert len(names) == (16 if hopper else 40), arch
+        ours = "\\w+_e4m3_" if arch == "sm_89" else ours
         assert all(re.match(ours, name) for name in names), arch
         code = subprocess.run(
             [tool("cuobjdump"), "-sass", "-arch", arch, library], capture_output=True, text=True
         ).stdout
-        for instruction in ("HGMMA", "UTMALDG", "UBLKCP") if hopper else ("HMMA", "IMMA", "LDGSTS"):
+        wanted = {"sm_90a": ("HGMMA", "UTMALDG", "UBLKCP"), "sm_89": ("QMMA", "LDGSTS")}
+        for instruction in wanted.get(arch, ("HMMA", "IMMA", "LDGSTS")):
             assert re.search(rf"\b{instruction}\b", code), f"no {instruction} for {arch}"
     # In a process of its own: where the package has a library like it loaded, this one would define its operators again.
     program = (
@@ -118,7 +127,7 @@ def test_it_loads_beside_any_torch_and_says_why_it_cannot_run(library):
 def test_reasons():
     for device, dtype, block, reason in (
         ("cpu", torch.float16, (32, 32), "run on CUDA devices, not on cpu"),
-        ("cuda", torch.float32, (32, 32), "take bfloat16, float16 and int8, not float32"),
+        ("cuda", torch.float32, (32, 32), "take bfloat16, float16, int8 and float8_e4m3fn, not float32"),
         ("cuda", torch.int8, (32, 16), "take int8 blocks of 32, 64 or 128 inputs, not 32x16"),
         ("cuda", torch.float16, (32, 8), "take blocks with sides 16, 32, 64 or 128, not 32x8"),
     ):
@@ -151,10 +160,14 @@ def emulated(monkeypatch, request):
             cuda_kernels.aligned(x), packed, weight, out_features, bias, activation, residual
         )[0]
 
-    def cuda_linear_int8(x, packed, scales, nnzb, r, c, out_features, bias, activation, residual, x_scale):
-        calls.append(("int8", packed.data_ptr()))
-        given = (cuda_kernels.aligned(x), packed, scales, (nnzb, r, c), out_features, bias, activation, residual)
-        return cuda_kernels.linear_int8(*given, x_scale)[0]
+    def linear_w8a8(of):
+        def run(x, packed, scales, nnzb, r, c, out_features, bias, activation, residual, x_scale):
+            calls.append((of, packed.data_ptr()))
+            given = (cuda_kernels.aligned(x), packed, scales, (nnzb, r, c), out_features, bias, activation, residual)
+            arch = "sm_80" if of == torch.int8 else "sm_89"
+            return cuda_kernels.linear_w8a8(*given, x_scale, arch=arch, of=of)[0]
+
+        return run
 
     def cuda_sdd(dy, x, jobs, nnzb, block_rows, block_cols):
         calls.append(("sdd", jobs.data_ptr()))
@@ -163,7 +176,8 @@ def emulated(monkeypatch, request):
 
     scope = torch.library.Library("sparse_prune", "FRAGMENT")
     played = {"cuda_linear": cuda_linear, "cuda_linear_sm90": cuda_linear_sm90}
-    played |= {"cuda_linear_int8": cuda_linear_int8, "cuda_sdd": cuda_sdd}
+    played |= {f"cuda_linear_{kind}": linear_w8a8(of) for of, kind in cuda_kernels.KINDS.items()}
+    played["cuda_sdd"] = cuda_sdd
     assert sorted(schema.partition("(")[0] for schema in schemas) == sorted(played)
     for schema in schemas:
         name = schema.partition("(")[0]
@@ -276,20 +290,24 @@ def test_what_is_made_of_an_index_is_made_once():
 
 
 @needs_nvcc
-def test_backend_cuda_int8(emulated):
+@pytest.mark.parametrize("of", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_backend_cuda_on_weights_of_8_bits(emulated, of):
     packed, generator = some_weight(torch.float32)
-    packed = packed.quantize()
+    packed = packed.quantize(of)
     for dtype, x_scale in ((torch.bfloat16, None), (torch.float16, 0.03)):
         x, residual = (torch.randn(2, 20, size, generator=generator).to(dtype) for size in (100, 70))
         bias = torch.randn(70, generator=generator).to(dtype)
         got = sp.bsr_linear(x, packed, bias, "gelu", residual, backend="cuda", x_scale=x_scale)
         wanted = sp.bsr_linear(x, packed, bias, "gelu", residual, backend="reference", x_scale=x_scale)
         torch.testing.assert_close(got, wanted)
-    assert [name for name, _ in emulated] == ["int8"] * 2 and emulated[0] == emulated[1], "the layout was not kept"
+    assert [name for name, _ in emulated] == [of] * 2 and emulated[0] == emulated[1], "the layout was not kept"
     index = (packed.crow_indices, packed.col_indices, packed.values, packed.scales)
     rows = x.view(-1, 100)
     arguments = (rows, *index, None, 70, bias, "none", None, None)
-    torch.library.opcheck(torch.ops.sparse_prune.bsr_linear_int8_cuda.default, arguments)
+    operator = getattr(torch.ops.sparse_prune, f"bsr_linear_{cuda_kernels.KINDS[of]}_cuda")
+    # torch cannot compare float8_e4m3fn before and after, as the test of the schema does
+    tests = {} if of == torch.int8 else {"test_utils": ("test_faketensor", "test_aot_dispatch_dynamic")}
+    torch.library.opcheck(operator.default, arguments, **tests)
     with pytest.raises(sp.SparsePruneError, match="x: expected bfloat16 or float16 beside a quantized weight"):
         sp.bsr_linear(x.float(), packed, backend="cuda")
 

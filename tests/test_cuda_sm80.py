@@ -262,8 +262,8 @@ def test_planted_bugs_in_sdd_are_caught(bug):
         assert failed == bool(patch)
 
 
-# (M, N, K, R, C, density); int8 blocks have 32 inputs or more.
-INT8_PROBLEMS = [
+# (M, N, K, R, C, density); blocks of 8-bit weights have 32 inputs or more.
+W8A8_PROBLEMS = [
     (1, 96, 64, 32, 32, 0.5),
     (7, 45, 70, 16, 32, 0.5),
     (9, 64, 64, 32, 32, 0.0),
@@ -275,42 +275,103 @@ INT8_PROBLEMS = [
 ]
 
 
-def check_int8(problem, dtype=BF16, activation="gelu", extras=(True, True), x_scale=None, **options):
-    from sparse_prune_kernels.cuda import ROW_INT8, make_layout
+def check_w8a8(problem, dtype=BF16, activation="gelu", extras=(True, True), x_scale=None, of=torch.int8, **options):
+    from sparse_prune_kernels.cuda import ROW_8, make_layout
 
     packed, x, bias, residual = make_problem(*problem, dtype)
-    packed = packed.to(torch.float32).quantize()
+    packed = packed.to(torch.float32).quantize(of)
     bias, residual = (tensor if used else None for tensor, used in zip((bias, residual), extras, strict=True))
     (_, k), (r, c) = packed.shape, packed.blocksize
     index = (packed.crow_indices, packed.col_indices, -(-k // c))
-    weight = make_layout(*index, r, c // 2, most_row=ROW_INT8).pack(packed.values.view(torch.int16))
+    weight = make_layout(*index, r, c // 2, most_row=ROW_8).pack(packed.values.view(torch.int16))
     given = (cuda_kernels.aligned(x, 8), weight, packed.scales, tuple(packed.values.shape), packed.shape[0])
-    y, counts = cuda_kernels.linear_int8(*given, bias, activation, residual, x_scale, **options)
+    y, counts = cuda_kernels.linear_w8a8(*given, bias, activation, residual, x_scale, of=of, **options)
     assert_as_good_as_torch(y, *exact_and_reference_int8(x, packed, bias, activation, residual, x_scale))
     return packed, counts
 
 
 @pytest.mark.parametrize("tokens", [None, 128, 256])
-@pytest.mark.parametrize("problem", INT8_PROBLEMS, ids=str)
+@pytest.mark.parametrize("problem", W8A8_PROBLEMS, ids=str)
 def test_int8(problem, tokens):
-    check_int8(problem, tokens=tokens)
+    check_w8a8(problem, tokens=tokens)
 
 
 @pytest.mark.parametrize("mode", ptx_emulator.MODES)
 @pytest.mark.parametrize("block", [(16, 32), (32, 32), (64, 64), (128, 128)], ids=str)
 def test_int8_with_copies_that_end_whenever_they_like(block, mode):
-    check_int8((260, 300, 900, *block, 0.4), F16, "none", (True, False), mode=mode)
-    packed, counts = check_int8((16, 300, 900, *block, 0.4), F16, "relu", (False, True), x_scale=0.02, mode=mode)
+    check_w8a8((260, 300, 900, *block, 0.4), F16, "none", (True, False), mode=mode)
+    packed, counts = check_w8a8((16, 300, 900, *block, 0.4), F16, "relu", (False, True), x_scale=0.02, mode=mode)
 
 
-def check_rounding(dtype, x_scale, **options):
+E4M3 = torch.float8_e4m3fn
+
+
+def few_of_8_bits(kind, shape):
+    """A patch that leaves one kernel of that shape, and what rounds x, for bfloat16: they compile sooner."""
+    file, pair = f"kernels_{kind}.cu", f"{kind.capitalize()}Pair"
+    one = f"LINEAR({kind}, {pair}, bf16, __nv_bfloat16, {shape}) QUANTIZE({kind}, {pair}, bf16, __nv_bfloat16)"
+    return (
+        (file, f"ALL({kind}, {pair}, bf16, __nv_bfloat16)\nALL({kind}, {pair}, f16, __half)", one),
+        (
+            file,
+            f"{{ENTRIES({kind}, bf16, true) ENTRIES({kind}, f16, false)}}",
+            f"{{QUANTIZE_ENTRY({kind}, bf16, true)}}",
+        ),
+    )
+
+
+@pytest.mark.parametrize("tokens", [None, 128, 256])
+@pytest.mark.parametrize("problem", W8A8_PROBLEMS, ids=str)
+def test_e4m3(problem, tokens):
+    check_w8a8(problem, tokens=tokens, of=E4M3, arch="sm_89")
+
+
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+@pytest.mark.parametrize("block", [(16, 32), (32, 32), (128, 128)], ids=str)
+def test_e4m3_with_copies_that_end_whenever_they_like(block, mode):
+    """A scale given for x saturates."""
+    options = {"of": E4M3, "arch": "sm_89", "mode": mode}
+    check_w8a8((260, 300, 900, *block, 0.4), F16, "none", (True, False), **options)
+    check_w8a8((16, 300, 900, *block, 0.4), F16, "relu", (False, True), 0.004, **options)
+
+
+E4M3_BUGS = {
+    "pairs turned round": ("w8a8.cuh", ': "f"(high), "f"(low));', ': "f"(low), "f"(high));'),
+    "the scale of int8": ("w8a8.cuh", "{ return 448.0f; }", "{ return 127.0f; }"),
+    "operands of mma exchanged": (
+        "bsr_linear_sm80.cuh",
+        "[0], a[c % kLoaded][i], v.x, v.y",
+        "[0], a[c % kLoaded][i], v.y, v.x",
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", E4M3_BUGS)
+def test_planted_bugs_in_e4m3_are_caught(bug):
+    few = few_of_8_bits("e4m3", "32, 32, 128")
+    for patch in (few, (*few, E4M3_BUGS[bug])):
+        failed = False
+        try:
+            check_rounding(BF16, None, E4M3, "sm_89", patch=patch)
+            check_w8a8((130, 128, 320, 32, 64, 0.4), tokens=128, of=E4M3, arch="sm_89", patch=patch)
+        except (AssertionError, ptx_emulator.EmulationError):
+            failed = True
+        assert failed == (patch != few)
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_120"])
+def test_e4m3_on_younger_architectures(arch):
+    check_w8a8((130, 128, 320, 32, 64, 0.4), tokens=128, of=E4M3, arch=arch, patch=few_of_8_bits("e4m3", "32, 32, 128"))
+
+
+def check_rounding(dtype, x_scale, of=torch.int8, arch="sm_80", **options):
     """Bit for bit as the reference, NaN and infinity included, and zeros behind the last input."""
     x = torch.randn(9, 1203, dtype=torch.float64).mul_(torch.logspace(-6, 4, 9, dtype=torch.float64)[:, None]).to(dtype)
     x[1], x[3, 1202], x[4, 0], x[5, 700] = 0.0, torch.nan, torch.inf, -torch.inf
     for k in (1203, 1200, 5):
-        q, scales = cuda_kernels.quantize(cuda_kernels.aligned(x[:, :k]), x_scale, "sm_80", **options)
-        wanted, wanted_scales = reference.quantize_rows(x[:, :k], x_scale)
-        assert torch.equal(q[:, :k], wanted) and not q[:, k:].any()
+        q, scales = cuda_kernels.quantize(cuda_kernels.aligned(x[:, :k]), x_scale, arch, of=of, **options)
+        wanted, wanted_scales = reference.quantize_rows(x[:, :k], x_scale, of)
+        assert torch.equal(q[:, :k].view(torch.int8), wanted.view(torch.int8)) and not q[:, k:].view(torch.int8).any()
         torch.testing.assert_close(scales, wanted_scales, rtol=0, atol=0, equal_nan=True)
 
 
@@ -318,41 +379,33 @@ def check_rounding(dtype, x_scale, **options):
 @pytest.mark.parametrize("x_scale", [None, 0.013], ids=str)
 def test_rows_are_rounded_as_the_reference_does(dtype, x_scale):
     check_rounding(dtype, x_scale)
+    check_rounding(dtype, x_scale, E4M3, "sm_89")
 
 
 INT8_BUGS = {
     "scales of other outputs": ("epilogue.cuh", "scales[n + i] * x_scale", "scales[n] * x_scale"),
     "no scale of the token": ("epilogue.cuh", "scales[n + i] * x_scale", "scales[n + i]"),
     "scales past the end are read": ("epilogue.cuh", "n + i < epilogue.N ? sums", "true ? sums"),
-    "the padding of x is left as it was": ("kernels_int8.cu", "k < ldq;", "k < K;"),
-    "rounded towards zero": ("kernels_int8.cu", "__float2int_rn", "__float2int_rz"),
+    "the padding of x is left as it was": ("w8a8.cuh", "k < ldq;", "k < K;"),
+    "rounded towards zero": ("w8a8.cuh", "(__float2int_rn(low)", "(__float2int_rz(low)"),
     "the last inputs do not count for the scale": (
-        "kernels_int8.cu",
+        "w8a8.cuh",
         "for (int k = threadIdx.x * 8; k < K;",
         "for (int k = threadIdx.x * 8; k + 8 <= K;",
     ),
-    "one warp's highest alone": ("kernels_int8.cu", "highest = max(highest, highest_of[warp]);", ""),
+    "one warp's highest alone": ("w8a8.cuh", "highest = max(highest, highest_of[warp]);", ""),
 }
 
 
 @pytest.mark.parametrize("bug", INT8_BUGS)
 def test_planted_bugs_in_int8_are_caught(bug):
-    """In kernels for bfloat16 alone, which compile sooner."""
-    few = (
-        (
-            "kernels_int8.cu",
-            "ALL(bf16, __nv_bfloat16)\nALL(f16, __half)",
-            "LINEAR(bf16, __nv_bfloat16, 16, 16, 128) QUANTIZE(bf16, __nv_bfloat16)",
-        ),
-        ("kernels_int8.cu", "{ENTRIES(bf16, true) ENTRIES(f16, false)}", "{LINEAR_ENTRY(bf16, true, 16, 16, 128)}"),
-        ("kernels_int8.cu", ": reinterpret_cast<const void*>(quantize_rows_f16)", ": nullptr"),
-    )
+    few = few_of_8_bits("int8", "16, 16, 128")
     for patch in (few, (*few, INT8_BUGS[bug])):
         failed = False
         for problem in ((130, 45, 1111, 16, 32, 0.5), (65, 96, 64, 16, 32, 0.5)):
             try:
                 check_rounding(BF16, None, patch=patch)
-                check_int8(problem, tokens=128, patch=patch)
+                check_w8a8(problem, tokens=128, patch=patch)
             except (AssertionError, ptx_emulator.EmulationError):
                 failed = True
         assert failed == (patch != few)
@@ -395,7 +448,7 @@ PROMISED = [
     ((16, 4096, 4096), (64, 64), 0.1, "speedup_bound", 8.0),
     ((4096, 4096, 4096), (16, 16), 0.2, "e_bound", 0.6),
     ((4096, 4096, 4096), (32, 32), 0.2, "e_bound", 0.85),
-    ((4096, 4096, 4096), (64, 64), 0.2, "e_bound", 0.95),
+    ((4096, 4096, 4096), (64, 64), 0.2, "e_bound", 0.945),  # 512 blocks are 4.74 of 5 turns of 108 SMs: .948
 ]
 
 

@@ -21,7 +21,7 @@ struct Layout {
   int64_t least_bytes;                         // of the whole, with one spare step at least
 };
 
-// Sides in {16, 32, 64, 128}; int8 weights count pairs of inputs, and have rows of kMostRowInt8.
+// Sides in {16, 32, 64, 128}; weights of 8 bits count pairs of inputs, and have rows of kMostRow8.
 Layout layout_of(int64_t out_features, int64_t nnzb, int block_rows, int block_cols, int most_row = kMostRow);
 
 // What bsr_linear_skinny needs of a weight packed for sm_90a; the rest is zero.

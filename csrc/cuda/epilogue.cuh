@@ -91,15 +91,15 @@ struct Epilogue {
   }
 };
 
-// The same of sums of int8 products: act(sum * scales[n] * x_scales[m] + bias) + residual.
+// The same of sums of products in 8 bits: act(sum * scales[n] * x_scales[m] + bias) + residual.
 template <typename T>
 struct ScaledEpilogue {
   Epilogue<T> epilogue;
   const float* x_scales;  // [M]
   const float* scales;    // [N]
 
-  template <int kCount>
-  __device__ __forceinline__ void store(int (&sums)[kCount], int m, int n) const {
+  template <class Sum, int kCount>
+  __device__ __forceinline__ void store(Sum (&sums)[kCount], int m, int n) const {
     if (m >= epilogue.M || n >= epilogue.N) return;
     const float x_scale = x_scales[m];
     float v[kCount];

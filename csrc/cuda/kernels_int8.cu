@@ -1,127 +1,16 @@
-// The kernels of the sm_80 family for int8 weights, by name (what they take beside the names is as in kernels_sm80.cu), and what rounds x:
-//   bsr_linear_sm80_int8_{bf16,f16}_{16x16,32x16,32x32}_{128,256}, bsr_linear_skinny_int8_{bf16,f16}_{16_1,64_1,64_2}
-//   quantize_rows_{bf16,f16}
-#include <float.h>
-
-#include "bsr_linear_skinny.cuh"
-#include "bsr_linear_sm80.cuh"
-#include "launch.h"
-#include "runtime.h"
+// Kernels for weights and x of int8: their names are in w8a8.cuh.
+#include "w8a8.cuh"
 
 using namespace sparse_prune;
 using namespace sparse_prune::device;
 
-namespace sparse_prune::device {
-
-// q[M, ldq] and scales[M] with x[m, k] ~ scales[m] * q[m, k], as reference.quantize_rows says; zeros behind the K-th. x_scale 0: each
-// row's own. A block makes a row; ldq is a multiple of 16, and rows of x begin at multiples of 16 bytes.
-template <typename T>
-__device__ __forceinline__ void quantize_rows(const T* __restrict__ x, int8_t* __restrict__ q, float* __restrict__ scales, int K,
-                                              int64_t ldx, int64_t ldq, float x_scale) {
-  constexpr int kThreads = 128;
-  __shared__ uint32_t highest_of[kThreads / 32];
-  const T* row = x + blockIdx.x * ldx;
-  auto load = [&](float (&v)[8], int k) {
-    if (k + 8 <= K) {
-      const uint4 loaded = *reinterpret_cast<const uint4*>(row + k);
-      const T* values = reinterpret_cast<const T*>(&loaded);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] = to_float(values[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] = k + i < K ? to_float(row[k + i]) : 0.0f;
-    }
-  };
-
-  uint32_t highest = 0;  // bits of |x|: in this order NaN stands above infinity, and that above numbers
-  for (int k = threadIdx.x * 8; k < K; k += kThreads * 8) {
-    float v[8];
-    load(v, k);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) highest = max(highest, __float_as_uint(v[i]) & 0x7fffffffu);
-  }
-#pragma unroll
-  for (int apart = 16; apart > 0; apart /= 2) highest = max(highest, __shfl_xor_sync(~0u, highest, apart));
-  if (threadIdx.x % 32 == 0) highest_of[threadIdx.x / 32] = highest;
-  __syncthreads();
-  for (int warp = 0; warp < kThreads / 32; ++warp) highest = max(highest, highest_of[warp]);
-
-  const bool finite = highest < 0x7f800000u;
-  const float scale = x_scale > 0.0f ? x_scale : fmaxf(__uint_as_float(highest) / 127.0f, FLT_MIN);
-  const float inverse = finite ? 1.0f / scale : 0.0f;
-  if (threadIdx.x == 0) scales[blockIdx.x] = finite ? scale : __uint_as_float(0x7fffffffu);
-  for (int64_t k = threadIdx.x * 8; k < ldq; k += kThreads * 8) {
-    float v[8];
-    load(v, static_cast<int>(k));
-    uint32_t out[2] = {};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int rounded = finite ? __float2int_rn(fminf(fmaxf(v[i] * inverse, -127.0f), 127.0f)) : 0;
-      out[i / 4] |= (rounded & 0xff) << (8 * (i % 4));
-    }
-    *reinterpret_cast<uint2*>(q + blockIdx.x * ldq + k) = make_uint2(out[0], out[1]);
-  }
-}
-
-}  // namespace sparse_prune::device
-
-#define LINEAR(NAME, T, ROW, INPUTS, BLOCK_M)                                                                                      \
-  extern "C" __global__ void __launch_bounds__(256, BLOCK_M == 256 ? 1 : 2)                                                        \
-      bsr_linear_sm80_int8_##NAME##_##ROW##x##INPUTS##_##BLOCK_M(                                                                  \
-          const Int8Pair* x, const uint4* weights, const Tile* tiles, const Step* steps, const T* bias, const T* residual, T* y,   \
-          int M, int N, int K, int64_t ldx, int tile_count, int ragged, int activation, int vector, const float* x_scales,         \
-          const float* scales) {                                                                                                   \
-    const ScaledEpilogue<T> epilogue{{bias, residual, y, M, N, activation, vector != 0}, x_scales, scales};                        \
-    bsr_linear_sm80<Int8Pair, ROW, INPUTS / 16, BLOCK_M / 64>(x, weights, tiles, steps, epilogue, M, K, ldx, tile_count, ragged);  \
-  }
-#define SKINNY(NAME, T, TOKENS, UNITS)                                                                                             \
-  extern "C" __global__ void __launch_bounds__(TOKENS == 16 ? 512 : 256, TOKENS == 16 ? 1 : 2)                                    \
-      bsr_linear_skinny_int8_##NAME##_##TOKENS##_##UNITS(                                                                         \
-          const Int8Pair* x, const uint4* weights, const int* starts, const Piece* pieces, const T* bias, const T* residual, T* y, \
-          int M, int N, int K, int64_t ldx, int row_units, int order, int activation, int vector, const float* x_scales,          \
-          const float* scales) {                                                                                                  \
-    const ScaledEpilogue<T> epilogue{{bias, residual, y, M, N, activation, vector != 0}, x_scales, scales};                        \
-    bsr_linear_skinny<Int8Pair, TOKENS / 8, UNITS>(x, weights, starts, pieces, epilogue, M, K, ldx, row_units, order);             \
-  }
-#define QUANTIZE(NAME, T)                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(128) quantize_rows_##NAME(const T* x, int8_t* q, float* scales, int K, int64_t ldx, \
-                                                                         int64_t ldq, float x_scale) {                             \
-    quantize_rows(x, q, scales, K, ldx, ldq, x_scale);                                                                             \
-  }
-#define ALL(NAME, T)                                                                                              \
-  LINEAR(NAME, T, 16, 16, 128) LINEAR(NAME, T, 32, 16, 128) LINEAR(NAME, T, 32, 32, 128)                          \
-  LINEAR(NAME, T, 16, 16, 256) LINEAR(NAME, T, 32, 16, 256) LINEAR(NAME, T, 32, 32, 256)                          \
-  SKINNY(NAME, T, 16, 1) SKINNY(NAME, T, 64, 1) SKINNY(NAME, T, 64, 2) QUANTIZE(NAME, T)
-
-ALL(bf16, __nv_bfloat16)
-ALL(f16, __half)
+ALL(int8, Int8Pair, bf16, __nv_bfloat16)
+ALL(int8, Int8Pair, f16, __half)
 
 namespace {
-
-#define LINEAR_ENTRY(NAME, BF16, ROW, INPUTS, TOKENS) \
-  {BF16, false, TOKENS, ROW, INPUTS, reinterpret_cast<const void*>(bsr_linear_sm80_int8_##NAME##_##ROW##x##INPUTS##_##TOKENS)},
-#define SKINNY_ENTRY(NAME, BF16, TOKENS, UNITS) \
-  {BF16, true, TOKENS, UNITS, 0, reinterpret_cast<const void*>(bsr_linear_skinny_int8_##NAME##_##TOKENS##_##UNITS)},
-#define ENTRIES(NAME, BF16)                                                                                             \
-  LINEAR_ENTRY(NAME, BF16, 16, 16, 128) LINEAR_ENTRY(NAME, BF16, 32, 16, 128) LINEAR_ENTRY(NAME, BF16, 32, 32, 128)     \
-  LINEAR_ENTRY(NAME, BF16, 16, 16, 256) LINEAR_ENTRY(NAME, BF16, 32, 16, 256) LINEAR_ENTRY(NAME, BF16, 32, 32, 256)     \
-  SKINNY_ENTRY(NAME, BF16, 16, 1) SKINNY_ENTRY(NAME, BF16, 64, 1) SKINNY_ENTRY(NAME, BF16, 64, 2)
-const LinearKernel kKernels[] = {ENTRIES(bf16, true) ENTRIES(f16, false)};
-
-}  // namespace
+const LinearKernel kKernels[] = {ENTRIES(int8, bf16, true) ENTRIES(int8, f16, false)};
+}
 
 const void* sparse_prune::int8_kernel(bool bfloat16, bool skinny, int tokens, int row_or_units, int inputs) {
   return find(kKernels, bfloat16, skinny, tokens, row_or_units, inputs);
-}
-
-const char* sparse_prune::launch_quantize(const QuantizeProblem& p, void* stream) {
-  if (p.M > INT32_MAX || p.K > INT32_MAX) return kTooLarge;
-  const void* function = p.bfloat16 ? reinterpret_cast<const void*>(quantize_rows_bf16) : reinterpret_cast<const void*>(quantize_rows_f16);
-  const void* x = p.x;
-  void *q = p.q, *scales = p.scales;
-  int K = p.K;
-  int64_t ldx = p.ldx, ldq = p.ldq;
-  float x_scale = p.x_scale;
-  void* arguments[] = {&x, &q, &scales, &K, &ldx, &ldq, &x_scale};
-  return told(cudaLaunchKernel(function, dim3(p.M), dim3(128), arguments, 0, static_cast<cudaStream_t>(stream)));
 }

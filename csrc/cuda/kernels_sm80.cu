@@ -70,8 +70,9 @@ const char* sparse_prune::launch_linear(const LinearProblem& p, void* stream) {
   const LinearLaunch launch = linear_launch(p.M, p.layout, sms);
   if (launch.blocks > INT32_MAX || p.M > INT32_MAX || p.N > INT32_MAX || p.K > INT32_MAX) return kTooLarge;
   const int row_or_units = launch.skinny ? launch.units : p.layout.row;
-  const void* function = p.scales ? int8_kernel(p.bfloat16, launch.skinny, launch.tokens, row_or_units, launch.inputs)
-                                  : find(kKernels, p.bfloat16, launch.skinny, launch.tokens, row_or_units, launch.inputs);
+  const auto named = [&](const auto& of) { return of(p.bfloat16, launch.skinny, launch.tokens, row_or_units, launch.inputs); };
+  const void* function = p.scales == nullptr ? named([](auto... shape) { return find(kKernels, shape...); })
+                                             : named(p.e4m3 ? e4m3_kernel : int8_kernel);
   if (function == nullptr) return "no kernel of that shape";
   const char* packed = static_cast<const char*>(p.packed);
   const void *tiles = packed + p.layout.tables, *starts = packed + p.layout.starts, *pieces = packed + p.layout.piece_table;
@@ -91,4 +92,15 @@ const char* sparse_prune::launch_linear(const LinearProblem& p, void* stream) {
     error = cudaLaunchKernel(function, dim3(launch.blocks), dim3(launch.threads), launch.skinny ? skinny : wide, launch.shared_bytes,
                              static_cast<cudaStream_t>(stream));
   return told(error);
+}
+
+const char* sparse_prune::launch_quantize(const QuantizeProblem& p, void* stream) {
+  if (p.M > INT32_MAX || p.K > INT32_MAX) return kTooLarge;
+  const void *function = (p.e4m3 ? e4m3_kernel : int8_kernel)(p.bfloat16, false, 0, 0, 0), *x = p.x;
+  void *q = p.q, *scales = p.scales;
+  int K = p.K;
+  int64_t ldx = p.ldx, ldq = p.ldq;
+  float x_scale = p.x_scale;
+  void* arguments[] = {&x, &q, &scales, &K, &ldx, &ldq, &x_scale};
+  return told(cudaLaunchKernel(function, dim3(p.M), dim3(128), arguments, 0, static_cast<cudaStream_t>(stream)));
 }

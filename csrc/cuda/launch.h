@@ -20,17 +20,18 @@ struct LinearProblem {
   const void* residual;  // [M, N] or null
   void* y;
   int activation;  // Activation
-  // int8 weights: x is int8 pairs, and K, ldx and the layout count pairs of inputs; else both null.
+  // Weights of 8 bits: x is of pairs of them, and K, ldx and the layout count pairs of inputs; else both null.
   const void* x_scales;  // float [M]
   const void* scales;    // float [N]
+  bool e4m3;             // else int8
 };
 
 // Queues the product on a stream of the current device and returns null, or why it cannot. Never waits for the device.
 const char* launch_linear(const LinearProblem& problem, void* stream);
 
-// int8 q[M, K] and float scales[M] with x[m, k] ~ scales[m] * q[m, k]; zeros up to ldq, a multiple of 32.
+// q[M, K] of int8 or e4m3 and float scales[M] with x[m, k] ~ scales[m] * q[m, k]; zeros up to ldq, a multiple of 32.
 struct QuantizeProblem {
-  bool bfloat16;
+  bool bfloat16, e4m3;
   int64_t M, K;
   const void* x;  // [M, K], rows ldx elements apart; both multiples of 16 bytes
   int64_t ldx;
@@ -42,8 +43,9 @@ struct QuantizeProblem {
 // As launch_linear.
 const char* launch_quantize(const QuantizeProblem& problem, void* stream);
 
-// The kernel for int8 weights of that shape, or null.
+// The kernel for weights of 8 bits of that shape, or null; for tokens 0 what rounds x.
 const void* int8_kernel(bool bfloat16, bool skinny, int tokens, int row_or_units, int inputs);
+const void* e4m3_kernel(bool bfloat16, bool skinny, int tokens, int row_or_units, int inputs);
 
 // dvalues[nnzb, R, C]: the stored blocks of dy[M, N]^T @ x[M, K], summed in float32.
 struct SddProblem {

@@ -17,7 +17,7 @@ constexpr int kUnit = 16;          // a unit is 16 outputs x 16 inputs in the or
 constexpr int kUnitBytes = 512;
 constexpr int kSpareUnits = 4;     // behind a layout's last one: a kernel reads that far ahead
 constexpr int kMostRow = 64;       // outputs of a row at most
-constexpr int kMostRowInt8 = 32;   // and of int8 weights: with 64 and scales, two blocks on a multiprocessor lack 14 registers
+constexpr int kMostRow8 = 32;  // and of weights of 8 bits: with 64 and scales, two blocks on a multiprocessor lack 14 registers
 constexpr int kJobInts = 160;      // of struct SddJob
 
 }  // namespace sparse_prune

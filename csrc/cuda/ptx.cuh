@@ -74,6 +74,11 @@ struct Int8Pair {
   int8_t low, high;
 };
 
+// The same of two float8_e4m3fn.
+struct E4m3Pair {
+  uint8_t low, high;
+};
+
 // What products of T are summed in.
 template <typename T>
 struct SumOf {
@@ -108,6 +113,14 @@ __device__ __forceinline__ void multiply_add<__nv_bfloat16>(float (&d)[4], const
 template <>
 __device__ __forceinline__ void multiply_add<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d[16, 8] += a[16, 32] @ b[32, 8] in e4m3; from compute capability 8.9 on
+template <>
+__device__ __forceinline__ void multiply_add<E4m3Pair>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 from .plan import once, places, row_order, with_no_row
 
 TILE_OUTPUTS = 128  # outputs of a tile
-ROW, ROW_INT8 = 64, 32  # outputs of a row at most: a block-row of 128 is two rows
+ROW, ROW_8 = 64, 32  # outputs of a row at most (weights of 8 bits): a block-row of 128 is two rows
 GROUPS = 2  # groups of rows in a tile, each for its own warps
 UNIT = 16  # outputs and inputs of a unit
 SPARE_UNITS = 4  # of weights, behind the last one: a kernel reads that far ahead
@@ -94,7 +94,7 @@ def make_layout(
     most_row: int = ROW,
 ) -> Layout:
     """The layout of a weight of blocks r x c, sides in {16, 32, 64, 128}, or of its transpose. Reads the index on the host, so a
-    GPU is waited for. Two int8 count as one number: such a weight is packed as int16 in blocks of r x c / 2, most_row ROW_INT8.
+    GPU is waited for. Two numbers of 8 bits count as one: such a weight is packed as int16 in blocks of r x c / 2, most_row ROW_8.
     """
     slots = places(crow_indices, col_indices, block_columns)  # [block-rows, block-columns]
     if transposed:

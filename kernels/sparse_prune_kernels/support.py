@@ -19,7 +19,7 @@ BLOCK_SIDES = (
 )  # 16 is the shortest side that tensor cores take; beyond 128 an accumulator leaves the registers
 # Of weights; x beside the last two is one of the others.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.float8_e4m3fn)
-CUDA_DTYPES = (torch.bfloat16, torch.float16, torch.int8)  # of weights, of the CUDA C++ kernels
+CUDA_DTYPES = (torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)  # of weights, of the CUDA C++ kernels
 E4M3_CAPABILITY = 89  # the oldest whose tensor cores multiply float8_e4m3fn
 MIN_CAPABILITY = (
     8,
