@@ -105,8 +105,24 @@ def test_the_table_decides_and_the_answer_is_the_same(tmp_path, ratio, dense):
 def test_each_m_has_its_own_choice(tmp_path):
     _, layer = make()
     with planner.using_table(write_table(tmp_path / "t.json", {1: (2, 2), 64: (0.5, 0.5), 1024: (3, 3)})):
-        chosen = {m: path_of(layer, torch.randn(m, K)) for m in (0, 1, 7, 9, 200, 300)}
-    assert chosen == {0: "sparse", 1: "plain", 7: "plain", 9: "sparse", 200: "sparse", 300: "plain"}
+        chosen = {m: path_of(layer, torch.randn(m, K)) for m in (0, 1, 9, 21, 24, 89, 93, 300)}
+    # On lines over log M the ratio is 1 at 16 and 0.75 at 32, 0.5 at 64 and 1.1 at 128, and a choice serves what is nearest.
+    assert chosen == dict.fromkeys((0, 24, 89), "sparse") | dict.fromkeys((1, 9, 21, 93, 300), "plain")
+
+
+@needs_kernels
+def test_a_weight_between_measured_sizes_and_the_margin(tmp_path):
+    path = write_table(tmp_path / "t.json", (0.5, 0.5))
+    data = json.loads(path.read_text())
+    data["rows"] += [row | {"weight": [4 * K, 4 * N], "ratio": [1.1, 1.1]} for row in data["rows"]]
+    path.write_text(json.dumps(data))
+    with planner.using_table(path):
+        plans = [planner.plan(torch.device("cpu"), torch.float32, (8, 8), 0.5, (n * N, n * K)) for n in (1, 2, 4, 9)]
+    ratios = [plan.at(1).ratio for plan in plans if plan]
+    assert ratios == pytest.approx([0.5, 0.8, 1.1, 1.1])
+    for ratio, runs in ((planner.MARGIN - 0.01, "cpu"), (planner.MARGIN + 0.01, "dense")):
+        with planner.using_table(write_table(path, (ratio, ratio))):
+            assert sp.backend_for("cpu", torch.float32, "auto", (8, 8), 0.5, 1, (N, K)).startswith(runs)
 
 
 @needs_kernels

@@ -82,9 +82,13 @@ struct TokenTiles {
   constexpr TokenTiles() : TokenTiles(std::make_integer_sequence<int, kTokenOutputs>()) {}
 };
 
-// Whether lanes are tokens for these rows and block-rows: transposing an element of x costs what some 16 products with it do.
+// Whether lanes are tokens for these rows and block-rows: where enough of them are filled, for a product takes three quarters of the time that
+// lanes of outputs take, and where four block-rows and more use an input, which pays for transposing it. From 16 rows on both kernels
+// add products in one order.
 inline bool lanes_are_tokens(const LinearArgs& a, int64_t step, int64_t lanes, int64_t rows, int64_t i0, int64_t i1) {
-  return a.R <= lanes && a.C % step == 0 && rows >= 2 * lanes && (a.crow[i1] - a.crow[i0]) * a.R * a.C >= 64 * a.K;
+  const int64_t padded = (rows + lanes - 1) / lanes * lanes;
+  return a.R <= lanes && a.C % step == 0 && rows >= (2 * a.R > lanes ? 2 * lanes : lanes) && 4 * rows * lanes > 3 * padded * a.R &&
+         (a.crow[i1] - a.crow[i0]) * a.C >= 4 * a.K;
 }
 
 // Lanes of x[rows, x_bytes], ldx bytes apart, as [x_bytes / kLane][vectors * W], zeros past both ends.
@@ -151,7 +155,8 @@ template <class Op, class Finish>
 void token_range(const LinearArgs& a, const char* x, int64_t ldx, int64_t x_bytes, int64_t m0, int64_t m1, int64_t i0, int64_t i1,
                  const Finish& finish) {
   using V = typename Op::V;
-  static constexpr TokenTiles<Op, kTokenVectors - 1> two;
+  static constexpr TokenTiles<Op, 1> one;
+  static constexpr TokenTiles<Op, 2> two;
   static constexpr TokenTiles<Op, kTokenVectors> three;
   constexpr int64_t most = kTokenVectors * V::W;
   alignas(64) char z[kTokenColumns * most * kLane];  // [outputs][tokens]
@@ -161,7 +166,7 @@ void token_range(const LinearArgs& a, const char* x, int64_t ldx, int64_t x_byte
   char* panel = static_cast<char*>(thread_scratch(padded * most));
   for (int64_t p = 0, m = 0, vectors; p < panels.count; ++p, m += vectors * V::W) {
     vectors = panels.low + (p < panels.longer);
-    const auto& tile = vectors == kTokenVectors ? three.tile : two.tile;
+    const auto& tile = vectors == 1 ? one.tile : (vectors == 2 ? two.tile : three.tile);
     const int64_t tokens = vectors * V::W, rows = m1 - m0 - m < tokens ? m1 - m0 - m : tokens;
     transpose_tokens<V>(x + m * ldx, ldx, rows, x_bytes, vectors, panel);
     for (int64_t i = i0, count; i < i1; i += count) {
