@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import math
 import os
@@ -113,6 +114,9 @@ Recipe = Annotated[
 
 def main() -> None:
     """Entry point: a user's mistake is one sentence and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a label in Chinese must not end a run where the locale cannot print it
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except SparsePruneError as error:

@@ -365,15 +365,15 @@ def _opened(file: Path, stack: contextlib.ExitStack) -> Any:
 
 
 def is_packed(path: str | os.PathLike) -> bool:
-    """Whether path (a file, or a directory with model.safetensors) is a packed checkpoint by its metadata."""
+    """Whether path (a file, or a directory with model.safetensors) is a packed checkpoint by its metadata.
+
+    Raises SparsePruneError where the file is damaged.
+    """
     file = weights_file(path)
     if not file.is_file():
         return False
-    try:
-        with safetensors.safe_open(file, "pt") as handle:
-            return "sparse_prune" in (handle.metadata() or {})
-    except safetensors.SafetensorError:
-        return False
+    with contextlib.ExitStack() as stack:
+        return "sparse_prune" in (_opened(file, stack).metadata() or {})
 
 
 def load_packed(model: Model, path: str | os.PathLike, mmap: bool = False) -> Model:

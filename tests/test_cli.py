@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -76,6 +78,15 @@ def test_json_goes_to_standard_output_and_words_to_standard_error(monkeypatch, c
     captured = capsys.readouterr()
     assert json.loads(captured.out)["examples"] == 48 and "accuracy" in captured.err
     assert not Path("-").exists()
+
+
+def test_a_label_that_the_terminal_cannot_print_ends_no_run(dense, reviews, tmp_path):
+    file = tmp_path / "中文.tsv"
+    file.write_text(reviews.read_text(encoding="utf-8") + "很好\t好评\n", encoding="utf-8")
+    where = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "sparse_prune", "eval", str(dense), "--eval", str(file)]
+    done = subprocess.run(command, env=where, capture_output=True)
+    assert done.returncode == 2 and rb"got '\u597d\u8bc4'" in done.stderr and b"Traceback" not in done.stderr
 
 
 def test_a_full_disk_is_told_in_one_sentence(run, monkeypatch, reviews, tmp_path):

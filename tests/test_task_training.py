@@ -193,6 +193,20 @@ def test_a_finished_run_is_not_repeated_but_a_changed_one_is(files, monkeypatch)
     assert fits == [1, 1]
 
 
+def test_density_1_is_legal_and_a_pruned_model_can_be_pruned_further(files):
+    args = dict(block=(16, 16), curve=False, **arguments(files))
+    trained = tasks.train(tasks.TrainArgs(out=files / "dense", **arguments(files)))
+    kept = tasks.prune(tasks.PruneArgs(model=files / "dense", out=files / "all", density=1.0, **args))
+    assert kept["sparse"]["density"] == 1.0 and (files / "all/packed/model.safetensors").is_file()
+    with pytest.raises(
+        SparsePruneError, match="out: expected another directory than the model's, which it would replace"
+    ):
+        tasks.prune(tasks.PruneArgs(model=files / "all", out=files / "dense" / ".." / "all", **args))
+    further = tasks.prune(tasks.PruneArgs(model=files / "all", out=files / "further", density=0.5, **args))
+    assert further["sparse"]["density"] == pytest.approx(0.5, abs=0.02)
+    assert further["seconds"]["train"] == trained["seconds"] + kept["seconds"]["prune"]
+
+
 def test_a_directory_that_is_not_ours_is_left_alone(files):
     (files / "thesis").mkdir()
     (files / "thesis" / "chapter.txt").write_text("years of work")

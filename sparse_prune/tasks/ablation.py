@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..serialization import read_json, write_json
 from .models import quiet
+from .packing import pack_
 from .store import fingerprint, work_dir
 from .training import (
     ANALYSIS_NAME,
@@ -22,7 +23,6 @@ from .training import (
     check_prune_args,
     fit_pruned,
     load_parts,
-    pack_,
     score_examples,
 )
 

@@ -66,7 +66,8 @@ def load_model(name: str | Path, task: str, labels: Sequence[str] | None = None)
     Raises SparsePruneError where nothing can be loaded, or the model was trained for the other task.
     """
     source, auto = str(name), AUTO_MODELS[check_task(task)]
-    if Path(source).is_dir():
+    # A path that leads nowhere is no name on the hub, where asking takes a minute if there is no network.
+    if Path(source).exists() or source.startswith((".", "~", "/")) or source.count("/") > 1:
         check_model_dir(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -143,7 +144,9 @@ def load_encoder(name: str | Path) -> nn.Module:
 def check_model_dir(path: str | Path) -> None:
     """Raise SparsePruneError unless path is a directory with a model's config.json."""
     if not Path(path, "config.json").is_file():
-        got = "no config.json in it" if Path(path).is_dir() else "no such directory"
+        got = (
+            "no config.json in it" if Path(path).is_dir() else "a file" if Path(path).exists() else "no such directory"
+        )
         raise SparsePruneError(str(path), "a model directory", got, "pass what `sparse-prune train` wrote")
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..convert import BlockSparseConfig, QuantizeResult, SparsifyResult, nonzero_masks, quantize_, sparsify_
 from ..errors import SparsePruneError
-from ..masks import suggest_blocksize
+from ..linears import linear_modules, matrix_shape
+from ..masks import element_density, suggest_blocksize
 from ..serialization import MASKS_NAME, WEIGHTS_NAME, atomic_dir, is_packed, load_masks, read_json, save_packed
 from .data import TASKS
 from .models import auto_suffix, encoder_filter, load_model, quiet
@@ -57,7 +58,7 @@ def pack(
     packed = is_packed(source)
     if packed and dtype is None:
         raise SparsePruneError(str(source), "a dense, pruned model", "a packed one", "use it as it is")
-    check_out(out)
+    check_out(out, source)
     model, tokenizer = load_model(source, task_of(source))
     layers = None if packed else _sparsified(model, source, blocksize)
     rounded = None if dtype is None else quantize_(model, dtype=dtype, weight_only=weight_only)
@@ -67,6 +68,17 @@ def pack(
         packed_bytes = (temporary / WEIGHTS_NAME).stat().st_size
         record(temporary, "pack", {})
     return PackResult(layers, rounded, (source / WEIGHTS_NAME).stat().st_size, packed_bytes)
+
+
+def pack_(model: nn.Module, masks: Mapping[str, Tensor], blocksize: tuple[int, int]) -> SparsifyResult:
+    """Replace the masked linear layers of model by packed ones, in place; a layer too full to gain stays dense, unless all are."""
+    config, linears = BlockSparseConfig(blocksize=blocksize), linear_modules(model)
+    densities = [
+        element_density(mask, blocksize, matrix_shape(linears[n])) for n, mask in masks.items() if n in linears
+    ]
+    if all(density > config.max_density for density in densities):
+        config = replace(config, max_density=1.0)
+    return sparsify_(model, config, masks=masks)
 
 
 def _sparsified(model: nn.Module, source: Path, blocksize: tuple[int, int] | None) -> SparsifyResult:
@@ -89,7 +101,7 @@ def _sparsified(model: nn.Module, source: Path, blocksize: tuple[int, int] | Non
     if not masks:
         got = f"no block of {blocksize[0]}x{blocksize[1]} zeros"
         raise SparsePruneError(str(source), "a pruned model", got, "prune it first with `sparse-prune prune`")
-    return sparsify_(model, BlockSparseConfig(blocksize=blocksize), masks=masks)
+    return pack_(model, masks, blocksize)
 
 
 def _common_blocksize(model: nn.Module, inside: Callable[[str, nn.Module], bool]) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -31,7 +32,7 @@ def fingerprint(
     contents = {
         name: None if path is None else _digest(Path(path)) or str(path) for name, path in sorted(paths.items())
     }
-    text = json.dumps([kind, __version__, values, contents], sort_keys=True)
+    text = json.dumps([kind, __version__, values, contents], sort_keys=True)  # ASCII, whatever bytes a path has
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -47,7 +48,7 @@ def _digest(path: Path) -> str | None:
         return None
     digest = hashlib.sha256()
     for name in names:
-        digest.update(name.name.encode())
+        digest.update(os.fsencode(name.name))
         with name.open("rb") as handle:
             while chunk := handle.read(1 << 20):
                 digest.update(chunk)
@@ -63,8 +64,12 @@ def finished(out: Path, mark: str) -> dict | None:
     return record["result"] if isinstance(record, dict) and record.get("fingerprint") == mark else None
 
 
-def check_out(out: Path) -> None:
-    """Raise SparsePruneError unless out may be replaced: it is absent, empty, or holds an earlier run of ours."""
+def check_out(out: Path, source: str | Path | None = None) -> None:
+    """Raise SparsePruneError unless out may be replaced: it is absent, empty, or has an earlier run, and is not source."""
+    if source is not None and out.exists() and out.resolve() == Path(source).resolve():
+        raise SparsePruneError(
+            "out", "another directory than the model's, which it would replace", str(out), "choose another --out"
+        )
     if out.is_dir() and (not any(out.iterdir()) or (out / RUN_NAME).is_file()):
         return
     if out.exists():

@@ -21,7 +21,6 @@ from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from ..benchmark import interleaved_medians
-from ..convert import BlockSparseConfig, SparsifyResult, sparsify_
 from ..distill import DistillConfig
 from ..errors import SparsePruneError
 from ..integrations.trainer import (
@@ -54,6 +53,7 @@ from .models import (
     new_garlic,
     quiet,
 )
+from .packing import pack_
 from .store import RUN_NAME, check_out, fingerprint, finished, last_checkpoint, record, work_dir
 
 Report = Callable[[str, int, int, str], None]  # report(phase, step, of, text)
@@ -218,7 +218,7 @@ def train(args: TrainArgs, report: Report | None = None) -> dict:
     earlier = finished(out, mark)
     if earlier:
         return earlier
-    check_out(out)
+    check_out(out, None if args.model == GARLIC else args.model)
     set_seed(args.seed)
     if args.model == GARLIC:
         recipe = TRAIN_RECIPES[args.task, args.full]
@@ -256,7 +256,7 @@ def prune(args: PruneArgs, report: Report | None = None) -> dict:
     earlier = finished(out, mark)
     if earlier:
         return earlier
-    check_out(out)
+    check_out(out, args.model)
     pruned = fit_pruned(args, parts, mark, report)
     teacher, model, tokenizer, masks = pruned.teacher, pruned.model, pruned.tokenizer, pruned.masks
     packed = copy.deepcopy(model)
@@ -290,7 +290,7 @@ def prune(args: PruneArgs, report: Report | None = None) -> dict:
                 "bytes": sizes["packed_file"],
                 "density": overall_density(model, masks, args.block),
             },
-            "seconds": {"train": before.get("seconds"), "prune": pruned.seconds},
+            "seconds": {"train": _seconds(before), "prune": pruned.seconds},
         }
         analysis = analyse(
             task=args.task,
@@ -386,11 +386,6 @@ def evaluate(model_dir: Path, task: str, file: Path | None = None, max_length: i
         "examples": len(examples),
         "seconds": time.perf_counter() - started,
     }
-
-
-def pack_(model: nn.Module, masks: dict[str, torch.Tensor], blocksize: tuple[int, int]) -> SparsifyResult:
-    """Replace the masked linear layers of model by packed ones, in place; a layer too full to gain stays dense."""
-    return sparsify_(model, BlockSparseConfig(blocksize=blocksize), masks=masks)
 
 
 def overall_density(model: nn.Module, masks: dict[str, torch.Tensor], blocksize: tuple[int, int]) -> float:
@@ -575,6 +570,12 @@ def _plain(scored: Score) -> dict:
 def _save_dense(model: PreTrainedModel, tokenizer, directory: Path) -> None:
     model.eval().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def _seconds(result: dict) -> float | None:
+    """What a recorded run took; of a pruning run, whose result is its metrics, with the training before it. None: not known."""
+    seconds = result.get("seconds")
+    return sum(filter(None, seconds.values())) if isinstance(seconds, dict) else seconds
 
 
 def _trained(model_dir: str | Path) -> dict:
