@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import mmap
@@ -167,6 +168,39 @@ def test_gradients(problem, capability):
     run([launch.sdd_call(dy, x, launch.row_of_blocks(crow, len(col)), col, dvalues, config, "ieee")], capability)
     exact, dense = (reference.bsr_sdd(a, b, crow, col, r, c) for a, b in ((dy.double(), x.double()), (dy, x)))
     assert_as_good_as_torch(dvalues, exact, dense)
+
+
+# Few rows and many, merged block-rows on wgmma and mma.sync, and (sm_80, 32x32, M = 300) the kernel that skips.
+@pytest.mark.parametrize(
+    "m, side, capability", [(5, 32, 80), (33, 32, 90), (300, 32, 80), (300, 16, 90), (300, 64, 90)]
+)
+def test_nan_and_infinity_stay_with_their_token_or_their_output(m, side, capability):
+    """In x they reach the outputs that read them and perhaps others of their token, in W only their output."""
+    packed, x, bias, residual = make_problem(m, 9 * side - 5, 5 * side, side, side, 0.4, BF16)
+    extras = (bias, residual, "relu", capability)
+    clean, _ = product(x, packed, *extras)
+    for number in (torch.nan, torch.inf):
+        column = int(packed.col_indices[0])
+        dirty = x.clone()
+        dirty[3, column * side + 7] = number
+        y, _ = product(dirty, packed, *extras)
+        others = torch.arange(m) != 3
+        assert torch.equal(y[others], clean[others])
+        reads = packed.block_mask()[:, column].repeat_interleave(side)[: y.shape[1]]
+        exact = (dirty.double() @ packed.to_dense().double().T)[3]  # dense: the whole row
+        assert exact.isnan().all() if number != number else not exact.isfinite().any()
+        assert not (y[3].isfinite() & (y[3] != residual[3]))[reads].any(), (
+            "relu makes of minus infinity what the residual is"
+        )
+        if number != number:
+            assert y[3][reads].isnan().all()
+        values = packed.values.clone()
+        values[0, 5, 7] = number
+        row = int(packed.block_mask()[:, column].nonzero()[0]) * side + 5
+        y, _ = product(x, dataclasses.replace(packed, values=values), *extras)
+        others = torch.arange(y.shape[1]) != row
+        assert torch.equal(y[:, others], clean[:, others])
+        assert not (y[:, row].isfinite() & (y[:, row] != residual[:, row])).any()
 
 
 @pytest.mark.parametrize("capability", [80, 90, 120])
