@@ -34,6 +34,7 @@ from .tuning import make_table, measure_each
 SHAPES = ((768, 3072), (4096, 4096))  # (K, N)
 BLOCKS = ((16, 16), (32, 32), (64, 64), (128, 128), (64, 16), (128, 16))
 TOKENS = (1, 16, 64, 256, 1024, 4096)  # kernels.tuned takes a row for M from half to twice its own
+TRAINING_TOKENS = 256  # from here on the product of the gradient of x is measured too
 DENSITIES = (0.1, 0.3)
 PLANNED_DENSITIES = (0.1, 0.2, 0.5, 1.0)
 QUICK_BLOCKS, QUICK_TOKENS, QUICK_DENSITIES = ((32, 32), (64, 64)), (16, 256, 4096), (0.2,)
@@ -42,7 +43,7 @@ Timer = Callable[[gpu_bench.Candidates], tuple[dict[str, list[float]], dict[str,
 
 
 def problems(quick: bool, dtypes: Iterable[str], shapes: Iterable[tuple[int, int]] = SHAPES) -> list[dict[str, Any]]:
-    """What is measured, largest M last; int8 weights are multiplied with x in bfloat16."""
+    """What is measured, largest M last; int8 weights are multiplied with x in bfloat16, "gradient" is dx = dy @ W."""
     names = (*DTYPES, "int8")
     dtypes = tuple(dtypes)
     unknown = [name for name in dtypes if name not in names]
@@ -52,8 +53,10 @@ def problems(quick: bool, dtypes: Iterable[str], shapes: Iterable[tuple[int, int
     tokens, densities = (QUICK_TOKENS, QUICK_DENSITIES) if quick else (TOKENS, DENSITIES)
     every = itertools.product(dtypes, tokens, blocks, shapes, densities)
     return [
-        {"dtype": dtype, "blocksize": list(block), "M": m, "K": k, "N": n, "density": density}
+        {"dtype": dtype, "blocksize": list(block), "M": m, "K": k, "N": n, "density": density} | gradient
         for dtype, m, block, (k, n), density in every
+        for gradient in ({}, {"gradient": True})
+        if not gradient or (m >= TRAINING_TOKENS and dtype != "int8")
     ]
 
 
@@ -85,7 +88,8 @@ def tune(
     def tell(problem: dict[str, Any], row: dict[str, Any]) -> str:
         block = "x".join(map(str, row["blocksize"]))
         gain = row["arithmetic_us"] / row["us"]
-        return f"{row['dtype']} {block} M={row['M']}: {gain:.2f}x the arithmetic's tiling"
+        what = f"{row['dtype']} {block} M={row['M']}{', gradient' if row.get('gradient') else ''}"
+        return f"{what}: {gain:.2f}x the arithmetic's tiling"
 
     def write(rows: list[dict[str, Any]]) -> None:
         write_json(out, {"format": tiles.FORMAT, "machine": machine, "rows": rows})
@@ -101,26 +105,29 @@ def _measure(problem: dict[str, Any], timer: Timer, device: str) -> dict[str, An
     from sparse_prune_kernels import launch
 
     m, k, n, block = (problem[name] for name in ("M", "K", "N", "blocksize"))
-    quantized = problem["dtype"] == "int8"
+    quantized, gradient = problem["dtype"] == "int8", problem.get("gradient", False)
     dtype = torch.bfloat16 if quantized else DTYPES[problem["dtype"]]
     _require_triton(device, torch.int8 if quantized else dtype, block)
     generator = torch.Generator().manual_seed(zlib.crc32(json.dumps(problem).encode()))
     mask = random_mask((n, k), block, problem["density"], generator)
     weight = torch.randn(n, k, generator=generator).mul_(k**-0.5) * expand_mask(mask, block, (n, k))  # [N, K]
-    x = torch.randn(m, k, generator=generator).to(device, dtype)  # [M, K]
+    x = torch.randn(m, n if gradient else k, generator=generator).to(device, dtype)  # [M, K]; dy [M, N]
     packed = BsrWeight.from_dense(weight.to(device, torch.float32 if quantized else dtype), mask, block)
     packed = packed.quantize() if quantized else packed
     index = (packed.crow_indices, packed.col_indices, packed.values)
-    exact = x.double() @ packed.to_dense().double().T  # [M, N]
+    dense = packed.to_dense().double()
+    exact = x.double() @ (dense if gradient else dense.T)  # [M, N]; [M, K]
 
     def product(config: Any) -> Tensor:
         if packed.scales is not None:
             return launch.bsr_linear_w8a8(x, *index, packed.scales, n, config=config)
+        if gradient:
+            return launch.bsr_linear_dx(x, *index, k, config=config)
         return launch.bsr_linear(x, *index, n, config=config)
 
     # int8 rounds x, which is not the tiling's doing.
     allowed = (0.02 if quantized else 2 * torch.finfo(dtype).eps) * float(exact.norm())
-    configs = launch.candidates(x, *index, n)
+    configs = launch.candidates(x, *index, k if gradient else n, gradient)
     running: gpu_bench.Candidates = {}
     absent: dict[str, str] = {}
     for place, config in enumerate(configs):
@@ -216,8 +223,11 @@ def tune_kernels(
 
 
 def gains(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, dict[int, float]]]:
-    """(dtype, block, {M: how much faster than the arithmetic's tiling, the geometric mean over weights and densities})."""
-    key = lambda row: (row["dtype"], tuple(row["blocksize"]))  # noqa: E731
+    """(dtype and perhaps "gradient", block, {M: how much faster than the arithmetic's tiling, as geometric mean over the rest})."""
+
+    def key(row: dict[str, Any]) -> tuple[str, tuple[int, ...]]:
+        return row["dtype"] + " gradient" * row.get("gradient", False), tuple(row["blocksize"])
+
     for (dtype, block), group in itertools.groupby(sorted(rows, key=key), key=key):
         by_m: dict[int, list[float]] = {}
         for row in group:

@@ -66,7 +66,9 @@ def _measured(row: dict[str, Any]) -> Any:
     from sparse_prune_kernels.config import LinearConfig, merges
     from sparse_prune_kernels.tuned import Measured
 
-    (r, c), config = row["blocksize"], LinearConfig(**row["tiling"])
+    (r, c), config, gradient = row["blocksize"], LinearConfig(**row["tiling"]), row.get("gradient", False)
+    if gradient:  # the same product with W^T
+        r, c = c, r
     itemsize = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[row["dtype"]]
     for name, most in _LIMITS.items():
         value = getattr(config, name)
@@ -80,7 +82,9 @@ def _measured(row: dict[str, Any]) -> Any:
         raise ValueError(f"no kernel has the tiling {dataclasses.asdict(config)}")
     if config.block_k > max(c, 32 if itemsize == 1 else c) or (config.block_k < c and c % config.block_k):
         raise ValueError(f"block_k must divide blocks of {c} inputs, not be {config.block_k}")
-    sizes = (row["M"], row["N"], row["K"], row["density"])
+    sizes = (row["M"], *((row["K"], row["N"]) if gradient else (row["N"], row["K"])), row["density"])
     if not all(isinstance(size, (int, float)) and size > 0 for size in sizes):
         raise ValueError(f"M, N, K and density must be positive numbers, not {sizes}")
-    return Measured(itemsize, (r, c), *sizes, config)
+    if type(gradient) is not bool:
+        raise ValueError(f"gradient must be true or false, not {gradient!r}")
+    return Measured(itemsize, (r, c), *sizes, config, gradient)

@@ -399,8 +399,8 @@ def test_int8_from_a_pruned_and_from_a_packed_model(run, reviews, dense, tmp_pat
         assert code == 0 and f"sparse layers are {shown}" in text, text
         code, text = run("info", tmp_path / name)
         assert code == 0 and "packed checkpoint, version 3" in " ".join(text.split()) and shown in text
-    code, text = run("eval", tmp_path / "w8a16", "--eval", reviews)
-    assert code == 0 and "accuracy" in text, text
+        code, text = run("eval", tmp_path / name, "--eval", reviews)
+        assert code == 0 and "accuracy" in text, text
     for options, message in (
         (["--int8", "--e4m3"], "expected one of --int8 and"),
         (["--weight-only"], "--int8 beside it"),

@@ -177,7 +177,8 @@ def check_linear_gates(side_n, side_k, m, dtype, capability, precision, transpos
     )
     # the 64 rows that a warp group's instruction takes, and the 128 of Blackwell's
     rows = tiles.merge * side_n if tiles.swap else tiles.block_m
-    instruction = "wgmma.mma_async" if capability == 90 and rows >= 64 else "mma.sync"
+    wgmma = capability == 90 and rows >= 64 and tiles.num_warps % 4 == 0
+    instruction = "wgmma.mma_async" if wgmma else "mma.sync"
     if capability == 100 and (dtype != "float32" or precision != "ieee"):
         instruction = next(name for name in ("tcgen05.mma", "mma.sync") if name in made.ptx)
     bytes_per_stage = (tiles.block_m * itemsize + tiles.merge * side_n * value_size) * tiles.block_k

@@ -417,17 +417,42 @@ def tuning(tmp_path, monkeypatch):
     tiles.install()
 
 
-def chosen(monkeypatch, packed, x):
+def chosen(monkeypatch, packed, x, gradient=False):
     """The tiling that a call runs with."""
     seen = []
     with monkeypatch.context() as patch:
         real = launch.linear_calls
         patch.setattr(launch, "linear_calls", lambda *a: (seen.append(a[11]), real(*a))[1])
-        if packed.scales is None:
+        if gradient:
+            launch.bsr_linear_dx(x.new_zeros(len(x), packed.shape[0]), *arrays(packed), packed.shape[1])
+        elif packed.scales is None:
             launch.bsr_linear(x, *arrays(packed), packed.shape[0])
         else:
             launch.bsr_linear_w8a8(x, *arrays(packed), packed.scales, packed.shape[0])
     return seen[0]
+
+
+def test_tuned_gradients_serve_gradients_alone(tuning, monkeypatch):
+    problem = {
+        "dtype": "bfloat16",
+        "blocksize": [16, 32],
+        "M": 300,
+        "K": 96,
+        "N": 128,
+        "density": 0.5,
+        "gradient": True,
+    }
+    assert problem in [
+        row | {"K": 96, "N": 128, "M": 300, "density": 0.5, "blocksize": [16, 32]}
+        for row in tuning.problems(True, ["bfloat16"])
+    ]
+    near = make(20, 128, 96, 16, 32, 0.5, torch.bfloat16)[:2]
+    before = [chosen(monkeypatch, *near, gradient) for gradient in (True, False)]
+    (row,) = tuning.tune([problem], timer=FakeTimer(2, 5), device=DEVICE)
+    tiling = LinearConfig(**row["tiling"])
+    assert row["us"] == 5 and tiling != before[0] and not row["absent"]
+    assert [chosen(monkeypatch, *near, gradient) for gradient in (True, False)] == [tiling, before[1]]
+    assert list(tuning.gains([row])) == [("bfloat16 gradient", "16x32", {24: 2.2})]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])

@@ -221,9 +221,8 @@ def _large_configs(
         full = full or (value_size < itemsize and not gpu.warpgroup and block_m * merge * side_n == 256 * 128)
         block_k = _block_k(side_k, itemsize, 64 if full or not roomy else 128)
         # As the left operand, W's 64 rows meet x of 256 in one wgmma: fewer reads of shared memory than x's 64 rows and W's 128.
-        # Also because wgmma takes its left operand from registers: int8 that became bfloat16 there need not go back.
-        converts = value_size < itemsize and merge * side_n >= 64
-        swap = gpu.warpgroup and ((merge * side_n == 2 * 64 and num_warps == 8) or converts)
+        # Not where int8 becomes bfloat16: wgmma could take it from registers, but Triton 3.7 then writes the next ones too early.
+        swap = gpu.warpgroup and merge * side_n == 2 * 64 and num_warps == 8 and value_size == itemsize
         room = gpu.shared // (1 if num_warps == 8 else 2)
         # Both loops of a program that skips fill a pipeline, with zeros beyond their end: three stages cost less of that than four.
         # Steps of 16 inputs are so short that latency needs the fourth.
@@ -235,7 +234,7 @@ def _large_configs(
         if (merge, block_m, skip) in tiles[:2]:  # what the arithmetic does not see
             yield replace(chosen, num_stages=stages - 1 if stages > 2 else 3)
             yield replace(chosen, num_warps=12 - num_warps)
-            if gpu.warpgroup and merge * side_n >= 64:
+            if gpu.warpgroup and merge * side_n >= 64 and value_size == itemsize:
                 yield replace(chosen, swap=not swap)
 
 
@@ -276,7 +275,9 @@ def _small_configs(m, n, k, side_n, side_k, itemsize, value_size, unions, gpu: G
         fitting = max(1, min(SPLIT_LIMIT, columns // 2))
         split = min(fitting, max(1, -(-2 * sms // tiles)))
         # A warp copies 512 bytes at once; more warps than the blocks of a step have to copy would only repeat its instructions.
-        num_warps = max(1, min(4, merge * side_n * block_k * value_size // 512))
+        # As in _large_configs: two warps cannot use wgmma, which bytes leave idle anyway.
+        most = 2 if value_size < itemsize and (gpu.warpgroup or gpu.tensor_memory) else 4
+        num_warps = max(1, min(most, merge * side_n * block_k * value_size // 512))
         stage = (block_m * itemsize + merge * side_n * value_size) * block_k
         stages = _stages(stage, gpu.shared // 3, gpu, deepest=8)
         for parts in dict.fromkeys((split, min(fitting, 2 * split), max(1, split // 2), 1)):

@@ -185,7 +185,7 @@ def round_call(x: Tensor, q: Tensor, x_scales: Tensor, x_scale: float | None) ->
     arguments |= {"M": m, "K": k, "WIDTH": width, "stride_x": x.stride(0)}
     block = min(ROUND_BLOCK, triton.next_power_of_2(width))
     constants: dict[str, object] = {"ROWS": ROUND_BLOCK // block, "BLOCK": block, "STATIC": x_scale is not None}
-    constants |= {"LIMIT": LIMITS[q.dtype], "INTERPRETED": INTERPRETED}
+    constants["LIMIT"] = LIMITS[q.dtype]
     return Call(round_rows_kernel, (triton.cdiv(m, ROUND_BLOCK // block), 1), arguments, constants, ROUND_WARPS)
 
 
@@ -265,11 +265,12 @@ def _device(device: torch.device) -> tuple[int, int | None]:
 
 
 @lru_cache(maxsize=4096)
-def _config(device, dtype, value_size, m, n, k, side_n, side_k, density, unions, forward, epoch) -> LinearConfig:
+def _config(device, dtype, value_size, m, n, k, side_n, side_k, density, unions, transposed, epoch) -> LinearConfig:
     """The tiling measured near this problem, else the one that arithmetic finds; epoch is that of the measurements."""
     found = None
-    if forward and value_size == dtype.itemsize:
-        found = tuned.nearest(device_name(device), dtype.itemsize, (side_n, side_k), m, n, k, density)
+    if value_size == dtype.itemsize:
+        sides = (side_n, side_k)
+        found = tuned.nearest(device_name(device), dtype.itemsize, sides, m, n, k, density, transposed)
     capability, sms = _device(device)
     sizes = (m, n, k, side_n, side_k, dtype.itemsize, capability, density, dict(unions), sms)
     return found or linear_config(*sizes, value_size)
@@ -281,14 +282,21 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
-def candidates(x: Tensor, crow: Tensor, col: Tensor, values: Tensor, out_features: int) -> list[LinearConfig]:
-    """Tilings worth measuring of bsr_linear, or for quantized values of bsr_linear_w8a8, the one that arithmetic finds first."""
-    (m, k), (nnzb, r, c) = x.shape, values.shape
-    plans = plans_of(crow, col, out_features, k, r, c, values.element_size(), transposed=False)
+def candidates(
+    x: Tensor, crow: Tensor, col: Tensor, values: Tensor, out_features: int, transposed: bool = False
+) -> list[LinearConfig]:
+    """Tilings worth measuring of bsr_linear, or for quantized values of bsr_linear_w8a8, the one that arithmetic finds first.
+
+    transposed: of bsr_linear_dx, where x is dy[M, N] and out_features K.
+    """
+    (m, inputs), (nnzb, r, c), size = x.shape, values.shape, values.element_size()
+    n, k = (inputs, out_features) if transposed else (out_features, inputs)
+    plans = plans_of(crow, col, n, k, r, c, size, transposed)
     unions = {merge: plan.union for merge, plan in plans.items()}
-    density = nnzb / (triton.cdiv(out_features, r) * triton.cdiv(k, c))
+    density = nnzb / (triton.cdiv(n, r) * triton.cdiv(k, c))
     capability, sms = _device(x.device)
-    return linear_candidates(m, out_features, k, r, c, values.element_size(), capability, density, unions, sms)
+    sides = (c, r) if transposed else (r, c)
+    return linear_candidates(m, out_features, inputs, *sides, size, capability, density, unions, sms)
 
 
 def _linear(
@@ -307,9 +315,9 @@ def _linear(
     if config is None:
         density = values.shape[0] / (triton.cdiv(n, side_n) * triton.cdiv(k, side_k))
         unions = tuple((merge, plan.union) for merge, plan in plans.items())
-        forward = stride_k == 1  # what tuning measures
+        transposed = stride_k != 1
         dtypes = (x.dtype, values.element_size())
-        config = _config(x.device, *dtypes, m, n, k, side_n, side_k, density, unions, forward, tuned.epoch)
+        config = _config(x.device, *dtypes, m, n, k, side_n, side_k, density, unions, transposed, tuned.epoch)
     plan = plans[config.merge]
     # Places in the plan and steps of the loop are int32.
     places = max(plan.table.numel(), plan.steps * (side_k // config.block_k))

@@ -13,7 +13,10 @@ NEAR = 1.0  # M, N, K and density count as near up to this many doublings each
 
 @dataclass(frozen=True)
 class Measured:
-    """The fastest tiling of y[m, n] = x[m, k] @ W^T, blocks of r x c, that was found for one density of blocks."""
+    """The fastest tiling of y[m, n] = x[m, k] @ W^T, blocks of r x c, that was found for one density of blocks.
+
+    Of a gradient dx[m, n] = dy[m, k] @ W where transposed: n, k and r x c are those of W^T.
+    """
 
     itemsize: int  # of the weight's numbers: float16 and bfloat16 share their tilings
     blocksize: tuple[int, int]
@@ -22,6 +25,7 @@ class Measured:
     k: int
     density: float
     config: LinearConfig
+    transposed: bool = False
 
 
 Source = Callable[[str], Sequence[Measured]]
@@ -38,12 +42,20 @@ def use(source: Source | None) -> None:
 
 
 def nearest(
-    device: str, itemsize: int, blocksize: tuple[int, int], m: int, n: int, k: int, density: float
+    device: str,
+    itemsize: int,
+    blocksize: tuple[int, int],
+    m: int,
+    n: int,
+    k: int,
+    density: float,
+    transposed: bool = False,
 ) -> LinearConfig | None:
     """The tiling measured nearest to that problem on that device, None where none is near."""
     if device not in _tables:
         _tables[device] = () if _source is None else _source(device)
-    found = [row for row in _tables[device] if (row.itemsize, row.blocksize) == (itemsize, blocksize)]
+    kind = (itemsize, blocksize, transposed)
+    found = [row for row in _tables[device] if (row.itemsize, row.blocksize, row.transposed) == kind]
     wanted = (m, n, k, max(density, 1e-3))
 
     def doublings(row: Measured) -> list[float]:

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from .. import bsr
 from ..errors import SparsePruneError
 from ..linears import is_linear
 from ..models.garlic import train_tokenizer
@@ -105,10 +106,7 @@ def load_model(name: str | Path, task: str, labels: Sequence[str] | None = None)
 def check_finite(source: str, model: Model) -> Model:
     """model itself; raises SparsePruneError where a weight is NaN or infinite."""
     for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise SparsePruneError(
-                f"{source}: {name}", "finite numbers", "NaN or infinity", "train the model again or load another"
-            )
+        bsr.check_finite(weight, f"{source}: {name}")
     return model
 
 
