@@ -245,6 +245,30 @@ class BsrWeight:
             first.weight_only,
         )
 
+    def narrow(self, dim: int, start: int, length: int) -> BsrWeight:
+        """The weight of `length` outputs (dim 0) or inputs (dim 1) from `start` on, as Tensor.narrow does for dense ones; copied.
+
+        Raises SparsePruneError for a range outside the weight, and for one that cuts a block.
+        """
+        if dim not in (0, 1) or start < 0 or length < 1 or start + length > self.shape[dim]:
+            expected = f"a range inside {self.shape}"
+            raise SparsePruneError("dim, start, length", expected, (dim, start, length), "dim is 0 or 1")
+        block, end = self.blocksize[dim], start + length
+        if start % block or (end % block and end != self.shape[dim]):
+            expected = f"multiples of {block}, which cut no block"
+            raise SparsePruneError("start, length", expected, (start, length), "choose another range")
+        first, last = start // block, -(-end // block)
+        rows = block_rows(self.crow_indices, self.nnzb)  # [nnzb]
+        at = rows if dim == 0 else self.col_indices
+        keep = (at >= first) & (at < last)  # bool [nnzb]
+        shape = (length, self.shape[1]) if dim == 0 else (self.shape[0], length)
+        crow = torch.zeros(grid_shape(shape, self.blocksize)[0] + 1, dtype=torch.int32, device=keep.device)
+        counts = torch.bincount(rows[keep] - (first if dim == 0 else 0), minlength=len(crow) - 1)
+        crow[1:] = counts.cumsum(0)
+        col = self.col_indices[keep] - (first if dim == 1 else 0)
+        scales = self.scales[start:end].clone() if dim == 0 and self.scales is not None else self.scales
+        return BsrWeight(shape, self.blocksize, crow, col, self.values.detach()[keep], scales, self.weight_only)
+
     def to_dense(self) -> Tensor:
         """The weight as [N, K], zeros where blocks were pruned; float32 if values have scales."""
         return dense_from_bsr(self.crow_indices, self.col_indices, self.values, self.shape, self.scales)

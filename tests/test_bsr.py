@@ -164,3 +164,18 @@ def test_what_is_finite_is_told_from_what_sums_to_infinity(dtype):
     values[0, 0], values[1, 7] = float("inf"), -float("inf")
     with pytest.raises(SparsePruneError, match="values: expected finite numbers"):
         check_finite(values, "values")
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize(
+    ("dim", "start", "length"), [(0, 16, 32), (0, 32, 16), (0, 0, 48), (1, 0, 32), (1, 32, 38), (1, 64, 6)]
+)
+def test_narrow_is_that_of_the_dense_weight(dim, start, length, quantize):
+    for density in (0.5, 0.0, 1.0):
+        packed = packed_weight(density=density)
+        packed = packed.quantize() if quantize else packed
+        part = packed.narrow(dim, start, length).validate()
+        assert torch.equal(part.to_dense(), packed.to_dense().narrow(dim, start, length))
+    for wrong in ((dim, 8, 16), (dim, 0, 8), (2, 0, 16), (0, 48, 16), (1, -32, 32), (0, 0, 0)):
+        with pytest.raises(SparsePruneError, match="start, length: expected"):
+            packed.narrow(*wrong)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -185,11 +187,11 @@ def test_what_does_not_fit_is_said(vllm):
     with pytest.raises(sp.SparsePruneError, match=r"expected shape \(64, 48\), as in vLLM's model, got \(80, 48\)"):
         _made("plain", rows=64)
     config = theirs.quant_config
-    with pytest.raises(sp.SparsePruneError, match="tensor_parallel_size: expected 1, got plain cut to 40x48 of 80x48"):
+    with pytest.raises(sp.SparsePruneError, match="tensor_parallel_size: expected shares in multiples of 32.*got 40"):
         ColumnParallelLinear(48, 80, quant_config=config, prefix="plain", tp_rank=0, tp_size=2)
     with pytest.raises(sp.SparsePruneError, match="ParallelLMHead plain"):
         ParallelLMHead(80, 48, quant_config=config, prefix="plain")
-    with pytest.raises(sp.SparsePruneError, match="quantization_config.version: expected 1 or 2, got 9; update"):
+    with pytest.raises(sp.SparsePruneError, match="quantization_config.version: expected a packed .* got 9;.*update"):
         type(config).from_config({"version": "9", "layers": {}})
     with pytest.raises(sp.SparsePruneError, match="a description of the packed layers"):
         type(config).from_config({"version": "1", "layers": {"plain": {"shape": "none"}}})
@@ -197,3 +199,115 @@ def test_what_does_not_fit_is_said(vllm):
         RowParallelLinear(48, 80, quant_config=config, prefix="dense").quant_method.__class__.__name__
         == "UnquantizedLinearMethod"
     )
+
+
+BERT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+
+
+@pytest.mark.parametrize("dense", ["layer.0.attention.self.key", "pooler"], ids=["one part dense", "encoder"])
+def test_bert_finds_its_attention_layers(vllm, tmp_path, monkeypatch, dense):
+    """vLLM's BERT names attention.self.query and its like attention.output.qkv_proj."""
+    transformers = pytest.importorskip("transformers")
+    from vllm.model_executor.model_loader import get_model
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**BERT, num_labels=3)
+    ours = transformers.BertForSequenceClassification(config).eval().requires_grad_(False)
+    chosen = sp.BlockSparseConfig(blocksize=(16, 16), density=0.4)
+    sp.sparsify_(ours, chosen, lambda name, _: "encoder" in name and dense not in name)
+    ours.save_pretrained(tmp_path)
+    model = vllm.ModelConfig(model=str(tmp_path), skip_tokenizer_init=True, dtype="float32", enforce_eager=True)
+    plain = vllm.CompilationConfig(custom_ops=["none"])
+    device = vllm.DeviceConfig("cpu")
+    whole = vllm.VllmConfig(
+        model_config=model, device_config=device, compilation_config=plain, load_config=vllm.LoadConfig()
+    )
+    with vllm.set_current_vllm_config(whole):
+        theirs = get_model(vllm_config=whole).requires_grad_(False)
+    merged = [layer.attention.self.qkv_proj for layer in theirs.bert.encoder.layer]
+    assert all(isinstance(piece, sp.SparseLinear) for piece in merged[1].pieces)
+    assert len(merged[0].pieces) == (3 if "key" in dense else 1) and len(merged[1].pieces) == 1
+
+    def attend(layer, q, k, v, *_, **__):
+        heads = [t.view(len(t), -1, layer.head_size).transpose(0, 1)[None] for t in (q, k, v)]
+        y = F.scaled_dot_product_attention(*heads, scale=layer.impl.scale)
+        return y[0].transpose(0, 1).flatten(1)
+
+    monkeypatch.setattr(type(theirs.bert.encoder.layer[0].attention.self.attn), "forward", attend)
+    ids = torch.randint(0, 128, (11,))
+    hidden = theirs(ids.clone(), torch.arange(11))
+    torch.testing.assert_close(hidden, ours.bert(ids[None])[0][0], rtol=1e-4, atol=1e-5)
+
+
+RANK = """
+import sys, torch, vllm.model_executor.layers.linear as layers
+import sparse_prune as sp
+from sparse_prune.integrations.vllm import SparsePruneVllmConfig
+from sparse_prune.serialization import describe_layers
+from vllm import config, distributed
+rank, place = int(sys.argv[1]), sys.argv[2]
+torch.accelerator.empty_cache = lambda: None
+torch.manual_seed(0)
+with config.set_current_vllm_config(config.VllmConfig(device_config=config.DeviceConfig("cpu"))):
+    distributed.init_distributed_environment(2, rank, f"file://{place}", rank, backend="gloo")
+    distributed.initialize_model_parallel(2)
+    def sparse(k, n, quantize=False):
+        linear = torch.nn.Linear(k, n)
+        layer = sp.SparseLinear.from_dense(linear, sp.block_mask(linear.weight, (16, 8), density=0.5), (16, 8))
+        return layer.quantize_() if quantize else layer.requires_grad_(False)
+    names = {"column": (64, 96), "row": (96, 64), "gate": (64, 96), "up": (64, 96), "q": (64, 64), "k": (64, 32), "v": (64, 32)}
+    whole = torch.nn.ModuleDict({name: sparse(*size) for name, size in names.items()} | {"row8": sparse(96, 64, True)})
+    described = {name: str(entry) for name, entry in describe_layers(whole).items() if name != "up"}
+    whole["up"] = whole["up"].to_dense()  # one part of a merged layer that stayed dense
+    quant = SparsePruneVllmConfig.from_config({"version": "2", "layers": described})
+    quant.packed_modules_mapping = {"gate_up": ["gate", "up"], "qkv": ["q", "k", "v"], "qkv1": ["q", "k1", "v1"]}
+    def fill(layer, parts):
+        for shard, name in parts.items():
+            for kind, tensor in whole[name].state_dict().items():
+                parameter = getattr(layer, kind)
+                own = shard if shard is not None else ()
+                parameter.weight_loader(parameter, tensor, *([own] if shard is not None else []))
+        layer.quant_method.process_weights_after_loading(layer)
+        return layer
+    def cut(y, sizes):
+        parts = y.split(sizes, -1)
+        return torch.cat([part.chunk(2, -1)[rank] for part in parts], -1)
+    x = torch.randn(5, 64)
+    column = fill(layers.ColumnParallelLinear(64, 96, quant_config=quant, prefix="column"), {None: "column"})
+    torch.testing.assert_close(column(x)[0], cut(whole["column"](x), [96]))
+    wide = torch.randn(5, 96)
+    for name, close in (("row", {}), ("row8", {"rtol": 0.05, "atol": 0.05})):
+        row = fill(layers.RowParallelLinear(96, 64, quant_config=quant, prefix=name), {None: name})
+        torch.testing.assert_close(row(wide.chunk(2, -1)[rank])[0], whole[name](wide), **close)
+    gate_up = fill(layers.MergedColumnParallelLinear(64, [96, 96], quant_config=quant, prefix="gate_up"), {0: "gate", 1: "up"})
+    both = torch.cat([whole["gate"](x), whole["up"](x)], -1)
+    torch.testing.assert_close(gate_up(x)[0], cut(both, [96, 96]))
+    qkv = fill(layers.QKVParallelLinear(64, 16, 4, 2, quant_config=quant, prefix="qkv"), {"q": "q", "k": "k", "v": "v"})
+    all_three = torch.cat([whole[name](x) for name in "qkv"], -1)
+    torch.testing.assert_close(qkv(x)[0], cut(all_three, [64, 32, 32]))
+    # One head of k and v for two ranks: both hold it.
+    for name in ("k", "v"):
+        whole[name + "1"] = sparse(64, 16)
+        quant.layers[name + "1"] = describe_layers(whole)[name + "1"]
+    qkv = fill(layers.QKVParallelLinear(64, 16, 4, 1, quant_config=quant, prefix="qkv1"), {"q": "q", "k": "k1", "v": "v1"})
+    torch.testing.assert_close(qkv(x)[0], torch.cat([cut(whole["q"](x), [64]), whole["k1"](x), whole["v1"](x)], -1))
+    distributed.destroy_model_parallel()
+    distributed.destroy_distributed_environment()
+print("equal")
+"""
+
+
+def test_two_ranks_hold_a_layer_between_them(vllm, tmp_path):
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"VLLM_TARGET_DEVICE": "cpu"},
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        output, _ = rank.communicate(timeout=300)
+        assert rank.returncode == 0 and output.strip().endswith("equal"), output[-4000:]

@@ -3,7 +3,7 @@
 A packed directory's config.json says "sparse_prune" where vLLM looks for a quantization method, and describes the sparse layers.
 vLLM builds its own model, in which q, k and v are one layer, and so are gate and up; each asks SparsePruneVllmConfig for a method,
 and gets one that reads NAME.values and the index of every part and joins them (BsrWeight.cat). Layers that stayed dense take
-vLLM's own method. One GPU or CPU a model: nothing is cut for tensor parallelism.
+vLLM's own method. Under tensor parallelism each rank reads a layer whole and keeps its rows or columns of blocks.
 """
 
 from __future__ import annotations
@@ -61,10 +61,7 @@ class SparsePruneVllmConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         """The method of a linear layer: ours if any of its parts is sparse in the checkpoint. Raises SparsePruneError for another
         kind of layer that is sparse there, such as an output embedding."""
-        parent, _, own = prefix.rpartition(".")
-        parts = [prefix]
-        if prefix not in self.layers:
-            parts = [f"{parent}.{name}".lstrip(".") for name in self.packed_modules_mapping.get(own, [own])]
+        parts = [prefix] if prefix in self.layers else self._parts(prefix)
         sparse = [name for name in parts if name in self.layers]
         if not isinstance(layer, LinearBase):
             if sparse:
@@ -76,6 +73,25 @@ class SparsePruneVllmConfig(QuantizationConfig):
             if sparse
             else UnquantizedLinearMethod()
         )
+
+    def _parts(self, prefix: str) -> list[str]:
+        """The names in the checkpoint of what vLLM merges into the module of that name."""
+        parent, _, own = prefix.rpartition(".")
+        names = self.packed_modules_mapping.get(own, [own])
+        parts = [f"{parent}.{name}".lstrip(".") for name in names]
+        if len(names) > 1 and not any(name in self.layers for name in parts):
+            # vLLM's BERT calls attention.self.query and its like attention.output.qkv_proj: the one sibling that has such parts.
+            above = parent.rpartition(".")[0] + "."
+            homes = {
+                name.rpartition(".")[0]
+                for name in self.layers
+                if name.startswith(above) and name.split(".")[-1] in names
+            }
+            homes = {home for home in homes if home.count(".") == parent.count(".")}
+            if len(homes) == 1:
+                (home,) = homes
+                parts = [f"{home}.{name}" for name in names]
+        return parts
 
 
 class SparseLinearMethod(LinearMethodBase):
@@ -97,21 +113,33 @@ class SparseLinearMethod(LinearMethodBase):
     ) -> None:
         """Parameters without elements that take in what the checkpoint holds under their names.
 
-        Raises SparsePruneError under tensor parallelism, and where the checkpoint's shapes are not the model's.
+        Raises SparsePruneError where the checkpoint's shapes are not the model's, or a rank's share cuts a block.
         """
-        if input_size_per_partition != input_size or sum(output_partition_sizes) != output_size:
-            own = f"{sum(output_partition_sizes)}x{input_size_per_partition}"
-            got = f"{self.parts[0][0]} cut to {own} of {output_size}x{input_size}"
-            raise SparsePruneError("tensor_parallel_size", "1", got, "start vLLM with tensor_parallel_size=1")
-        sizes = output_partition_sizes if len(self.parts) > 1 else [output_size]
+        ranks, rank = getattr(layer, "tp_size", 1), getattr(layer, "tp_rank", 0)
+        by_rows, by_columns = sum(output_partition_sizes) != output_size, input_size_per_partition != input_size
+        sizes = output_partition_sizes if len(self.parts) > 1 or by_rows else [output_size]
         if len(sizes) != len(self.parts):
             got = f"{len(sizes)} for {', '.join(name for name, _ in self.parts)}"
             raise SparsePruneError("packed_modules_mapping", "a name for each part of the layer", got, "keep it dense")
-        for (name, entry), rows in zip(self.parts, sizes, strict=True):
-            if entry is not None and entry.shape != (rows, input_size):
-                expected = f"shape {(rows, input_size)}, as in vLLM's model"
+        self.shares: list[tuple[slice, slice]] = []
+        for i, ((name, entry), rows) in enumerate(zip(self.parts, sizes, strict=True)):
+            # Where there are fewer heads of k and v than ranks, several hold the same.
+            copies = getattr(layer, "num_kv_head_replicas", 1) if i else 1
+            at = rank // copies * rows if by_rows else 0
+            columns = rank * input_size_per_partition if by_columns else 0
+            share = slice(at, at + rows), slice(columns, columns + input_size_per_partition)
+            self.shares.append(share)
+            if entry is None:
+                continue
+            whole = (rows * (ranks // copies) if by_rows else rows, input_size)
+            if entry.shape != whole:
+                expected = f"shape {whole}, as in vLLM's model"
                 raise SparsePruneError(f"quantization_config.layers: {name}", expected, entry.shape, _REMEDY)
-        self.dtype = params_dtype
+            for cut, size, block in zip(share, whole, entry.blocksize, strict=True):
+                if cut.start % block or (cut.stop % block and cut.stop != size):
+                    expected = f"shares in multiples of {block}, the block size of {name}"
+                    raise SparsePruneError("tensor_parallel_size", expected, cut.stop - cut.start, "use fewer ranks")
+        self.dtype, self.adds_up = params_dtype, by_columns  # over the ranks, of which the first adds the bias
         kinds = {"weight": params_dtype} if any(entry is None for _, entry in self.parts) else {}
         for _name, entry in self.parts:
             for part in entry.parts if entry is not None else ():
@@ -135,7 +163,8 @@ class SparseLinearMethod(LinearMethodBase):
 
         Raises SparsePruneError where the checkpoint lacks a tensor, or holds indices that are not sound.
         """
-        made = [self._part(*part, loaded) for part, loaded in zip(self.parts, self.loaded, strict=True)]
+        rest = zip(self.loaded, self.shares, strict=True)
+        made = [self._part(*part, *of_it) for part, of_it in zip(self.parts, rest, strict=True)]
         pieces: list[nn.Module] = []
         for _, group in groupby(made, key=_kind):
             alike = list(group)
@@ -144,17 +173,20 @@ class SparseLinearMethod(LinearMethodBase):
         for kind in self.kinds:
             delattr(layer, kind)
         self.loaded.clear()
-        bias = None if getattr(layer, "skip_bias_add", False) else getattr(layer, "bias", None)
-        if len(pieces) == 1 and isinstance(pieces[0], SparseLinear):
-            pieces[0].bias = bias  # added by the kernel
+        alone = getattr(layer, "tp_rank", 0) == 0 or not self.adds_up
+        added_here = alone and not getattr(layer, "skip_bias_add", False)
+        if len(pieces) == 1 and isinstance(pieces[0], SparseLinear) and added_here:
+            pieces[0].bias = getattr(layer, "bias", None)  # added by the kernel
         layer.pieces = nn.ModuleList(pieces).requires_grad_(False).eval()
 
-    def _part(self, name: str, entry: PackedLayer | None, loaded: Mapping[str, Tensor]) -> BsrWeight | Tensor:
+    def _part(
+        self, name: str, entry: PackedLayer | None, loaded: Mapping[str, Tensor], share: tuple[slice, slice]
+    ) -> BsrWeight | Tensor:
         for kind in ("weight",) if entry is None else entry.parts:
             if kind not in loaded:
                 raise SparsePruneError(f"{name}.{kind}", "a tensor in the checkpoint", "none", _REMEDY)
         if entry is None:
-            return loaded["weight"].to(self.dtype)
+            return loaded["weight"][share].to(self.dtype)
         crow, col, values = (loaded[kind] for kind in ("crow_indices", "col_indices", "values"))
         weight = (entry.shape, entry.blocksize, crow, col, values)
         validate_bsr(*weight, name, loaded.get("scales"), entry.weight_only)
@@ -162,6 +194,9 @@ class SparseLinearMethod(LinearMethodBase):
         if entry.dtype is None:
             check_finite(packed.values, f"{name}.values")
             packed = packed.to(self.dtype)
+        for dim, (cut, size) in enumerate(zip(share, entry.shape, strict=True)):
+            if cut.stop - cut.start != size:
+                packed = packed.narrow(dim, cut.start, cut.stop - cut.start)
         return packed
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
