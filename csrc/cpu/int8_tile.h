@@ -72,19 +72,23 @@ inline void int8_finish_sums(const Int8Args& a, typename Dot::I (&sum)[MR][NV], 
     scale[v] = V::load(a.w_scales + n + v * V::W);
     bias[v] = a.bias ? Out::load_y(static_cast<const Y*>(a.bias) + n + v * V::W) : V::zero();
   }
+  // Copies that nothing written to y can be part of, for the compiler to keep in registers.
+  const int64_t ld = a.N, first = m0 * ld + n, block = a.R;
+  const float* x_scales = a.x_scales + m0;                                                  // [MR]
+  const Y* residual = a.residual ? static_cast<const Y*>(a.residual) + first : nullptr;     // [MR, ld]
+  Y* y = static_cast<Y*>(a.y) + first;                                                      // [MR, ld]
   SPARSE_PRUNE_UNROLL
   for (int m = 0; m < MR; ++m) {
-    const int64_t at = (m0 + m) * a.N + n;
-    const typename V::F x_scale = V::set1(a.x_scales[m0 + m]);
+    const typename V::F x_scale = V::set1(x_scales[m]);
     typename V::F row[NV];  // [NV * W]
     SPARSE_PRUNE_UNROLL
     for (int v = 0; v < NV; ++v) row[v] = V::add(V::mul(V::mul(Dot::to_float(sum[m][v]), scale[v]), x_scale), bias[v]);
-    if (a.residual)
+    if (residual)
       SPARSE_PRUNE_UNROLL
-      for (int v = 0; v < NV; ++v) row[v] = V::add(row[v], Out::load_y(static_cast<const Y*>(a.residual) + at + v * V::W));
-    Out::template store_row<NV>(static_cast<Y*>(a.y) + at, row, false);
+      for (int v = 0; v < NV; ++v) row[v] = V::add(row[v], Out::load_y(residual + m * ld + v * V::W));
+    Out::template store_row<NV>(y + m * ld, row, false);
     // The next block-row's part of y, as in linear_tile.
-    for (int64_t j = 0; j < NV * V::W; j += 64 / static_cast<int64_t>(sizeof(Y))) prefetch_to_l2(static_cast<Y*>(a.y) + at + a.R + j);
+    for (int64_t j = 0; j < NV * V::W; j += 64 / static_cast<int64_t>(sizeof(Y))) prefetch_to_l2(y + m * ld + block + j);
   }
 }
 
@@ -256,27 +260,39 @@ void quantize_rows_as(const QuantizeArgs& a, int64_t m0, int64_t m1) {
   constexpr float smallest = 1.17549435e-38f;  // of a normal float: its reciprocal is finite, and a row of zeros stays zeros
   constexpr int64_t group = 4 * V::W;
   const int64_t whole = a.K / group * group;
+  struct Scale {
+    float scale, inverse;
+  };
+  const auto scale_of = [&](int64_t m) -> Scale {
+    const float highest = highest_magnitude<Load>(static_cast<const typename Load::Y*>(a.x) + m * a.ldx, a.K);
+    const float own = highest / 127 > smallest ? highest / 127 : smallest, scale = a.scale == 0 ? own : a.scale;
+    return {highest < __builtin_inff() ? scale : __builtin_nanf(""), 1 / scale};
+  };
+  // A row's scale is found while the row before it is rounded, and the row after both is fetched: the divisions and the memory then hide.
+  Scale next = m0 < m1 ? scale_of(m0) : Scale{};
   for (int64_t m = m0; m < m1; ++m) {
+    const Scale row = next;
+    if (m + 1 < m1) next = scale_of(m + 1);
     const auto* x = static_cast<const typename Load::Y*>(a.x) + m * a.ldx;  // [K]
+    const auto* later = x + (m + 2 < m1 ? 2 * a.ldx : 0);                   // [K]
     uint8_t* q = a.q + m * a.ldq;                                           // [ldq]
-    const float highest = highest_magnitude<Load>(x, a.K);
-    const bool finite = highest < __builtin_inff();
-    float scale = a.scale;
-    if (scale == 0) scale = highest / 127 > smallest ? highest / 127 : smallest;
-    a.scales[m] = finite ? scale : __builtin_nanf("");
+    a.scales[m] = row.scale;
     memset(q + whole, 128, a.ldq - whole);
-    if (!finite) {
+    if (row.scale != row.scale) {
       memset(q, 128, whole);
       continue;
     }
-    const typename V::F inverse = V::set1(1 / scale);
+    const typename V::F inverse = V::set1(row.inverse);
     const auto quantize = [&](const typename Load::Y* from, uint8_t* to) {
       typename V::F v[4];  // [4][W]
       SPARSE_PRUNE_UNROLL
       for (int i = 0; i < 4; ++i) v[i] = V::mul(Load::load_y(from + i * V::W), inverse);
       V::store_quantized(to, v);
     };
-    for (int64_t k = 0; k < whole; k += group) quantize(x + k, q + k);
+    for (int64_t k = 0; k < whole; k += group) {
+      for (int64_t j = 0; j < group; j += 64 / static_cast<int64_t>(sizeof(typename Load::Y))) prefetch(later + k + j);
+      quantize(x + k, q + k);
+    }
     if (whole < a.K) {
       typename Load::Y edge[group] = {};
       uint8_t last[group];
