@@ -43,13 +43,14 @@ struct Bf16Tiles {
     Columns(const Bf16Tiles& op, int64_t n, int64_t cols) : a(op.a) {
       const auto *b = static_cast<const uint16_t*>(a.bias), *residual = static_cast<const uint16_t*>(a.residual);
       first = {static_cast<uint16_t*>(a.y) + n, b ? b + n : nullptr, residual ? residual + n : nullptr,
-               a.N, cols, cols == NT * kTile, op.past_cache && NT == 2, op.ahead};
+               a.N, cols, cols == NT * kTile, op.past_cache && NT == 2, op.ahead ? a.R : 0,
+               a.pair == Pair::second};
       if (first.whole) load_bias<DotBf16>(first, bias);
     }
     inline void write(int64_t m, F (&sums)[NT]) const {
       if (first.whole) {
         for (int v = 0; v < NT; ++v) sums[v] = DotBf16::activate(add(sums[v], bias[v]), a.activation);
-        return finish_row<DotBf16>(a, first, m, sums);
+        return finish_row<DotBf16>(first, m, sums);
       }
       alignas(64) float z[NT * kTile];
       for (int v = 0; v < NT; ++v) Avx512::store(z + v * kTile, sums[v]);

@@ -89,7 +89,8 @@ struct Place {
   int64_t ld, cols;
   bool whole;                       // all NV vectors exist
   bool past_cache;                  // write whole lines of y past the caches
-  bool ahead;                       // fetch lines of y before they are written
+  int64_t ahead;                    // elements from a line of y to the one to fetch when it is written; 0: none
+  bool multiply;                    // by the residual, where others add it
 };
 
 template <class V, class Y>
@@ -155,21 +156,22 @@ __attribute__((noinline)) void activate_tile(typename Fmt::Vec::Elem* z, int vec
   for (int i = 0; i < vectors; ++i, z += V::W) V::store(z, Fmt::activate(V::load(z), activation));
 }
 
-// Row m of a whole place from registers, after bias and activation.
+// Row m of a whole place from registers, after bias and activation. The place is a copy: through a reference, each store to y would have
+// it read again for the next row.
 template <class Fmt, int NV>
-inline void finish_row(const LinearArgs& a, const Place<Fmt>& at, int64_t m, typename Fmt::F (&sums)[NV]) {
+inline void finish_row(const Place<Fmt> at, int64_t m, typename Fmt::F (&sums)[NV]) {
   using V = typename Fmt::Vec;
   if (at.residual)
     SPARSE_PRUNE_UNROLL
     for (int v = 0; v < NV; ++v) {
       const typename Fmt::F r = Fmt::load_y(at.residual + m * at.ld + v * V::W);
-      sums[v] = a.pair == Pair::second ? V::mul(sums[v], r) : V::add(sums[v], r);
+      sums[v] = at.multiply ? V::mul(sums[v], r) : V::add(sums[v], r);
     }
   Fmt::template store_row<NV>(at.y + m * at.ld, sums, at.past_cache);
   // The next block-row's part of y: rows are too far apart for the hardware to fetch it in time. Into L2 only: rows that are a multiple
   // of 4 KiB apart would push each other out of L1.
   if (at.ahead)
-    for (int64_t j = 0; j < NV * V::W; j += 64 / sizeof(typename Fmt::Y)) prefetch_to_l2(at.y + m * at.ld + a.R + j);
+    for (int64_t j = 0; j < NV * V::W; j += 64 / sizeof(typename Fmt::Y)) prefetch_to_l2(at.y + m * at.ld + at.ahead + j);
 }
 
 // One step: NV vectors of weights by MR broadcast inputs, for each of the parts that a weight vector holds.
@@ -195,9 +197,10 @@ inline void tile_step(const typename Fmt::X* x, int64_t ldx, const typename Fmt:
 // One tile of a block-row with blocks [begin, end): x points at its first row, w at the first output of the strip.
 template <class Fmt, int MR, int NV>
 void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, const typename Fmt::Wt* w, int64_t begin, int64_t end,
-                 const Place<Fmt>& at) {
+                 const Place<Fmt>& place) {
   using V = typename Fmt::Vec;
   using F = typename V::F;
+  const Place<Fmt> at = place;
   // An FMA takes 4 cycles and one or two start per cycle: few accumulators need several independent sums.
   constexpr int KU = MR * NV >= 8 ? 1 : (MR * NV >= 4 ? 2 : 4);
   constexpr int step = Fmt::step;
@@ -284,7 +287,7 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
       for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], bias[v]);
     if (a.activation == Activation::none) {  // straight from the registers
       SPARSE_PRUNE_UNROLL
-      for (int m = 0; m < MR; ++m) finish_row<Fmt>(a, at, m, acc[0][m]);
+      for (int m = 0; m < MR; ++m) finish_row<Fmt>(at, m, acc[0][m]);
       return;
     }
   }
@@ -298,7 +301,7 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
     F sums[NV];
     SPARSE_PRUNE_UNROLL
     for (int v = 0; v < NV; ++v) sums[v] = V::load(z + (m * NV + v) * V::W);
-    finish_row<Fmt>(a, at, m, sums);
+    finish_row<Fmt>(at, m, sums);
   }
 }
 
@@ -415,7 +418,8 @@ void linear_range(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, in
     const int64_t offset = (m0 + m) * a.N + n;
     tile(a, x + m * ldx, ldx, static_cast<const typename Fmt::Wt*>(a.w) + (n - i * a.R) * Fmt::step, a.crow[i], a.crow[i + 1],
          {static_cast<Y*>(a.y) + offset, a.bias ? static_cast<const Y*>(a.bias) + n : nullptr,
-          a.residual ? static_cast<const Y*>(a.residual) + offset : nullptr, a.N, cols, whole, past_cache, ahead});
+          a.residual ? static_cast<const Y*>(a.residual) + offset : nullptr, a.N, cols, whole, past_cache,
+          ahead ? a.R : 0, a.pair == Pair::second});
   });
   if (past_cache) Fmt::Vec::fence();
 }

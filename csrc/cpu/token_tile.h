@@ -209,7 +209,7 @@ void token_linear(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, in
     const int64_t offset = (m0 + part.m) * a.N + part.n;
     const Place<Fmt> at = {static_cast<Y*>(a.y) + offset, a.bias ? static_cast<const Y*>(a.bias) + part.n : nullptr,
                            a.residual ? static_cast<const Y*>(a.residual) + offset : nullptr, a.N, part.cols,
-                           part.cols == kTokenColumns, past_cache, false};
+                           part.cols == kTokenColumns, past_cache, 0, a.pair == Pair::second};
     if (!at.whole || at.residual || past_cache || a.N % Fmt::per_lane != 0) {
       turn<V>(part, reinterpret_cast<char*>(turned));
       if (!at.whole)
@@ -223,7 +223,7 @@ void token_linear(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, in
           sums[v] = V::add(V::load(turned + t * kTokenColumns + v * V::W), bias[v]);
           if (a.activation != Activation::none) sums[v] = Fmt::activate(sums[v], a.activation);
         }
-        finish_row<Fmt>(a, at, t, sums);
+        finish_row<Fmt>(at, t, sums);
       }
       return;
     }
