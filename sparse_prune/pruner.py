@@ -87,13 +87,15 @@ class PruneConfig:
                 raise SparsePruneError(name, f"one of {', '.join(allowed)}", repr(getattr(self, name)), remedy)
         if not isinstance(self.update_every, int) or self.update_every < 1:
             raise SparsePruneError("update_every", "an integer of at least 1", self.update_every, "count it in steps")
-        if not 0 <= self.floor < 1:
-            raise SparsePruneError("floor", "a share in [0, 1)", self.floor, "pass for example 0.05")
-        if not 0 <= self.smoothing < 1:
-            raise SparsePruneError(
-                "smoothing", "a number in [0, 1)", self.smoothing, "pass 0 to use the last step only"
-            )
-        if self.alpha is not None and (self.criterion not in ("threshold", "gradient") or not self.alpha >= 0):
+        for name, remedy in (("floor", "pass for example 0.05"), ("smoothing", "pass 0 to use the last step only")):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0 <= value < 1):
+                raise SparsePruneError(name, "a number in [0, 1)", value, remedy)
+        for name, kind, expected in (("regrow", bool, "True or False"), ("seed", int, "an integer")):
+            if not isinstance(getattr(self, name), kind):
+                raise SparsePruneError(name, expected, repr(getattr(self, name)), "leave it out for the default")
+        fits = isinstance(self.alpha, int | float) and self.alpha >= 0 and self.criterion in ("threshold", "gradient")
+        if self.alpha is not None and not fits:
             raise SparsePruneError(
                 "alpha",
                 "a number of at least 0, with criterion 'threshold' or 'gradient'",
@@ -157,7 +159,8 @@ class Pruner:
 
     model      any nn.Module
     config     a PruneConfig
-    filter_fn  filter_fn(name, module) -> bool says which linear layers (nn.Linear, Conv1D) are pruned; default: all
+    filter_fn  filter_fn(name, module) -> bool says which linear layers (nn.Linear, Conv1D) are pruned; default: all, a head
+               whose weight is an embedding's too among them
     heads      for granularity "head", the HeadGroups; default: find_heads(model)
 
     A pruned weight is exactly 0 after step(), and with attach() also straight after optimizer.step(): neither momentum nor weight
@@ -177,7 +180,8 @@ class Pruner:
     rows of every weight, scores and masks those, and only sums over blocks are gathered. Every rank must then call step() and
     state_dict() together; the state is the same on all ranks and does not depend on their number.
 
-    Raises SparsePruneError where nothing is left to prune, blocks do not fit, or weights or gradients are not finite.
+    Raises SparsePruneError where nothing is left to prune, blocks do not fit, weights or gradients are not finite, or a layer is
+    frozen whose gradient the criterion needs.
     """
 
     def __init__(
@@ -195,6 +199,8 @@ class Pruner:
         self._units = self._make_units(heads)
         names = [member.name for unit in self._units.values() for member in unit.members]
         self._modules = {name: self._modules[name] for name in names}
+        if "grad" in self._criterion.needs:
+            self._check_trained()
         self._kept = {key: self._new(unit, True, torch.bool) for key, unit in self._units.items()}
         self._saliency = {key: self._new(unit, 0.0, torch.float32) for key, unit in self._units.items()}
         self._scale: dict[str, float] = {}
@@ -443,6 +449,17 @@ class Pruner:
         if name in self._memory and name in self._dropped:
             return torch.where(self._dropped[name], self._memory[name], weight)
         return weight
+
+    def _check_trained(self) -> None:
+        """A frozen layer has no gradient, so that its blocks would be the first to go."""
+        for name, module in self._modules.items():
+            if not module.weight.requires_grad:
+                raise SparsePruneError(
+                    f"{name}.weight",
+                    f"a weight that is trained, since criterion {self.config.criterion!r} needs its gradient",
+                    "a frozen one",
+                    "leave it out by filter_fn, call requires_grad_() on it, or choose magnitude",
+                )
 
     def _check_grads(self) -> None:
         if all(module.weight.grad is None for module in self._modules.values()):

@@ -659,3 +659,19 @@ def test_hooks_leave_the_model():
     assert [int(seen[-1]) for seen in pruner._seen.values()] == [16, 16]
     pruner.step()
     assert not model[0]._forward_pre_hooks
+
+
+def test_a_frozen_layer_is_refused_where_its_gradient_is_needed():
+    """It has none, so that its blocks went first: a frozen layer lost all but its floor."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1].weight.requires_grad_(False)
+    with pytest.raises(SparsePruneError, match=r"1\.weight: expected a weight that is trained, .* got a frozen one"):
+        Pruner(model, PruneConfig(criterion="taylor"))
+    Pruner(model, PruneConfig(criterion="taylor"), lambda name, module: name == "0")
+    Pruner(model, PruneConfig(criterion="magnitude"))
+
+
+@pytest.mark.parametrize("change", [{"floor": "x"}, {"smoothing": None}, {"regrow": "no"}, {"seed": 0.5}], ids=str)
+def test_fields_of_another_type_are_named(change):
+    with pytest.raises(SparsePruneError, match=f"^{next(iter(change))}: expected"):
+        PruneConfig(**change)
