@@ -58,13 +58,13 @@ Layout layout_of_sm90(int64_t out_features, const sm90::Packed& weight) {
   return l;
 }
 
-LinearLaunch linear_launch(int64_t M, const Layout& layout, int sms) {
+LinearLaunch linear_launch(int64_t M, const Layout& layout, int sms, int most_tokens) {
   if (M <= kSkinnyTokens) return skinny_launch(M, layout, sms);
   // Clocks of the busiest multiprocessor. 128 tokens instead of 256 read weights from shared memory and L2 twice as often: by counted
   // work (docs/gpu-performance.md) a block then costs up to 1.4 times its share with rows of 16 and 32, 1.1 times with 64.
   auto cost = [&](int64_t tokens, int percent) { return ceil_div(ceil_div(M, tokens) * layout.tiles, sms) * tokens * percent; };
   LinearLaunch launch = {};
-  launch.tokens = cost(256, 100) <= cost(128, layout.row == 64 ? 110 : 140) ? 256 : 128;
+  launch.tokens = most_tokens == 256 && cost(256, 100) <= cost(128, layout.row == 64 ? 110 : 140) ? 256 : 128;
   // Rows of 64 and 128 tokens lack two registers for more.
   launch.inputs = layout.row == 16 || layout.block_cols == 16 || (layout.row == 64 && launch.tokens == 128) ? 16 : 32;
   launch.threads = 256;

@@ -40,8 +40,11 @@ struct LinearLaunch {
   int64_t blocks;    // of the grid
 };
 
-// M > 0 tokens, on a GPU of `sms` multiprocessors.
-LinearLaunch linear_launch(int64_t M, const Layout& layout, int sms);
+// M > 0 tokens, on a GPU of `sms` multiprocessors; most_tokens of a block, 128 or 256.
+LinearLaunch linear_launch(int64_t M, const Layout& layout, int sms, int most_tokens = 256);
+
+// most_tokens of e4m3 weights on a GPU of that compute capability's major number: kTakenApart.
+inline int most_tokens_of_e4m3(int major) { return major == 9 || major == 10 || major == 11 ? 128 : 256; }
 
 struct SddLaunch {
   int units;         // which instantiation

@@ -64,10 +64,11 @@ const char* sparse_prune::device_problem() {
 }
 
 const char* sparse_prune::launch_linear(const LinearProblem& p, void* stream) {
-  int device, sms;
+  int device, sms, major;
   if (const cudaError_t error = cudaGetDevice(&device)) return told(error);
   if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device)) return told(error);
-  const LinearLaunch launch = linear_launch(p.M, p.layout, sms);
+  if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return told(error);
+  const LinearLaunch launch = linear_launch(p.M, p.layout, sms, p.e4m3 ? most_tokens_of_e4m3(major) : 256);
   if (launch.blocks > INT32_MAX || p.M > INT32_MAX || p.N > INT32_MAX || p.K > INT32_MAX) return kTooLarge;
   const int row_or_units = launch.skinny ? launch.units : p.layout.row;
   const auto named = [&](const auto& of) { return of(p.bfloat16, launch.skinny, launch.tokens, row_or_units, launch.inputs); };

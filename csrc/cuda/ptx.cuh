@@ -79,6 +79,15 @@ struct E4m3Pair {
   uint8_t low, high;
 };
 
+// Whether a product of T is made of products of float16, for which its operands are taken apart: Hopper and its kin have others of e4m3
+// by wgmma alone. They then take twice the registers, more than 256 tokens leave.
+template <typename T>
+constexpr bool kTakenApart = false;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+template <>
+constexpr bool kTakenApart<E4m3Pair> = true;
+#endif
+
 // What products of T are summed in.
 template <typename T>
 struct SumOf {

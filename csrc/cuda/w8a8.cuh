@@ -1,7 +1,7 @@
 // The kernels of the sm_80 family for weights and x of 8 bits, and what rounds x: kernels_int8.cu and kernels_e4m3.cu make them.
 //   bsr_linear_sm80_KIND_{bf16,f16}_{16x16,32x16,32x32}_{128,256}, bsr_linear_skinny_KIND_{bf16,f16}_{16_1,64_1,64_2}
 //   quantize_rows_KIND_{bf16,f16}
-// What they take beside the names is as in kernels_sm80.cu.
+// What they take beside the names is as in kernels_sm80.cu. Those of 256 tokens are empty where kTakenApart, and not launched.
 #pragma once
 
 #include <float.h>
@@ -77,13 +77,14 @@ __device__ __forceinline__ void quantize_rows(const T* __restrict__ x, uint8_t* 
 }  // namespace sparse_prune::device
 
 #define LINEAR(KIND, PAIR, NAME, T, ROW, INPUTS, BLOCK_M)                                                                          \
-  extern "C" __global__ void __launch_bounds__(256, BLOCK_M == 256 ? 1 : 2)                                                        \
+  extern "C" __global__ void __launch_bounds__(256, BLOCK_M == 256 || kTakenApart<PAIR> ? 1 : 2)                                   \
       bsr_linear_sm80_##KIND##_##NAME##_##ROW##x##INPUTS##_##BLOCK_M(                                                              \
           const PAIR* x, const uint4* weights, const Tile* tiles, const Step* steps, const T* bias, const T* residual, T* y,       \
           int M, int N, int K, int64_t ldx, int tile_count, int ragged, int activation, int vector, const float* x_scales,         \
           const float* scales) {                                                                                                   \
     const ScaledEpilogue<T> epilogue{{bias, residual, y, M, N, activation, vector != 0}, x_scales, scales};                        \
-    bsr_linear_sm80<PAIR, ROW, INPUTS / 16, BLOCK_M / 64>(x, weights, tiles, steps, epilogue, M, K, ldx, tile_count, ragged);      \
+    if constexpr (!(kTakenApart<PAIR> && BLOCK_M == 256))                                                                          \
+      bsr_linear_sm80<PAIR, ROW, INPUTS / 16, BLOCK_M / 64>(x, weights, tiles, steps, epilogue, M, K, ldx, tile_count, ragged);    \
   }
 #define SKINNY(KIND, PAIR, NAME, T, TOKENS, UNITS)                                                                                 \
   extern "C" __global__ void __launch_bounds__(TOKENS == 16 ? 512 : 256, TOKENS == 16 ? 1 : 2)                                    \
