@@ -32,6 +32,8 @@ class BlockSparseConfig:
     max_density   layers that keep more than this stay dense, because a dense matmul is then as fast
     tokens        M of the calls to come (batch x length): layers that the planner expects to lose to dense at it, on this CPU, stay
                   dense. None: max_density alone decides, for the model may run elsewhere
+
+    Raises SparsePruneError when a field is out of range.
     """
 
     blocksize: tuple[int, int] = (32, 32)

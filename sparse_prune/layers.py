@@ -334,6 +334,9 @@ class SparseLinear(nn.Module):
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
             values = own if own.dtype in QUANTIZED else own.to(dtype)
             residual = None if residual is None else residual.to(dtype)
+        other = residual is not None and residual.numel() * self.in_features != x.numel() * self.out_features
+        if other or activation not in ACTIVATION_NUMBERS:
+            self._explain(x, values, bias, activation, residual)
         if own.dtype in QUANTIZED:
             return self._forward_quantized(x, bias, activation, residual)
         shape = x.shape
@@ -454,9 +457,13 @@ _derive._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a mark o
 def fused_linear(
     module: nn.Module, x: Tensor, activation: Activation = "none", residual: Tensor | None = None
 ) -> Tensor:
-    """act(module(x)) + residual, in one kernel where module is a SparseLinear and step by step where it is an nn.Linear."""
+    """act(module(x)) + residual, in one kernel where module is a SparseLinear and step by step where it is an nn.Linear.
+
+    x [..., K] and residual [..., N] give [..., N], all of the layer's dtype. Raises SparsePruneError for an unknown activation.
+    """
     if isinstance(module, SparseLinear):
         return module(x, activation, residual)
+    ops.check_activation(activation)
     y = ACTIVATIONS[activation](module(x))
     return y if residual is None else y + residual
 

@@ -739,7 +739,7 @@ def dense_linear(
     prepacked = form == "prepacked"
     y = _prepacked_product()(rows, weight, bias, "none", [], "") if prepacked else F.linear(rows, weight, bias)
     if activation != "none":
-        _require_activation(activation)
+        check_activation(activation)
         y = reference.ACTIVATIONS[activation](y)
     if residual is None:
         return y
@@ -770,7 +770,7 @@ def _check_linear(
     _require(
         fits, "x", f"a last dimension of {k} (in_features)", tuple(x.shape), f"pass x[..., {k}] to a weight {n, k}"
     )
-    _require_activation(activation)
+    check_activation(activation)
     out_shape = (*x.shape[:-1], n)
     quantized = packed.values.dtype in QUANTIZED
     dtype, like = (x.dtype, "x") if quantized else (packed.values.dtype, "the weight")
@@ -803,7 +803,8 @@ def _check_linear(
         _require(shape is None or got == shape, name, f"shape {shape}", got, remedy)
 
 
-def _require_activation(activation: str) -> None:
+def check_activation(activation: str) -> None:
+    """Raise SparsePruneError unless activation is one of ACTIVATIONS."""
     known = activation in ACTIVATIONS
     _require(known, "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation), "apply another to the result")
 

@@ -204,6 +204,21 @@ def test_bad_input_is_named(x, message):
         layer(x)
 
 
+@pytest.mark.parametrize("called", [True, False], ids=["ready", "fresh"])
+def test_what_follows_the_product_is_checked_in_words(called):
+    linear, layer, _ = make()
+    x, quantized = torch.zeros(4, 64), make()[1].quantize_()
+    with torch.no_grad():
+        for module in (linear, layer, quantized):
+            for _ in range(2 * called):
+                sp.fused_linear(module, x)
+            with pytest.raises(sp.SparsePruneError, match="activation: expected one of none, relu, .*, got 'tanh'"):
+                sp.fused_linear(module, x, "tanh")
+        for module in (layer, quantized):
+            with pytest.raises(sp.SparsePruneError, match=r"residual: expected shape \(4, 96\), got \(96,\)"):
+                module(x, residual=torch.zeros(96))
+
+
 def test_from_dense_wants_a_linear():
     with pytest.raises(sp.SparsePruneError, match="linear: expected an nn.Linear, got Conv1d"):
         sp.SparseLinear.from_dense(nn.Conv1d(4, 4, 1), torch.ones(1, 1, dtype=torch.bool))
