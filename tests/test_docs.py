@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import sparse_prune as sp
 
@@ -37,3 +39,61 @@ def test_the_quick_start_code_runs(capsys):
     exec(compile(code, "docs/quick-start.md", "exec"), {})
     printed = capsys.readouterr().out
     assert printed.strip() in page, "the page shows what print(layer) prints"
+
+
+def _code(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md", "docs/prune-your-model.md"])
+def test_the_loop_in_python_runs(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = _code(page)
+    model = nn.Sequential(nn.Linear(64, 160), nn.ReLU(), nn.Linear(160, 64))
+    names = {
+        "sp": sp,
+        "model": model,
+        "optimizer": torch.optim.AdamW(model.parameters()),
+        "batches": [torch.randn(2, 64)] * 1000,
+        "loss": lambda model, batch: model(batch).square().mean(),
+    }
+    exec(compile(re.sub(r"^model = \.\.\..*$", "", code, flags=re.M), page, "exec"), names)
+    assert "2 of 2 linear layers are sparse, density 0.2" in capsys.readouterr().out
+    assert sp.load_packed(model, "model.safetensors") is model
+
+
+def test_the_code_for_hugging_face_runs(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
+    config = transformers.BertConfig(**sizes, vocab_size=50)
+    transformers.BertForSequenceClassification(config).save_pretrained("my-model")
+    four_lines, with_trainer = _code("docs/huggingface.md")
+    exec(compile(four_lines, "docs/huggingface.md", "exec"), names := {})
+    assert len(names["result"].converted) == 6
+
+    (tmp_path / "my-model-packed").rename("packed-dir")
+    (deploy,) = _code("docs/deploy.md")
+    exec(compile(deploy, "docs/deploy.md", "exec"), loaded := {})
+    text = torch.arange(12).view(2, 6)
+    assert torch.equal(loaded["model"](text).logits, names["model"].eval()(text).logits)
+
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    arguments = {
+        "max_steps": 10,
+        "per_device_train_batch_size": 2,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    names = {
+        "sp": sp,
+        "model": load("my-model"),
+        "dense": load("my-model"),
+        "filter_fn": lambda name, _: "encoder" in name,
+        "args": transformers.TrainingArguments(output_dir="out", save_strategy="no", **arguments),
+        "data": [{"input_ids": torch.arange(6) + i, "labels": torch.tensor(i % 2)} for i in range(8)],
+    }
+    exec(compile(with_trainer, "docs/huggingface.md", "exec"), names)
+    assert sum(isinstance(module, sp.SparseLinear) for module in names["model"].modules()) == 6
