@@ -521,3 +521,42 @@ def test_instructions_of_the_main_loop(case, tmp_path):
         every += often * len(run)
     print(f"{kernel}, blocks of {block}: {products / every:.3f} of {every / 3:.0f} instructions a step")
     assert products / every >= least
+
+
+def narrow_loads_of_weights(text, kernel):
+    """How many loads of a kernel's second parameter, the weights, its PTX has, and those of them that are not of 16 bytes."""
+    start = text.index(f".entry {kernel}(")
+    body = text[start : text.find(".entry", start + 10) if text.find(".entry", start + 10) > 0 else len(text)]
+    known, loads = set(), []
+    for line in body.splitlines():
+        if f"[{kernel}_param_1]" in line:
+            known.add(re.search(r"(%rd\d+), \[", line)[1])
+        elif match := re.match(r"\s*(?:@%p\d+ )?(ld\.global\S*|cp\.async\.c[ag]\S*)\s+(.*);", line):
+            if known & set(re.findall(r"%rd\d+", match[2].rpartition("[")[2])):
+                loads.append((match[1], match[2]))
+        elif (match := re.match(r"\s*(?:add|mad|mov|cvta|selp)\S*\s+(%rd\d+), (.*);", line)) and known & set(
+            re.findall(r"%rd\d+", match[2])
+        ):
+            known.add(match[1])
+    wide = ("v4.b32", "v4.u32")
+    return len(loads), [load for load in loads if not (load[0].endswith(wide) or load[1].endswith(", 16"))]
+
+
+def kernels_of_weights(text):
+    return re.findall(r"\.entry (bsr_linear_s\w+)\(", text)
+
+
+def test_every_load_of_weights_is_of_16_bytes():
+    """In every kernel, whatever reads the pointer to the weights; and halves of 8 bytes would be found."""
+    text = cuda_kernels.ptx("kernels_sm80.cu", "sm_80")
+    assert len(kernels_of_weights(text)) == 24
+    for kernel in kernels_of_weights(text):
+        count, narrow = narrow_loads_of_weights(text, kernel)
+        assert count > 0 and narrow == [], (kernel, narrow)
+    halves = (
+        "ptx.cuh",
+        'asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"',
+    )
+    halved = 'asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%4]; ld.global.nc.v2.b32 {%2, %3}, [%4+8];"'
+    text = cuda_kernels.ptx("kernels_sm80.cu", "sm_80", (*FEW, (*halves, halved)))
+    assert narrow_loads_of_weights(text, "bsr_linear_skinny_bf16_16_1")[1]
