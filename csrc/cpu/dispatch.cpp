@@ -123,26 +123,29 @@ int64_t first_row_at(const Before& before, int64_t rows, int64_t work) {
 int64_t bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : (dtype == DType::f32 ? 4 : 2); }
 
 // Rows of x per pass over the weights: about 384 KiB of x, so that it stays in a 1 MiB L2 beside the weights of one block-row; at
-// least 64, so that weights are read once per 64 rows; whole tiles of 32.
+// least 64, so that weights are read once per 64 rows; whole vectors of tokens, nearly equal, since a last pass of a few rows costs like one
+// of many.
 int64_t rows_per_pass(const LinearArgs& a, int64_t bytes) {
   const int64_t most = std::min<int64_t>(256, std::max<int64_t>(64, (384 << 10) / std::max<int64_t>(1, a.K * bytes)));
   const int64_t passes = (a.M + most - 1) / most;
-  return ((a.M + passes - 1) / passes + 31) / 32 * 32;
+  return ((a.M + passes - 1) / passes + 15) / 16 * 16;
 }
 
 // Calls run(m0, m1, i0, i1) so that together they cover y once: rows [m0, m1) of block-rows [i0, i1). before(i) is the work_before i.
 template <class Before, class Run>
 void for_each_range(const LinearArgs& a, const Before& before, int64_t x_bytes, int64_t threads, ParallelFor parallel, const Run& run) {
   const int64_t rows = (a.N + a.R - 1) / a.R;
-  const int64_t pass = rows_per_pass(a, x_bytes), passes = (a.M + pass - 1) / pass;
+  const int64_t pass = rows_per_pass(a, x_bytes);
   const int64_t row_work = before(rows);
   const int64_t tasks = useful_threads(threads, row_work * a.R * a.M);
-  // The work of all passes laid end to end and cut into equal parts; a block-row belongs to the part in which it begins.
+  // The work of all rows of x, pass by pass, laid end to end and cut into equal parts; a block-row belongs to the part in which it begins.
   for_each_task(tasks, parallel, [&](int64_t t) {
-    const int64_t total = row_work * passes, low = total * t / tasks, high = total * (t + 1) / tasks;
-    for (int64_t p = low / row_work; p * row_work < high; ++p) {
-      const int64_t i0 = first_row_at(before, rows, low - p * row_work), i1 = first_row_at(before, rows, high - p * row_work);
-      if (i0 < i1) run(p * pass, std::min(a.M, (p + 1) * pass), i0, i1);
+    const int64_t total = row_work * a.M, low = total * t / tasks, high = total * (t + 1) / tasks;
+    for (int64_t m0 = low / row_work / pass * pass; m0 < a.M && m0 * row_work < high; m0 += pass) {
+      const int64_t m1 = std::min(a.M, m0 + pass);
+      const auto first_at = [&](int64_t work) { return first_row_at(before, rows, (work - m0 * row_work + m1 - m0 - 1) / (m1 - m0)); };
+      const int64_t i0 = first_at(low), i1 = first_at(high);
+      if (i0 < i1) run(m0, m1, i0, i1);
     }
   });
 }

@@ -84,11 +84,12 @@ struct TokenTiles {
 
 // Whether lanes are tokens for these rows and block-rows: where enough of them are filled, for a product takes three quarters of the time that
 // lanes of outputs take, and where four block-rows and more use an input, which pays for transposing it. From 16 rows on both kernels
-// add products in one order.
+// add products in one order; below, the answer must not depend on how block-rows are shared between threads.
 inline bool lanes_are_tokens(const LinearArgs& a, int64_t step, int64_t lanes, int64_t rows, int64_t i0, int64_t i1) {
   const int64_t padded = (rows + lanes - 1) / lanes * lanes;
-  return a.R <= lanes && a.C % step == 0 && rows >= (2 * a.R > lanes ? 2 * lanes : lanes) && 4 * rows * lanes > 3 * padded * a.R &&
-         (a.crow[i1] - a.crow[i0]) * a.C >= 4 * a.K;
+  const int64_t blocks = rows < lanes ? a.crow[(a.N + a.R - 1) / a.R] : a.crow[i1] - a.crow[i0];
+  return a.R <= lanes && a.C % step == 0 && (2 * a.R <= lanes || rows >= 2 * lanes) && 4 * rows * lanes > 3 * padded * a.R &&
+         blocks * a.C >= 4 * a.K;
 }
 
 // Lanes of x[rows, x_bytes], ldx bytes apart, as [x_bytes / kLane][vectors * W], zeros past both ends.
