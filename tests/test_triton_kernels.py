@@ -123,8 +123,14 @@ ALL_LINEAR_GATES = (
         for m in (16, 512)
     ]
     + [(16, 128, m, "int8", capability, "ieee", False) for capability in (86, 90, 100, 120) for m in (512, 4096)]
-    + [(r, r, m, "e4m3", c, "ieee", False) for c, m in ((89, 16), (90, 512), (100, 512), (120, 4096)) for r in SIDES]
-    + [(r, r, m, "w8a16", c, "ieee", False) for c, m in ((80, 4096), (90, 4096), (100, 512), (120, 16)) for r in SIDES]
+    + [
+        (r, r, m, "e4m3", c, "ieee", False)
+        for r, c, m in ((64, 89, 512), (32, 90, 4096), (16, 100, 512), (64, 120, 4096))
+    ]
+    + [
+        (r, r, m, "w8a16", c, "ieee", False)
+        for r, c, m in ((128, 80, 4096), (64, 90, 4096), (32, 100, 512), (64, 86, 16))
+    ]
 )
 SDD_GATES = [
     (32, 32, "bfloat16", 80, "ieee"),
