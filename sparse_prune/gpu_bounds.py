@@ -8,6 +8,7 @@ waits for anything else in it.
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .benchmark import random_mask
+from .benchmark import QUANTIZATIONS, random_mask
 from .bsr import BsrWeight
 from .errors import SparsePruneError
 from .masks import expand_mask
@@ -217,24 +218,50 @@ def _cuda_sm90_row(m: int, packed: BsrWeight) -> dict[str, Any]:
     return _headline(row, 90, m, packed)
 
 
+def quantized_rows() -> list[dict[str, Any]]:
+    """Triton's rows for bfloat16 weights and for each way to quantize them that the GPU has ("scheme"), at a few problems."""
+    emulator, rows = _emulator(), []
+    for capability, m, block in itertools.product(CAPABILITIES, (16, 4096), BLOCKS[1:4]):
+        packed = weight_of((m, 4096, 4096), block, 0.2)
+        for scheme, arguments in {"bfloat16": None, **QUANTIZATIONS}.items():
+            if scheme == "e4m3" and capability < 89:
+                continue
+            weight = packed if arguments is None else packed.to(torch.float32).quantize(**arguments)
+            rows.append(_triton(emulator, capability, m, weight) | {"scheme": scheme})
+    return rows
+
+
 def _triton(emulator, capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
     from sparse_prune_kernels import config, launch
 
     (n, k), (r, c) = packed.shape, packed.blocksize
-    plans = launch.plans_of(packed.crow_indices, packed.col_indices, n, k, r, c, 2, transposed=False)
+    rounds = packed.scales is not None and not packed.weight_only
+    sizes = (1 if rounds else 2, packed.values.element_size())  # of numbers as they are multiplied, and of the weight's
+    plans = launch.plans_of(packed.crow_indices, packed.col_indices, n, k, r, c, sizes[0], transposed=False)
     unions = {merge: p.union for merge, p in plans.items()}
-    tiles = config.linear_config(m, n, k, r, c, 2, capability, packed.density, unions)
+    tiles = config.linear_config(m, n, k, r, c, sizes[0], capability, packed.density, unions, value_size=sizes[1])
     whole = plans[tiles.merge]
     every = m <= config.SMALL_M  # few rows are cheap: count all programs, and so the bytes that must move
     some = whole if every else _some_tiles(packed, whole)
     rows = min(m, tiles.block_m)
     x, y = _rows(rows, k), torch.full((rows, n), torch.nan, dtype=torch.bfloat16)
-    calls = launch.linear_calls(x, some, packed.values, None, None, y, r, c, c, 1, "none", tiles, "ieee")
+    operand, before = x, []
+    of_rows = () if packed.scales is None else (packed.scales,)
+    if rounds:  # a pass over x before the product
+        operand = torch.zeros(rows, k, dtype=packed.values.dtype)
+        of_rows = (*of_rows, torch.empty(rows))
+        before = [launch.round_call(x, operand, of_rows[1], None)]
+    calls = launch.linear_calls(
+        operand, some, packed.values, None, None, y, r, c, c, 1, "none", tiles, "ieee", *of_rows
+    )
     launches = -(-m // tiles.block_m) * whole.tiles / some.tiles
+    passes = [_run(emulator, call, capability) for call in before]
     counted = [_run(emulator, call, capability) for call in calls]
     scales = [launches, 1.0]  # the second call adds all parts already
     served = some.table[: some.tiles, 1:].flatten()
     outputs = (served[served >= 0][:, None] * r + torch.arange(r)).flatten()
+    if rounds:  # what is checked is the product, not the rounding
+        x = operand.float() * of_rows[1][:, None]
     _check(y[:, outputs], x, packed.to_dense()[outputs], "Triton")
     bytes_moved = _compulsory(m, packed) + 4 * whole.table.numel()
     bytes_ratio = None
@@ -244,7 +271,8 @@ def _triton(emulator, capability: int, m: int, packed: BsrWeight) -> dict[str, A
         bytes_moved = 32 * product.dram_load_sectors + written
         bytes_ratio = bytes_moved / _compulsory(m, packed)
     steps = whole.steps / whole.tiles / tiles.split * (c / tiles.block_k)
-    row = _bound(counted, scales, capability, bytes_moved, steps, tiles.num_stages)
+    scales = scales[: len(counted)] + [-(-m // rows)] * len(passes)
+    row = _bound(counted + passes, scales, capability, bytes_moved, steps, tiles.num_stages, rate=3 - sizes[0])
     row |= {"kernel": "triton", "config": asdict(tiles), "union": whole.union, "bytes_ratio": bytes_ratio}
     return _headline(row, capability, m, packed)
 
@@ -342,11 +370,19 @@ def _compulsory(m: int, packed: BsrWeight) -> int:
 
 
 def _bound(
-    counted, scales, capability: int, bytes_moved: float, steps: float, stages: int, sms: int | None = None
+    counted,
+    scales,
+    capability: int,
+    bytes_moved: float,
+    steps: float,
+    stages: int,
+    sms: int | None = None,
+    rate: int = 1,
 ) -> dict[str, Any]:
     """Clocks that each resource of the GPU is busy at its peak, for calls that follow one another.
 
-    sms: how many of the GPU's multiprocessors have something to do, all unless given.
+    sms: how many of the GPU's multiprocessors have something to do, all unless given; rate: how much faster than float16 the tensor
+    cores multiply, 2 for numbers of 8 bits.
     """
     from sparse_prune_kernels.config import gpu_of
 
@@ -360,8 +396,8 @@ def _bound(
     for place, ((counts, made, programs, threads), scale) in enumerate(zip(counted, scales, strict=False)):
         total = programs * scale
         busiest = -(-total // sms) / programs  # programs of the busiest SM, per program run
-        rate = gpu.multiply_adds * (gpu.mma_sync if counts.kinds["wgmma"] == 0 else 1.0)
-        clocks["tensor"] += busiest * counts.tensor_fma / rate
+        peak = rate * gpu.multiply_adds * (gpu.mma_sync if counts.kinds["wgmma"] == 0 else 1.0)
+        clocks["tensor"] += busiest * counts.tensor_fma / peak
         clocks["issue"] += busiest * counts.instructions / gpu.issue
         clocks["shared"] += busiest * (counts.shared_wavefronts + counts.wgmma_shared_bytes / gpu.shared_bytes)
         clocks["L2"] += scale * 32 * (counts.l2_load_sectors + counts.global_store_sectors) / gpu.l2_bytes
