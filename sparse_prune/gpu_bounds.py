@@ -246,7 +246,7 @@ def _triton(emulator, capability: int, m: int, packed: BsrWeight) -> dict[str, A
     rows = min(m, tiles.block_m)
     x, y = _rows(rows, k), torch.full((rows, n), torch.nan, dtype=torch.bfloat16)
     operand, before = x, []
-    of_rows = () if packed.scales is None else (packed.scales,)
+    of_rows: tuple[Tensor, ...] = () if packed.scales is None else (packed.scales,)
     if rounds:  # a pass over x before the product
         operand = torch.zeros(rows, k, dtype=packed.values.dtype)
         of_rows = (*of_rows, torch.empty(rows))

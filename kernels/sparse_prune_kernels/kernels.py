@@ -429,6 +429,32 @@ def sum_parts_kernel(
     tl.store(y + offsets, round_to(acc, y.dtype.element_ty, INTERPRETED), mask=mask)
 
 
+@triton.jit
+def load_row_part(x_rows, m, k, M, K, EVEN: tl.constexpr):
+    """x[m, k] in float32, zeros outside [M, K]: [ROWS, BLOCK]."""
+    mask = m[:, None] < M  # [ROWS, 1]
+    if not EVEN:
+        mask = mask & (k[None, :] < K)  # [ROWS, BLOCK]
+    return tl.load(x_rows + k[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rounded(q, v, inverse, whole, m, k, M, WIDTH, LIMIT: tl.constexpr, EVEN: tl.constexpr):
+    """q[m, k] = v * inverse rounded half to even, 0 in rows that are not whole; v [ROWS, BLOCK], inverse and whole [ROWS]."""
+    v = tl.where(whole[:, None], v * inverse[:, None], 0.0)  # [ROWS, BLOCK]
+    # Rows with scales of their own are within it already, but this also keeps the product and the sum below from being fused.
+    v = tl.clamp(v, -LIMIT, LIMIT)  # [ROWS, BLOCK]
+    if q.dtype.element_ty == tl.int8:
+        # At 1.5 * 2^23 neighbouring floats lie 1 apart: the addition rounds, half to even, and its low byte is the number.
+        rounded = (v + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)  # [ROWS, BLOCK]
+    else:
+        rounded = round_to_e4m3(v).to(q.dtype.element_ty)  # [ROWS, BLOCK]
+    mask = m[:, None] < M  # [ROWS, 1]
+    if not EVEN:
+        mask = mask & (k[None, :] < WIDTH)  # [ROWS, BLOCK]
+    tl.store(q + m[:, None] * WIDTH + k[None, :], rounded, mask=mask)
+
+
 @triton.jit(do_not_specialize=["M"])
 def round_rows_kernel(
     x,  # [M, K], rows stride_x apart
@@ -443,6 +469,8 @@ def round_rows_kernel(
     BLOCK: tl.constexpr,
     STATIC: tl.constexpr,
     LIMIT: tl.constexpr,  # 127.0 of int8, 448.0 of float8e4nv
+    ONCE: tl.constexpr,  # BLOCK is at least WIDTH: a row is read once
+    EVEN: tl.constexpr,  # K is WIDTH and a multiple of BLOCK
 ):
     """q = x / x_scales rounded half to even, no further than +-LIMIT, where x_scales = max |row| / LIMIT. A program takes ROWS.
 
@@ -451,29 +479,24 @@ def round_rows_kernel(
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     k = tl.arange(0, BLOCK)  # [BLOCK]
     x_rows = x + m[:, None] * stride_x  # [ROWS, 1]
-    highest = tl.zeros((ROWS, BLOCK), tl.float32)  # [ROWS, BLOCK]
-    finite = tl.full((ROWS, BLOCK), 1, tl.int32)  # [ROWS, BLOCK]
-    for start in range(0, K, BLOCK):
-        x_mask = (m[:, None] < M) & (start + k[None, :] < K)  # [ROWS, BLOCK]
-        size = tl.abs(tl.load(x_rows + (start + k[None, :]), mask=x_mask, other=0.0).to(tl.float32))  # [ROWS, BLOCK]
-        finite &= (size < float("inf")).to(tl.int32)  # [ROWS, BLOCK]
-        highest = tl.maximum(highest, size)  # [ROWS, BLOCK]
-    whole = tl.min(finite, 1) != 0  # [ROWS]
+    # As bits, sizes are in the order of the numbers; infinity comes after all of these, and NaN after it.
+    highest = tl.zeros((ROWS, BLOCK), tl.int32)  # [ROWS, BLOCK]
+    for start in range(0, BLOCK if ONCE else K, BLOCK):
+        v = load_row_part(x_rows, m, start + k, M, K, EVEN)  # [ROWS, BLOCK]
+        highest = tl.maximum(highest, v.to(tl.int32, bitcast=True) & 0x7FFFFFFF)  # [ROWS, BLOCK]
+    largest = tl.max(highest, 1)  # [ROWS]
+    whole = largest < 0x7F800000  # [ROWS]
     # The least normal number has a finite reciprocal, and a row of zeros stays zeros.
-    own = tl.maximum(tl.div_rn(tl.max(highest, 1), LIMIT), 1.1754943508222875e-38)  # [ROWS]
+    own = tl.maximum(tl.div_rn(largest.to(tl.float32, bitcast=True), LIMIT), 1.1754943508222875e-38)  # [ROWS]
     scale = tl.full((ROWS,), x_scale, tl.float32) if STATIC else own  # [ROWS]
     inverse = tl.div_rn(1.0, scale)  # [ROWS]
-    for start in range(0, WIDTH, BLOCK):
-        x_mask = (m[:, None] < M) & (start + k[None, :] < K)  # [ROWS, BLOCK]
-        v = tl.load(x_rows + (start + k[None, :]), mask=x_mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
-        v = tl.where(whole[:, None], tl.clamp(v * inverse[:, None], -LIMIT, LIMIT), 0.0)  # [ROWS, BLOCK]
-        if q.dtype.element_ty == tl.int8:  # noqa: SIM108 - Triton takes no conditional expression of two calls
-            # At 1.5 * 2^23 neighbouring floats lie 1 apart: the addition rounds, half to even.
-            v = (v + 12582912.0) - 12582912.0  # [ROWS, BLOCK]
-        else:
-            v = round_to_e4m3(v)  # [ROWS, BLOCK]
-        q_mask = (m[:, None] < M) & (start + k[None, :] < WIDTH)  # [ROWS, BLOCK]
-        tl.store(q + m[:, None] * WIDTH + (start + k[None, :]), v.to(q.dtype.element_ty), mask=q_mask)
+    if ONCE:
+        v = load_row_part(x_rows, m, k, M, K, EVEN)  # [ROWS, BLOCK]; the compiler takes it from above
+        store_rounded(q, v, inverse, whole, m, k, M, WIDTH, LIMIT, EVEN)
+    else:
+        for start in range(0, WIDTH, BLOCK):
+            v = load_row_part(x_rows, m, start + k, M, K, EVEN)  # [ROWS, BLOCK]
+            store_rounded(q, v, inverse, whole, m, start + k, M, WIDTH, LIMIT, EVEN)
     tl.store(x_scales + m, tl.where(whole, scale, float("nan")), mask=m < M)
 
 

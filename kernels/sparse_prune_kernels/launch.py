@@ -185,7 +185,7 @@ def round_call(x: Tensor, q: Tensor, x_scales: Tensor, x_scale: float | None) ->
     arguments |= {"M": m, "K": k, "WIDTH": width, "stride_x": x.stride(0)}
     block = min(ROUND_BLOCK, triton.next_power_of_2(width))
     constants: dict[str, object] = {"ROWS": ROUND_BLOCK // block, "BLOCK": block, "STATIC": x_scale is not None}
-    constants["LIMIT"] = LIMITS[q.dtype]
+    constants |= {"LIMIT": LIMITS[q.dtype], "ONCE": block >= width, "EVEN": k == width and k % block == 0}
     return Call(round_rows_kernel, (triton.cdiv(m, ROUND_BLOCK // block), 1), arguments, constants, ROUND_WARPS)
 
 
