@@ -406,10 +406,20 @@ class SparseLinear(nn.Module):
         """What is derived from the present values; under torch.compile and torch.export what an earlier call left."""
         if torch.compiler.is_compiling():
             if torch.compiler.is_dynamo_compiling():
-                _derive(self)
+                self._derive()
         elif self._derived.key != ops.values_key(values):
             self._derived = ops.current(self._derived, self.packed)
         return self._derived
+
+    def _derive(self) -> bool:
+        """While torch.compile traces, derive for real what the code will read; torch.export keeps what an earlier call left."""
+        if self._derived.key is None:
+            self._derived = ops.current(self._derived, self.packed)
+        return True
+
+    # torch.compiler.assume_constant_result, without the second that it takes to import torch._dynamo. A method, since a function's
+    # argument would have to be a constant too for torch 2.10.
+    _derive._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a mark on a function
 
     def backend_for(self, tokens: int) -> str:
         """What a call without gradients runs for M = tokens: "cpu:ISA", "cuda", "triton", "reference", or "dense: why"."""
@@ -441,17 +451,6 @@ class SparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, blocksize={r}x{c}, density={self.density:.3f}, "
             f"bias={self.bias is not None}{quantized}{', weight_only' if self._weight_only else ''}"
         )
-
-
-def _derive(layer: SparseLinear) -> bool:
-    """While torch.compile traces, derive for real what the code will read; torch.export keeps what an earlier call left."""
-    if layer._derived.key is None:
-        layer._derived = ops.current(layer._derived, layer.packed)
-    return True
-
-
-# torch.compiler.assume_constant_result, without the second that it takes to import torch._dynamo.
-_derive._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a mark on a function
 
 
 def fused_linear(
