@@ -100,6 +100,8 @@ def trainer_with_ddp(out: Path) -> None:
         agreed(pruner.state_dict(), f"the pruner's state by {criterion}")
         agreed(whole(model), f"weights by {criterion}")
         assert abs(pruner.density() - 0.4) < 0.1
+        mean = pruner.reduce_saliency({"layer": torch.tensor([float(trainer.accelerator.process_index), 3.0])})
+        assert equal(mean, {"layer": torch.tensor([0.5, 3.0])}), "saliencies are not averaged over the ranks"
         return pruner.masks, whole(model)
 
     for criterion in ("movement", "wanda"):
