@@ -155,6 +155,9 @@ def gpu_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
+_CUDA_OPERATORS = ("cuda_linear", "cuda_linear_sm90", "cuda_linear_int8", "cuda_linear_e4m3", "cuda_sdd")
+
+
 @functools.cache
 def _load_cuda() -> tuple[ctypes.CDLL | None, str]:
     """The loaded CUDA extension and "", or None and the reason."""
@@ -168,6 +171,9 @@ def _load_cuda() -> tuple[ctypes.CDLL | None, str]:
             getattr(library, told).restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
         return None, f"the CUDA extension {files[0].name} does not load: {error}"
+    missing = [name for name in _CUDA_OPERATORS if not hasattr(torch.ops.sparse_prune, name)]
+    if missing:
+        return None, f"the CUDA extension {files[0].name} is of another version (it has no {missing[0]}): build it again"
 
     @torch.library.register_fake("sparse_prune::cuda_linear")
     def _(x, packed, nnzb, block_rows, block_cols, out_features, bias, activation, residual):
