@@ -173,7 +173,10 @@ def _load_cuda() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the CUDA extension {files[0].name} does not load: {error}"
     missing = [name for name in _CUDA_OPERATORS if not hasattr(torch.ops.sparse_prune, name)]
     if missing:
-        return None, f"the CUDA extension {files[0].name} is of another version (it has no {missing[0]}): build it again"
+        return (
+            None,
+            f"the CUDA extension {files[0].name} is of another version (it has no {missing[0]}): build it again",
+        )
 
     @torch.library.register_fake("sparse_prune::cuda_linear")
     def _(x, packed, nnzb, block_rows, block_cols, out_features, bias, activation, residual):

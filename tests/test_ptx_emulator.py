@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -14,12 +12,9 @@ import ptx_emulator
 import pytest
 import torch
 from ptx_emulator import EmulationError, Program, TensorMap, emulate
+from triton_problems import TRITON, needs_triton
 
 pytestmark = pytest.mark.skipif(ptx_emulator.unavailable() is not None, reason=str(ptx_emulator.unavailable()))
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-TRITON = (
-    tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) if importlib.util.find_spec("triton") else ()
-)
 
 
 def kernel(body: str, params: int = 2, registers: str = "", target: int = 80, shared: int = 0) -> str:

@@ -11,7 +11,8 @@ from sparse_prune.errors import SparsePruneError
 from sparse_prune.tasks import data
 from sparse_prune.tasks.data import TagExample, TextExample
 
-CHARACTERS = st.characters(codec="utf-8", exclude_categories=("Cs",), exclude_characters="\0")  # csv of Python 3.10 takes no NUL
+# csv of Python 3.10 takes no NUL
+CHARACTERS = st.characters(codec="utf-8", exclude_categories=("Cs",), exclude_characters="\0")
 TEXTS = st.text(CHARACTERS, min_size=1, max_size=40).filter(str.strip)
 ONE_LINE = TEXTS.map(lambda text: " ".join(text.split())).filter(lambda text: not set(text) & set("\t\r\n"))
 LABELS = st.text("abcXYZ好坏09_-", min_size=1, max_size=8)

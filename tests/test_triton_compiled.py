@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import mmap
 
@@ -17,13 +16,14 @@ from triton_problems import (
     exact_and_dense,
     exact_and_reference_int8,
     make_problem,
+    needs_triton,
 )
 
 from sparse_prune import reference
 
 pytestmark = [
     pytest.mark.skipif(ptx_emulator.unavailable() is not None, reason=str(ptx_emulator.unavailable())),
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+    needs_triton,
 ]
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 

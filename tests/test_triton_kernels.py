@@ -16,12 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from sparse_prune_kernels import support, unavailable
-from triton_problems import arrays, make_problem
+from triton_problems import arrays, make_problem, needs_triton
 
 from sparse_prune.errors import SparsePruneError
 from sparse_prune.ops import backend_for
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 CUDA = torch.device("cuda")
 
 
@@ -58,8 +57,6 @@ class Library:
 
 def run_sweep(expression: str) -> str:
     """Run test_triton_sweep.py in Triton's interpreter and return pytest's last line."""
-    if version("triton").startswith("3.6.") and tuple(map(int, version("numpy").split(".")[:2])) >= (2, 4):
-        pytest.skip("the interpreter of Triton 3.6 fails on loops with NumPy 2.4")
     sweep = Path(__file__).with_name("test_triton_sweep.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", expression, str(sweep)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -517,7 +514,7 @@ def test_triton_missing(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "number, reason", [("3.5.1", "Triton 3.5.1 is older than 3.6"), ("3.6.0", None), ("4.0.0+git1", None)]
+    "number, reason", [("3.6.0", "Triton 3.6.0 is older than 3.7"), ("3.7.0", None), ("4.0.0+git1", None)]
 )
 def test_triton_version(gpu, monkeypatch, number, reason):
     fake = type(sys)("triton")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -9,6 +13,13 @@ import sparse_prune as sp
 from sparse_prune import reference
 from sparse_prune.bsr import dense_from_bsr
 from sparse_prune.masks import expand_mask, grid_shape
+
+TRITON = (
+    tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) if importlib.util.find_spec("triton") else ()
+)
+needs_triton = pytest.mark.skipif(
+    TRITON < (3, 7), reason="Triton 3.7 or later, which the kernels want, is not installed"
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = ["none", "relu", "gelu", "gelu_tanh", "silu"]

@@ -29,7 +29,10 @@ TESTED_TRITON = (
     "3.7",
     "3.9",
 )  # what CUDA builds of torch 2.13 pin, and what a CPU install gets: gates and emulator ran with both
-MIN_TRITON = (3, 6)  # what torch 2.10, the oldest torch we accept, is released with
+MIN_TRITON = (
+    3,
+    7,
+)  # for sm_90, 3.6 (beside torch 2.10) leaves out a fence between ordinary stores and wgmma, the emulator finds
 
 
 class ArgumentError(ValueError):
