@@ -54,10 +54,11 @@ def test_a_row_says_what_was_compared():
         assert row["roofline"] == pytest.approx(bound / row["us"]["sparse"])
 
 
-def test_int8_is_compared_with_bfloat16():
-    (row,) = benchmark.bench_linear(benchmark.linear_problems(**GRID | {"tokens": [8], "dtypes": ["int8"]}), 0)
-    assert {"sparse", "sparse_bf16", "dense"} <= set(row["us"]) and row["dtype"] == "int8"
-    assert 0.001 < row["error"] < benchmark.INT8_ERROR, "rounded to int8, and no further"
+@pytest.mark.parametrize("dtype", benchmark.QUANTIZATIONS)
+def test_quantized_is_compared_with_bfloat16(dtype):
+    (row,) = benchmark.bench_linear(benchmark.linear_problems(**GRID | {"tokens": [8], "dtypes": [dtype]}), 0)
+    assert {"sparse", "sparse_bf16", "dense"} <= set(row["us"]) and row["dtype"] == dtype
+    assert 0.001 < row["error"] < benchmark.QUANTIZED_ERROR[dtype], "rounded, and no further"
 
 
 @needs_kernels
