@@ -499,7 +499,7 @@ def _show_planned(table: Any) -> None:
     for row in table.rows:
         if row.shape == largest:
             name = f"{row.isa} {row.kernel}".strip()
-            lines.setdefault((name, row.dtype, row.blocksize), {})[row.tokens] = row.break_even()
+            lines.setdefault((name, row.dtype, row.blocksize), {})[row.tokens] = row.break_even
     for (name, kind, block), found in lines.items():
         cells = [f"{found[m]:.2f}" if m in found else "" for m in sorted({row.tokens for row in table.rows})]
         shown.add_row(name, SHORT[kind], "x".join(map(str, block)), *cells)

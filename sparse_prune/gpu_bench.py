@@ -307,7 +307,7 @@ def break_even(rows: Sequence[dict]) -> list[dict]:
         densities, ratios = zip(*by_density, strict=True)
         line = Row("gpu", dtype, tuple(block), m, (n, k), "plain", densities, ratios)
         found.append(
-            dict(zip(key, (k, n, list(block), dtype, m), strict=True)) | {"density": round(line.break_even(), 4)}
+            dict(zip(key, (k, n, list(block), dtype, m), strict=True)) | {"density": round(line.break_even, 4)}
         )
     return found
 

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +63,7 @@ class Row:
         r0, r1 = self.ratio[at - 1 : at + 1]
         return max(0.0, r0 + (r1 - r0) * (density - d0) / (d1 - d0))
 
+    @functools.cached_property
     def break_even(self) -> float:
         """The density from which dense is faster: where the ratio reaches 1; 0 or 1 where sparse always loses or always wins."""
         low, high = 0.0, 1.0
@@ -81,6 +82,14 @@ class Table:
     source: str
     machine: dict[str, Any]
     rows: tuple[Row, ...]
+
+    @functools.cached_property
+    def by_kind(self) -> dict[tuple[str, str], list[Row]]:
+        """The rows of an instruction set and dtype: a plan wants one such part of hundreds."""
+        kinds: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            kinds.setdefault((row.isa, row.dtype), []).append(row)
+        return kinds
 
 
 @dataclass(frozen=True)
@@ -200,24 +209,22 @@ def _plan(
     rows: list[Row] = []
     for table in tables:
         for name in isas:
-            rows = rows or [r for r in table.rows if (r.isa, r.dtype) == (name, dtype) and r.kernel in kernels]
+            rows = rows or [row for row in table.by_kind.get((name, dtype), ()) if row.kernel in kernels]
         if rows:
             break
     if not rows:
         return None
     block = _measured_block({row.blocksize for row in rows}, blocksize)
     rows = [row for row in rows if row.blocksize == block]
+    measured = {kernel: _by_tokens([row for row in rows if row.kernel == kernel], density, shape) for kernel in kernels}
     choices = []
     for tokens in _between(sorted({row.tokens for row in rows})):
-        expected = {
-            kernel: _expected([row for row in rows if row.kernel == kernel], density, shape, tokens)
-            for kernel in kernels
-        }
-        ratio, row = min((found for found in expected.values() if found is not None), key=lambda found: found[0])
+        expected = [_expected(lines, tokens) for lines in measured.values()]
+        ratio, row = min((found for found in expected if found is not None), key=lambda found: found[0])
         reason = (
             f"{row.kernel or 'sparse'} is expected to run {1 / max(ratio, 1e-3):.2f}x as fast as dense near M = {tokens} "
             f"at density {density:.3f} ({row.isa}, {dtype}, {block[0]}x{block[1]} blocks; "
-            f"break-even {row.break_even():.2f} near M = {row.tokens}; {table.source})"
+            f"break-even {row.break_even:.2f} near M = {row.tokens}; {table.source})"
         )
         choices.append(Choice(tokens, row.dense if ratio > MARGIN else "", ratio, reason, row.kernel))
     bounds = tuple(math.sqrt(a.tokens * b.tokens) for a, b in zip(choices, choices[1:], strict=False))
@@ -230,28 +237,36 @@ def _between(measured: list[int]) -> list[int]:
     return sorted(power for power in powers | set(measured) if measured[0] <= power <= measured[-1])
 
 
-def _expected(rows: list[Row], density: float, shape: tuple[int, int], tokens: int) -> tuple[float, Row] | None:
-    """The ratio for that M and weight, and the nearest of rows; None outside the measured M.
+def _by_tokens(rows: list[Row], density: float, shape: tuple[int, int]) -> list[tuple[int, float, Row]]:
+    """For each measured M, rising: M, the ratio for that weight, and the row of the nearest one.
 
-    Between the measured M and sizes of weights the ratio is taken on straight lines over their logarithms; beyond the sizes that of
-    the nearest.
+    Between the measured sizes of weights the ratio is taken on straight lines over their logarithms; beyond them that of the nearest.
     """
-    if not rows or not min(row.tokens for row in rows) <= tokens <= max(row.tokens for row in rows):
-        return None
     size = math.log(shape[0] * shape[1])
-
-    def size_of(row: Row) -> float:
-        return math.log(row.shape[0] * row.shape[1])
-
-    def at_size(candidates: list[Row]) -> float:
-        return _on_line([(size_of(row), row.ratio_at(density)) for row in candidates], size)
-
-    by_tokens: dict[int, list[Row]] = {}
+    groups: dict[int, list[tuple[float, Row]]] = {}
     for row in rows:
-        by_tokens.setdefault(row.tokens, []).append(row)
-    ratio = _on_line([(math.log(m), at_size(group)) for m, group in by_tokens.items()], math.log(tokens))
-    nearest = min(by_tokens, key=lambda m: abs(math.log(m / tokens)))
-    return ratio, min(by_tokens[nearest], key=lambda row: abs(size_of(row) - size))
+        groups.setdefault(row.tokens, []).append((math.log(row.shape[0] * row.shape[1]), row))
+    return [
+        (
+            tokens,
+            _on_line([(at, row.ratio_at(density)) for at, row in group], size),
+            min(group, key=lambda sized: abs(sized[0] - size))[1],
+        )
+        for tokens, group in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def _expected(lines: list[tuple[int, float, Row]], tokens: int) -> tuple[float, Row] | None:
+    """The ratio for M = tokens, on a straight line over the logarithm of M, and the row of the nearest; None outside them."""
+    above = bisect_left(lines, tokens, key=lambda line: line[0])
+    if above == len(lines) or (above == 0 and tokens < lines[0][0]):
+        return None
+    high = lines[above]
+    if high[0] == tokens:
+        return high[1:]
+    low = lines[above - 1]
+    part = math.log(tokens / low[0]) / math.log(high[0] / low[0])
+    return low[1] + (high[1] - low[1]) * part, (low if part <= 0.5 else high)[2]
 
 
 def _on_line(points: list[tuple[float, float]], at: float) -> float:

@@ -259,9 +259,9 @@ def row(**change):
 def test_between_and_beyond_the_measured_densities():
     found = [row().ratio_at(density) for density in (0.01, 0.1, 0.3, 0.5, 0.75, 1.0)]
     assert found == pytest.approx([0.11, 0.2, 0.4, 0.6, 1.1, 1.6])
-    assert row().break_even() == pytest.approx(0.7, abs=1e-4)
-    assert row(ratio=(0.1, 0.5, 0.9)).break_even() == 1.0
-    assert row(ratio=(1.2, 1.5, 1.9)).break_even() == 0.0
+    assert row().break_even == pytest.approx(0.7, abs=1e-4)
+    assert row(ratio=(0.1, 0.5, 0.9)).break_even == 1.0
+    assert row(ratio=(1.2, 1.5, 1.9)).break_even == 0.0
     assert row(ratio=(0.9, 5.0, 9.0)).ratio_at(0.01) == 0.0
 
 
@@ -286,9 +286,9 @@ def test_the_shipped_table_is_whole_and_makes_sense():
     for found in table.rows:
         assert found.blocksize in tuning.BLOCKS and found.tokens in tuning.TOKENS
         if found.blocksize == (32, 32) and found.tokens >= 128 and found.isa != "portable":
-            assert found.ratio_at(0.1) < 0.7 < found.break_even(), found
+            assert found.ratio_at(0.1) < 0.7 < found.break_even, found
         if found.blocksize == (1, 1) and found.dtype == "float32":
-            assert found.break_even() < 0.3, found
+            assert found.break_even < 0.3, found
         if found.tokens >= 16:  # below, a small layer is all overhead
             assert found.ratio[0] < 1.1 * found.ratio[-1], found
 
