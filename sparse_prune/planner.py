@@ -240,7 +240,8 @@ def _between(measured: list[int]) -> list[int]:
 def _by_tokens(rows: list[Row], density: float, shape: tuple[int, int]) -> list[tuple[int, float, Row]]:
     """For each measured M, rising: M, the ratio for that weight, and the row of the nearest one.
 
-    Between the measured sizes of weights the ratio is taken on straight lines over their logarithms; beyond them that of the nearest.
+    Between the measured sizes of weights the ratio is taken on straight lines over their logarithms; beyond them it is that of the
+    nearest.
     """
     size = math.log(shape[0] * shape[1])
     groups: dict[int, list[tuple[float, Row]]] = {}

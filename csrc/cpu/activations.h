@@ -21,8 +21,8 @@ inline typename V::F vector_exp(typename V::F exact) {
   return V::less_select(high, exact, V::set1(__builtin_inff()), p);
 }
 
-// 2^x for x <= 0, 0 below -126; NaN stays NaN. 2^n * 2^f with f in [-1/2, 1/2]: Taylor to a power of 6, below 1e-7 relative, or of 4,
-// below 5e-5.
+// 2^x for x <= 0, which may be 0 below -126; NaN stays NaN. 2^n * 2^f with f in [-1/2, 1/2]: Taylor to a power of 6, below 1e-7
+// relative, or of 4, below 5e-5.
 template <class V, int power = 6>
 inline typename V::F vector_exp2_nonpositive(typename V::F exact) {
   using F = typename V::F;

@@ -16,7 +16,7 @@ struct DotBf16 : Plain<Avx512> {
   static inline F broadcast_last(const X* x) { return _mm512_castsi512_ps(_mm512_set1_epi32(*x)); }
   static inline F multiply_add(F x, F w, F acc) { return _mm512_dpbf16_ps(acc, (__m512bh)x, (__m512bh)w); }
   static inline F load_y(const Y* y) { return Avx512::load_bf16(y); }
-  static inline void store_y(Y* y, F v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), (__m256i)_mm512_cvtneps_pbh(v)); }
+  static inline void store_y(Y* y, F v) { NativeBf16<Avx512>::store_bf16(y, v); }
   static inline void store_x(X* x, F v) { store_y(x, v); }
   static constexpr int per_lane = 2;
   static inline F lanes(const F (&v)[2]) { return round_to_lanes(v[0], v[1]); }
