@@ -22,6 +22,7 @@ from types import ModuleType
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .bsr import dtype_name
 from .errors import SparsePruneError
 
 ISAS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "portable")
@@ -99,9 +100,7 @@ def cpu_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"the C++ kernels run on the CPU, not on {device.type}"
     if dtype not in _DTYPES:
-        return (
-            f"the C++ kernels are made for float32, bfloat16, float16 and int8, not {str(dtype).removeprefix('torch.')}"
-        )
+        return f"the C++ kernels are made for float32, bfloat16, float16 and int8, not {dtype_name(dtype)}"
     return None if _library is not None else _reason
 
 
@@ -120,8 +119,7 @@ def cuda_unavailable(device: torch.device, dtype: torch.dtype, blocksize: tuple[
     if refused is not None:
         return refused
     if dtype.itemsize == 1 and blocksize[1] < 32:
-        name = str(dtype).removeprefix("torch.")
-        return f"the CUDA kernels take {name} blocks of 32, 64 or 128 inputs, not {blocksize[0]}x{blocksize[1]}"
+        return f"the CUDA kernels take {dtype_name(dtype)} blocks of 32, 64 or 128 inputs, not {blocksize[0]}x{blocksize[1]}"
     library, reason = _load_cuda()
     if library is None:
         return reason

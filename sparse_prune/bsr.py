@@ -24,6 +24,11 @@ INT8_MAX_INPUTS = (2**31 - 1) // INT8_MAX**2
 _REPACK = "the checkpoint is damaged or was not made by sparse-prune: pack the model again"
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that people and files use: "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def block_rows(crow_indices: Tensor, nnzb: int) -> Tensor:
     """Block-row of every stored block, int64 [nnzb], from crow_indices [N/R + 1]."""
     counts = crow_indices.diff()
@@ -289,7 +294,7 @@ class BsrWeight:
         check_quantization(dtype, weight_only)
         if self.scales is not None:
             raise SparsePruneError(
-                "values", "floating-point values", _name(self.values.dtype), "quantize a weight once"
+                "values", "floating-point values", dtype_name(self.values.dtype), "quantize a weight once"
             )
         check_finite(self.values, "values")
         r, _ = self.blocksize
@@ -452,7 +457,7 @@ def validate_bsr(
     require(not weight_only or values.dtype == torch.int8, "weight_only", "False but beside int8 values", values.dtype)
     if values.dtype in QUANTIZED:
         if scales is None:
-            expected = f"float32 [{shape[0]}] beside {_name(values.dtype)} values"
+            expected = f"float32 [{shape[0]}] beside {dtype_name(values.dtype)} values"
             raise SparsePruneError(f"{prefix}scales", expected, "none", _REPACK)
         require(scales.dtype == torch.float32, "scales", "float32", scales.dtype)
         require(
@@ -490,7 +495,3 @@ def validate_bsr(
         "ascending, unique columns in each block-row",
         "unsorted or repeated columns",
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import planner
-from .bsr import check_quantization
+from .bsr import check_quantization, dtype_name
 from .criteria import block_mask
 from .errors import SparsePruneError
 from .fuse import FuseResult, fuse_encoder_
@@ -143,7 +143,7 @@ class QuantizeResult:
             shape = f"{row.shape[0]}x{row.shape[1]}"
             what = f"{row.bytes_before} -> {row.bytes}" if not row.reason else f"kept: {row.reason}"
             lines.append(f"{row.name:<{width}}  {shape:>13}  {row.density:7.3f}  {row.error:12.4f}  {what}")
-        kind = str(self.dtype).removeprefix("torch.")
+        kind = dtype_name(self.dtype)
         lines.append(f"{len(self.converted)} of {len(self.layers)} sparse layers are {kind}")
         return "\n".join(lines)
 
@@ -172,7 +172,7 @@ def quantize_(
     for name, layer in layers.items():
         before, reason, error = layer.packed, "", 0.0
         if before.scales is not None:
-            reason = f"it is {str(layer.values.dtype).removeprefix('torch.')} already"
+            reason = f"it is {dtype_name(layer.values.dtype)} already"
         elif filter_fn is not None and not filter_fn(name, layer):
             reason = "left out by filter_fn"
         after = before

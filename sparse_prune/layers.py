@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import backends, ops, planner, reference
-from .bsr import QUANTIZED, BsrWeight, Derived
+from .bsr import QUANTIZED, BsrWeight, Derived, dtype_name
 from .errors import SparsePruneError
 from .linears import as_matrix, is_linear
 from .masks import check_blocksize, grid_shape
@@ -446,7 +446,7 @@ class SparseLinear(nn.Module):
     def extra_repr(self) -> str:
         """What print(layer) shows between the brackets."""
         r, c = self.blocksize
-        quantized = f", {str(self.values.dtype).removeprefix('torch.')}" if "scales" in self._buffers else ""
+        quantized = f", {dtype_name(self.values.dtype)}" if "scales" in self._buffers else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, blocksize={r}x{c}, density={self.density:.3f}, "
             f"bias={self.bias is not None}{quantized}{', weight_only' if self._weight_only else ''}"

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .bsr import QUANTIZED, BsrWeight, check_finite, validate_bsr
+from .bsr import QUANTIZED, BsrWeight, check_finite, dtype_name, validate_bsr
 from .convert import announce, swap_modules
 from .errors import SparsePruneError
 from .fuse import fuse_encoder_
@@ -130,7 +130,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> Path:
             "version": version_of(layers),
             "layers": {name: str(entry) for name, entry in layers.items()},
         }
-        about = {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
+        about = {"architectures": [type(model).__name__], "dtype": dtype_name(model.dtype)}
         write_json(path / "config.json", config.to_diff_dict() | about | {"quantization_config": layout})
     return path / WEIGHTS_NAME
 
@@ -161,13 +161,13 @@ class PackedLayer:
     def __str__(self) -> str:
         """As config.json says it, in one string: transformers copies and prints the whole of it three times while it loads."""
         (n, k), (r, c) = self.shape, self.blocksize
-        how = f", {_plain(self.dtype)}{' weight_only' if self.weight_only else ''}" if self.dtype else ""
+        how = f", {dtype_name(self.dtype)}{' weight_only' if self.weight_only else ''}" if self.dtype else ""
         return f"{n}x{k}, {self.nnzb} blocks of {r}x{c}{how}"
 
     def to_dict(self) -> dict[str, Any]:
         """As the metadata of a file say it."""
         entry: dict[str, Any] = {"shape": list(self.shape), "blocksize": list(self.blocksize), "nnzb": self.nnzb}
-        entry |= {"dtype": _plain(self.dtype)} if self.dtype else {}
+        entry |= {"dtype": dtype_name(self.dtype)} if self.dtype else {}
         return entry | ({"weight_only": True} if self.weight_only else {})
 
     @classmethod
@@ -191,11 +191,7 @@ class PackedLayer:
         return cls((n, k), (r, c), nnzb, None if dtype is None else _QUANTIZED_NAMES[dtype], weight_only)
 
 
-def _plain(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-_QUANTIZED_NAMES = {_plain(dtype): dtype for dtype in QUANTIZED}
+_QUANTIZED_NAMES = {dtype_name(dtype): dtype for dtype in QUANTIZED}
 _BRIEF = re.compile(r"(\d+)x(\d+), (\d+) blocks of (\d+)x(\d+)(?:, (\w+)( weight_only)?)?", re.ASCII)
 
 
@@ -294,7 +290,7 @@ def describe_file(path: str | os.PathLike) -> dict[str, Any]:
 
 def _row(name: str, weight: Tensor | BsrWeight, nbytes: int) -> dict[str, Any]:
     dtype = (weight.values if isinstance(weight, BsrWeight) else weight).dtype
-    return {"name": name, "shape": list(weight.shape), "dtype": str(dtype).removeprefix("torch."), "bytes": nbytes}
+    return {"name": name, "shape": list(weight.shape), "dtype": dtype_name(dtype), "bytes": nbytes}
 
 
 class MappedFile:

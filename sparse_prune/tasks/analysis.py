@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..benchmark import interleaved_medians, machine
+from ..bsr import dtype_name
 from ..convert import LayerReport
 from ..fuse import fuse_encoder_
 from ..report import collect_heads, collect_layers
@@ -202,7 +203,7 @@ def measure_latency(
                 {
                     "batch": batch,
                     "length": max_length,
-                    "dtype": str(dtype).removeprefix("torch."),
+                    "dtype": dtype_name(dtype),
                     **{f"{name}_ms": 1e3 * seconds for name, seconds in times.items()},
                 }
             )
