@@ -99,7 +99,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> Path:
     path is a file name ending in .safetensors, or a directory, which gets `model.safetensors` and, for a Hugging Face model, a
     `config.json` that says the checkpoint is packed. Raises SparsePruneError if the model has no SparseLinear.
     """
-    path = Path(path)
+    path, file = Path(path), weights_file(path)
     if not describe_layers(model):
         raise SparsePruneError("model", "at least one SparseLinear", "none", "call sparsify_(model, ...) first")
     tensors: dict[str, Tensor] = {}
@@ -115,24 +115,14 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> Path:
     metadata = layout_metadata(model)
     if aliases:
         metadata["aliases"] = json.dumps(aliases)
-    if path.suffix == ".safetensors":
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata)
-        return path
-    path.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path / WEIGHTS_NAME) as temporary:
+    with atomic_path(file) as temporary:
         save_file(tensors, temporary, metadata)
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "to_diff_dict"):
-        layers = describe_layers(model)
-        layout = {
-            "quant_method": METHOD,
-            "version": version_of(layers),
-            "layers": {name: str(entry) for name, entry in layers.items()},
-        }
-        about = {"architectures": [type(model).__name__], "dtype": dtype_name(model.dtype)}
-        write_json(path / "config.json", config.to_diff_dict() | about | {"quantization_config": layout})
-    return path / WEIGHTS_NAME
+    named: Any = model  # a Hugging Face model has a config and a dtype
+    if file != path and hasattr(getattr(model, "config", None), "to_diff_dict"):
+        about: dict[str, Any] = {"architectures": [type(model).__name__], "dtype": dtype_name(named.dtype)}
+        about |= {"quantization_config": layout_config(model)}
+        write_json(path / "config.json", named.config.to_diff_dict() | about)
+    return file
 
 
 @dataclass(frozen=True)
@@ -231,6 +221,13 @@ def layout_metadata(model: nn.Module) -> dict[str, str]:
     layers = describe_layers(model)
     text = json.dumps({name: entry.to_dict() for name, entry in layers.items()})
     return {"format": "pt", "sparse_prune": version_of(layers), "layers": text}
+
+
+def layout_config(model: nn.Module) -> dict[str, Any]:
+    """The `quantization_config` in the config.json of a packed Hugging Face model."""
+    layers = describe_layers(model)
+    told = {name: str(entry) for name, entry in layers.items()}
+    return {"quant_method": METHOD, "version": version_of(layers), "layers": told}
 
 
 def describe_file(path: str | os.PathLike) -> dict[str, Any]:

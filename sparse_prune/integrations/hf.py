@@ -35,11 +35,10 @@ from ..serialization import (
     MappedFile,
     PackedLayer,
     check_version,
-    describe_layers,
     fits_layer,
+    layout_config,
     layout_metadata,
     parse_layers,
-    version_of,
 )
 
 if TYPE_CHECKING:
@@ -186,10 +185,8 @@ class SparsePruneQuantizer(HfQuantizer):
 
     def _describe(self, model: PreTrainedModel) -> None:
         """The layers as they are named in this model, which may be the base or another head of the one that was saved."""
-        config = self.quantization_config
-        layers = describe_layers(model)
-        config.layers = {name: str(entry) for name, entry in layers.items()}
-        config.version = version_of(layers)
+        config, layout = self.quantization_config, layout_config(model)
+        config.version, config.layers = layout["version"], layout["layers"]
         _share(model)
 
 
@@ -202,8 +199,7 @@ def mark_packed(model: nn.Module) -> None:
 
     if not isinstance(model, PreTrainedModel):
         return
-    layers = describe_layers(model)
-    config = SparsePruneConfig(version_of(layers), {name: str(entry) for name, entry in layers.items()})
+    config = SparsePruneConfig(**layout_config(model))
     marked: Any = model  # with attributes that transformers looks for and declares nowhere
     marked.hf_quantizer = SparsePruneQuantizer(config)
     marked.config.quantization_config = config
