@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .errors import SparsePruneError
@@ -118,23 +119,20 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         app()
-    except SparsePruneError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
-        sys.exit(2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except Exception as error:  # a package or a path that is not there, a full disk; anything else is a mistake of ours
-        told = _missing_package(error) if isinstance(error, ModuleNotFoundError) else _disk_problem(error)
+    except Exception as error:
+        told = error if isinstance(error, SparsePruneError) else _missing_package(error) or _disk_problem(error)
         if told is None:
-            raise
-        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(told))}", soft_wrap=True)
+            raise  # a mistake of ours
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(told))}", soft_wrap=True)
         sys.exit(2)
 
 
-def _missing_package(error: ModuleNotFoundError) -> SparsePruneError | None:
-    """What to tell of a package that a command needs and pip was not asked for; None for a module of ours."""
-    name = (error.name or "").partition(".")[0]
+def _missing_package(error: Exception) -> SparsePruneError | None:
+    """What to tell of a package that a command needs and pip was not asked for; None for a module of ours or another error."""
+    name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if name in ("", "sparse_prune", "sparse_prune_kernels"):
         return None
     extra = "report" if name in ("matplotlib", "jinja2") else "nlp"
@@ -183,7 +181,9 @@ def demo(
     _show_metrics(metrics, out)
     if ablation:
         _show_ablation(json.loads((out / "analysis.json").read_text(encoding="utf-8")))
-    console.print(f"report      {page}\npacked      {out / 'packed'}\ndata        {out / 'data'}")
+    _say("report", page)
+    _say("packed", out / "packed")
+    _say("data", out / "data")
     _write_json(json_file, metrics)
 
 
@@ -213,7 +213,7 @@ def train(
         result = tasks.train(args, report)
     _save_recipe(context, out)
     _show_score(result)
-    console.print(f"model       {out}")
+    _say("model", out)
     _write_json(json_file, result)
 
 
@@ -260,7 +260,8 @@ def prune(
         metrics = tasks.prune(args, report)
     _save_recipe(context, out)
     _show_metrics(metrics, out)
-    console.print(f"packed      {out / 'packed'}\nnext        sparse-prune report {out}")
+    _say("packed", out / "packed")
+    _say("next", f"sparse-prune report {out}")
     _write_json(json_file, metrics)
 
 
@@ -300,7 +301,8 @@ def pack(
         if table is not None:
             console.print(str(table), markup=False, highlight=False)
     ratio = result.packed_bytes / result.dense_bytes
-    console.print(f"{result.dense_bytes:,} -> {result.packed_bytes:,} bytes ({ratio:.2f}x)\npacked      {out}")
+    console.print(f"{result.dense_bytes:,} -> {result.packed_bytes:,} bytes ({ratio:.2f}x)")
+    _say("packed", out)
     _write_json(
         json_file,
         {"dense_bytes": result.dense_bytes, "packed_bytes": result.packed_bytes, "density": result.density},
@@ -369,7 +371,7 @@ def make_report(
     if picture:
         written["picture"] = str(summary_picture(directory, picture))
     for name, path in written.items():
-        console.print(f"{name:<11} {path}", markup=False, highlight=False, soft_wrap=True)
+        _say(name, path)
     _write_json(json_file, written)
 
 
@@ -384,14 +386,14 @@ def info(
     found = describe_file(path)
     packed = found["version"] is not None
     kind = f"packed checkpoint, version {found['version']}" if packed else "dense checkpoint"
-    table = Table(title=f"{_escape(str(path))}: {kind}", title_justify="left")
+    table = Table(title=f"{escape(str(path))}: {kind}", title_justify="left")
     for column in ("layer", "shape", "dtype", "block", "density" if packed else "zeros", "bytes"):
         table.add_column(column, justify="left" if column == "layer" else "right", overflow="fold")
     for row in found["layers"]:
         block = "x".join(map(str, row["blocksize"])) if "blocksize" in row else "-"
         share = row["density"] if packed else row["zeros"]
         shape = "x".join(map(str, row["shape"]))
-        table.add_row(_escape(row["name"]), shape, row["dtype"], block, f"{share:.3f}", f"{row['bytes']:,}")
+        table.add_row(escape(row["name"]), shape, row["dtype"], block, f"{share:.3f}", f"{row['bytes']:,}")
     console.print(table)
     console.print(
         f"{found['bytes']:,} bytes in {len(found['files'])} file(s), {found['other_bytes']:,} of other tensors"
@@ -418,13 +420,13 @@ def doctor(json_file: Json = None) -> None:
     statuses = backends.status()
     for status in statuses:
         table.add_row(
-            status.name, "[green]yes[/]" if status.available else "no", _escape(status.detail or status.reason)
+            status.name, "[green]yes[/]" if status.available else "no", escape(status.detail or status.reason)
         )
     console.print(table)
-    console.print(f"planner     {planner.describe()}", markup=False, highlight=False)
-    console.print(f"on a GPU    {planner.describe_gpu()}", markup=False, highlight=False)
+    _say("planner", planner.describe())
+    _say("on a GPU", planner.describe_gpu())
     if tiles.describe():
-        console.print(f"tilings     {tiles.describe()}", markup=False, highlight=False)
+        _say("tilings", tiles.describe())
     _write_json(json_file, [vars(status) for status in statuses])
 
 
@@ -484,7 +486,7 @@ def tune(
     with _progress("from the last finished row") as report:
         table = measure(path, quick, dtype.split(","), isas, counts, seconds, report)
     _show_planned(table)
-    console.print(f"table       {path}", markup=False, highlight=False)
+    _say("table", path)
     _write_json(json_file, json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -524,8 +526,8 @@ def _tune_gpu(out: Path | None, quick: bool, dtypes: list[str], seconds: float, 
         shown.add_row(SHORT[kind], block, *(f"{found[m]:.2f}" if m in found else "" for m in tokens))
     console.print(shown)
     _show_planned(table)
-    console.print(f"tilings     {path}", markup=False, highlight=False)
-    console.print(f"table       {kernels}", markup=False, highlight=False)
+    _say("tilings", path)
+    _say("table", kernels)
     tables = [json.loads(file.read_text(encoding="utf-8")) for file in (path, kernels)]
     _write_json(json_file, {"tilings": tables[0], "kernels": tables[1]})
 
@@ -594,12 +596,12 @@ def bench_linear(
         text += (
             f"{limit['cached_gbytes_per_s']:.0f} GB/s from cache, {limit['memory_gbytes_per_s']:.0f} GB/s from memory"
         )
-        console.print(f"roofline    {text}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"rows        {keep}", markup=False, highlight=False)
+        _say("roofline", text)
+    _say("rows", keep)
     if importlib.util.find_spec("matplotlib"):
         picture = picture or out / "linear.png"
         benchmark.plot_linear(rows, picture)
-        console.print(f"picture     {picture}", markup=False, highlight=False)
+        _say("picture", picture)
     elif picture:
         raise SparsePruneError("--picture", "matplotlib, to draw", "none", "install sparse-prune[report]")
     _write_json(json_file, rows)
@@ -724,7 +726,7 @@ def bench_gpu(
 
     gpu_bench.require_gpu()
     machine = gpu_bench.about()
-    console.print(f"machine     {', '.join(f'{name} {value}' for name, value in machine.items())}", soft_wrap=True)
+    _say("machine", ", ".join(f"{name} {value}" for name, value in machine.items()))
     if check:
         return
     grid = (gpu_bench.QUICK if quick else gpu_bench.GRID) | _axes(shapes, tokens, density, block, dtype)
@@ -746,13 +748,12 @@ def bench_gpu(
         soft_wrap=True,
     )
     for path in filter(None, gpu_bench.write_results(rows, machine, out)):
-        console.print(f"written     {path}", markup=False, highlight=False, soft_wrap=True)
+        _say("written", path)
     keep.unlink(missing_ok=True)
     _write_json(json_file, rows)
     wrong = [(row, name) for row in rows for name in row["wrong"] if name not in gpu_bench.PEERS]
     for row, name in wrong:
-        text = f"{name} is wrong at M={row['M']} K={row['K']} N={row['N']} {row['blocksize']}: {row['wrong'][name]}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        _say("wrong", f"{name} at M={row['M']} K={row['K']} N={row['N']} {row['blocksize']}: {row['wrong'][name]}")
     if wrong:
         raise typer.Exit(1)
 
@@ -845,10 +846,10 @@ def bench_model(
         table.add_row(name, SHORT[kind], size, *cells)
     console.print(table)
     for reason in dict.fromkeys(f"{name}: {why}" for row in rows for name, why in row["failed"].items()):
-        console.print(f"failed      {_escape(reason)}")
+        _say("failed", reason)
     _show_machine(rows)
     if rows[0]["versions"]:
-        console.print("peers       " + ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items()))
+        _say("peers", ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items()))
     _write_json(json_file, rows)
 
 
@@ -890,9 +891,14 @@ def _numbers(text: str, kind: type) -> list:
     return found
 
 
+def _say(name: str, what: object) -> None:
+    """A line of facts as it is: a path may hold what rich would take for markup."""
+    console.print(f"{name:<11} {what}", markup=False, highlight=False, soft_wrap=True)
+
+
 def _show_machine(rows: list[dict]) -> None:
     about = rows[0]
-    console.print(f"machine     {about['cpu']}, {about['isa']}; torch {about['torch']}, python {about['python']}")
+    _say("machine", f"{about['cpu']}, {about['isa']}; torch {about['torch']}, python {about['python']}")
 
 
 @contextmanager
@@ -923,7 +929,7 @@ def _progress(goes_on: str = "from the last finished epoch") -> Iterator[Any]:
             if console.is_terminal:
                 if phase not in bars:
                     bars[phase] = progress.add_task(phase, total=of, text=text)
-                progress.update(bars[phase], completed=step, total=of, text=_escape(text))
+                progress.update(bars[phase], completed=step, total=of, text=escape(text))
                 return
             tenth = 10 * step // max(of, 1)
             if told.get(phase) != tenth:
@@ -944,7 +950,7 @@ def _show_score(result: dict) -> None:
     for column in ("class", "examples", "score"):
         table.add_column(column, justify="left" if column == "class" else "right")
     for name, found in score["per_class"].items():
-        table.add_row(_escape(str(name)), str(found["support"]), f"{found['score']:.4f}")
+        table.add_row(escape(str(name)), str(found["support"]), f"{found['score']:.4f}")
     console.print(table)
 
 
@@ -1002,12 +1008,6 @@ def _show_ablation(analysis: dict) -> None:
 
 def _mb(size: int) -> str:
     return f"{size / 1e6:.2f} MB"
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _write_json(path: Path | None, data: Any) -> None:
