@@ -186,6 +186,22 @@ def test_a_half_precision_model_says_so(packed, tmp_path):
     assert loaded.dtype == torch.bfloat16 and torch.equal(loaded(**TEXT).logits, model(**TEXT).logits)
 
 
+@pytest.mark.parametrize("quantized", [None, "int8", "float8_e4m3fn"])
+def test_half_and_float_cast_what_a_dense_model_casts(packed, tmp_path, quantized):
+    model, _ = packed
+    if quantized:
+        sp.quantize_(model, dtype=getattr(torch, quantized))
+    model.save_pretrained(tmp_path / "saved")
+    for cast in (model, load(tmp_path / "saved")):
+        expected = cast(**TEXT).logits
+        assert cast.half().dtype == torch.float16 and cast(**TEXT).logits.dtype == torch.float16
+        assert {layer.values.dtype for layer in sparse_layers(cast)} == {getattr(torch, quantized or "float16")}
+        cast.save_pretrained(tmp_path / "half")
+        assert torch.equal(load(tmp_path / "half", dtype="auto")(**TEXT).logits, cast(**TEXT).logits)
+        assert cast.float().dtype == torch.float32
+        torch.testing.assert_close(cast(**TEXT).logits, expected, atol=0.01, rtol=0.01)
+
+
 @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "disk"])
 def test_device_map(packed, tmp_path, device_map):
     pytest.importorskip("accelerate")

@@ -171,6 +171,26 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
     assert data.load_sentiment(path) == [TextExample("好", "1")]
 
 
+@pytest.mark.parametrize(
+    ("suffix", "text"),
+    [
+        (".tsv", "text\tlabel\r好\t1\r坏\t0\r"),
+        (".csv", "text,label\r好,1\r坏,0\r"),
+        (".jsonl", '{"text": "好", "label": 1}\r{"text": "坏", "label": 0}\r'),
+    ],
+)
+def test_lines_that_end_in_carriage_returns_are_read(tmp_path, suffix, text):
+    path = tmp_path / f"old{suffix}"
+    path.write_bytes(text.encode())
+    assert data.load_sentiment(path) == [TextExample("好", "1"), TextExample("坏", "0")]
+
+
+def test_sentences_whose_lines_end_in_carriage_returns_are_read(tmp_path):
+    path = tmp_path / "old.conll"
+    path.write_bytes("中\tB-LOC\r国\tI-LOC\r\r好\tO\r".encode())
+    assert data.load_ner(path) == [TagExample(("中", "国"), ("B-LOC", "I-LOC")), TagExample(("好",), ("O",))]
+
+
 def test_csv_is_what_the_csv_module_writes(tmp_path):
     buffer = io.StringIO()
     csv.writer(buffer).writerows([("text", "label"), ('他说"好",', "1")])

@@ -133,6 +133,7 @@ class SparsePruneQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
+        model.is_quantized = False  # transformers would refuse half(), float() and training; a sparse model takes them
         awaited, self.awaited = self.awaited, []
         _read(awaited)
         if self.only_awaited:
@@ -169,11 +170,6 @@ class SparsePruneQuantizer(HfQuantizer):
         return True
 
     @property
-    def is_qat_trainable(self) -> bool:
-        """The Trainer asks this before it trains anything but adapters."""
-        return True
-
-    @property
     def is_compileable(self) -> bool:
         """torch.compile takes a packed model whole."""
         return True
@@ -203,7 +199,7 @@ def mark_packed(model: nn.Module) -> None:
     marked: Any = model  # with attributes that transformers looks for and declares nowhere
     marked.hf_quantizer = SparsePruneQuantizer(config)
     marked.config.quantization_config = config
-    marked.is_quantized, marked.quantization_method = True, METHOD
+    marked.quantization_method = METHOD
     _share(model)
 
 

@@ -165,8 +165,10 @@ def _read_text(path: Path) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """Split at line feeds only: str.splitlines would also split at characters that texts may carry, such as U+2028."""
-    return [line.removesuffix("\r") for line in text.split("\n")]
+    """Split at line feeds, or at carriage returns where there is none: str.splitlines would also split at characters that texts may
+    carry, such as U+2028.
+    """
+    return [line.removesuffix("\r") for line in text.split("\n" if "\n" in text else "\r")]
 
 
 def _columns(path: Path, header: Sequence[str], line: int) -> tuple[int, int]:
