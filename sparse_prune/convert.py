@@ -45,7 +45,7 @@ class BlockSparseConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocksize", check_blocksize(self.blocksize))
         check_density(self.density)
-        check_density(self.max_density)
+        check_density(self.max_density, "max_density")
         if self.tokens is not None and not (isinstance(self.tokens, int) and self.tokens > 0):
             raise SparsePruneError(
                 "tokens", "a positive integer or None", repr(self.tokens), "give batch size x length"

@@ -48,14 +48,14 @@ def check_blocksize(blocksize: Sequence[int], shape: Sequence[int] | None = None
     return block_rows, block_cols
 
 
-def check_density(density: float) -> float:
-    """Return density as a float; raises SparsePruneError unless 0 < density <= 1."""
+def check_density(density: float, argument: str = "density") -> float:
+    """Return density as a float; raises SparsePruneError, which names the argument, unless 0 < density <= 1."""
     try:
         value = float(density)
     except (TypeError, ValueError):
         value = math.nan
     if not 0.0 < value <= 1.0:
-        raise SparsePruneError("density", "a kept fraction in (0, 1]", density, "pass for example 0.2 to keep a fifth")
+        raise SparsePruneError(argument, "a kept fraction in (0, 1]", density, "pass for example 0.2 to keep a fifth")
     return value
 
 

@@ -125,7 +125,15 @@ def test_masks_for_a_module_that_is_not_there():
         sp.sparsify_(nn.Sequential(nn.Linear(64, 64)), masks={"9": torch.ones(2, 2, dtype=torch.bool)})
 
 
-@pytest.mark.parametrize(("change", "message"), [({"density": 0}, "density"), ({"blocksize": (0, 1)}, "blocksize")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"density": 0}, "density"),
+        ({"max_density": 2}, "max_density"),
+        ({"tokens": 0}, "tokens"),
+        ({"blocksize": (0, 1)}, "blocksize"),
+    ],
+)
 def test_bad_config(change, message):
-    with pytest.raises(sp.SparsePruneError, match=f"{message}: expected"):
+    with pytest.raises(sp.SparsePruneError, match=f"^{message}: expected"):
         sp.BlockSparseConfig(**change)
