@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -85,9 +85,7 @@ class SparsifyResult:
     @property
     def density(self) -> float:
         """Kept elements over all elements of the converted layers; 1.0 if there are none."""
-        rows = [row for row in self.layers if not row.reason]
-        total = sum(row.shape[0] * row.shape[1] for row in rows)
-        return sum(row.density * row.shape[0] * row.shape[1] for row in rows) / total if total else 1.0
+        return _density([row for row in self.layers if not row.reason])
 
     def __str__(self) -> str:
         width = max((len(row.name) for row in self.layers), default=4)
@@ -133,8 +131,7 @@ class QuantizeResult:
     @property
     def density(self) -> float:
         """Kept elements over all elements of the layers."""
-        total = sum(row.shape[0] * row.shape[1] for row in self.layers)
-        return sum(row.density * row.shape[0] * row.shape[1] for row in self.layers) / total
+        return _density(self.layers)
 
     def __str__(self) -> str:
         width = max((len(row.name) for row in self.layers), default=4)
@@ -146,6 +143,11 @@ class QuantizeResult:
         kind = dtype_name(self.dtype)
         lines.append(f"{len(self.converted)} of {len(self.layers)} sparse layers are {kind}")
         return "\n".join(lines)
+
+
+def _density(rows: Sequence[LayerReport] | Sequence[QuantizedLayer]) -> float:
+    total = sum(math.prod(row.shape) for row in rows)
+    return sum(row.density * math.prod(row.shape) for row in rows) / total if total else 1.0
 
 
 def quantize_(
@@ -232,26 +234,12 @@ def sparsify_(
     for name, linear in linears.items():
         shape = matrix_shape(linear)
         reason, mask = _why_dense(model, name, linear, shared, filter_fn), None
-        if not reason and masks is not None and name not in masks:
-            reason = "no mask given for it"
-        if not reason and masks is None:
-            reason = _unfit(shape, config)
         if not reason:
-            mask = (
-                masks[name]
-                if masks is not None
-                else block_mask(as_matrix(linear, linear.weight), config.blocksize, config.density, config.criterion)
-            )
+            mask, reason = _mask_of(name, linear, config, masks)
         density = 1.0 if mask is None else element_density(mask, config.blocksize, shape)
-        if not reason and density > config.max_density:
-            reason = f"density {density:.3f} is above max_density {config.max_density}"
-        if not reason and mask is not None and config.tokens is not None:
-            reason = _slower(linear.weight, mask, config, config.tokens)
-        dense_bytes = linear.weight.numel() * linear.weight.element_size()
-        packed_bytes = dense_bytes
+        packed_bytes = dense_bytes = linear.weight.nbytes
         if not reason and mask is not None:
-            layer = SparseLinear.from_dense(linear, mask, config.blocksize)
-            new[linear] = layer
+            new[linear] = layer = SparseLinear.from_dense(linear, mask, config.blocksize)
             packed_bytes = layer.packed.nbytes
         rows.append(LayerReport(name, shape, config.blocksize, density, dense_bytes, packed_bytes, reason))
     if rows and all(row.reason.startswith(UNFIT) for row in rows):
@@ -308,6 +296,26 @@ def _why_dense(model, name, linear, shared, filter_fn) -> str:
     return ""
 
 
+def _mask_of(
+    name: str, linear: nn.Linear, config: BlockSparseConfig, masks: Mapping[str, Tensor] | None
+) -> tuple[Tensor | None, str]:
+    """The mask of a layer that may change, if it has one, and why it stays dense all the same, or ""."""
+    shape = matrix_shape(linear)
+    if masks is not None:
+        if name not in masks:
+            return None, "no mask given for it"
+        mask = masks[name]
+    else:
+        reason = _unfit(shape, config)
+        if reason:
+            return None, reason
+        mask = block_mask(as_matrix(linear, linear.weight), config.blocksize, config.density, config.criterion)
+    density = element_density(mask, config.blocksize, shape)
+    if density > config.max_density:
+        return mask, f"density {density:.3f} is above max_density {config.max_density}"
+    return mask, _slower(linear, mask, config)
+
+
 UNFIT = "blocks of"
 
 
@@ -322,9 +330,11 @@ def _unfit(shape: tuple[int, int], config: BlockSparseConfig) -> str:
     return ""
 
 
-def _slower(weight: Tensor, mask: Tensor, config: BlockSparseConfig, tokens: int) -> str:
-    """Why the planner would run this weight dense at M = tokens, with its numbers; "" where sparse wins or nothing is known."""
-    density = mask.float().mean().item()
-    plan = planner.plan(weight.device, weight.dtype, config.blocksize, density, tuple(weight.shape))
-    choice = None if plan is None else plan.at(tokens)
+def _slower(linear: nn.Linear, mask: Tensor, config: BlockSparseConfig) -> str:
+    """Why the planner would run it dense at M = config.tokens, with its numbers; "" where sparse wins or nothing is known."""
+    if config.tokens is None:
+        return ""
+    weight, density = linear.weight, mask.float().mean().item()
+    plan = planner.plan(weight.device, weight.dtype, config.blocksize, density, matrix_shape(linear))
+    choice = None if plan is None else plan.at(config.tokens)
     return choice.reason if choice is not None and choice.dense else ""
