@@ -32,8 +32,7 @@ from ..integrations.trainer import (
     history,
     seconds_spent,
 )
-from ..linears import linear_modules, matrix_shape
-from ..masks import check_blocksize, element_density
+from ..masks import check_blocksize
 from ..pruner import PruneConfig, Pruner
 from ..serialization import MASKS_NAME, WEIGHTS_NAME, atomic_dir, read_json, save_masks, save_packed, write_json
 from .analysis import analyse, full_batch, measure_latency
@@ -288,7 +287,7 @@ def prune(args: PruneArgs, report: Report | None = None) -> dict:
                 sparse_score.name: sparse_score.value,
                 "latency_ms": latency[0]["sparse_ms"],
                 "bytes": sizes["packed_file"],
-                "density": overall_density(model, masks, args.block),
+                "density": pruned.density,
             },
             "seconds": {"train": _seconds(before), "prune": pruned.seconds},
         }
@@ -325,6 +324,7 @@ class Pruned:
     model: PreTrainedModel
     tokenizer: Any
     masks: dict[str, torch.Tensor]
+    density: float
     history: list[dict]
     curve: list[dict]
     seconds: float
@@ -359,11 +359,11 @@ def fit_pruned(args: PruneArgs, parts: dict[str, list[Example]], mark: str, repo
     fitted = _fit("prune", args, recipe, model, tokenizer, parts, mark, report, teacher=teacher)
     assert fitted.pruner is not None
     fitted.pruner.apply_()
-    masks = {name: mask.cpu() for name, mask in fitted.pruner.masks.items()}
+    masks, density = {name: mask.cpu() for name, mask in fitted.pruner.masks.items()}, fitted.pruner.density()
     model.cpu().eval()
     teacher.cpu()
     length = max_length_of(model, tokenizer, args.max_length)
-    return Pruned(teacher, model, tokenizer, masks, fitted.history, fitted.curve, fitted.seconds, length)
+    return Pruned(teacher, model, tokenizer, masks, density, fitted.history, fitted.curve, fitted.seconds, length)
 
 
 @quiet()
@@ -386,14 +386,6 @@ def evaluate(model_dir: Path, task: str, file: Path | None = None, max_length: i
         "examples": len(examples),
         "seconds": time.perf_counter() - started,
     }
-
-
-def overall_density(model: nn.Module, masks: dict[str, torch.Tensor], blocksize: tuple[int, int]) -> float:
-    """Kept elements over all elements of the masked layers."""
-    linears = linear_modules(model)
-    sizes = {name: matrix_shape(linears[name]) for name in masks}
-    kept = sum(element_density(mask, blocksize, sizes[name]) * math.prod(sizes[name]) for name, mask in masks.items())
-    return kept / sum(map(math.prod, sizes.values()))
 
 
 @dataclass(frozen=True)
