@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import SparsePruneError
 
-IGNORED_LABEL = -100
+IGNORED_LABEL = -100  # of a token that no loss counts, as in torch and transformers
 
 
 @dataclass(frozen=True)

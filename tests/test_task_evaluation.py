@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
+from sparse_prune.distill import IGNORED_LABEL
 from sparse_prune.tasks.data import TagExample, TextExample, bio_problem
-from sparse_prune.tasks.encoding import IGNORED, Collator, LengthBatches, cut_windows, encode
+from sparse_prune.tasks.encoding import Collator, LengthBatches, cut_windows, encode
 from sparse_prune.tasks.evaluation import allowed_transitions, decode_bio, score, score_entities
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
@@ -36,11 +37,14 @@ def test_batches_hold_every_row_once_and_follow_from_seed_and_epoch():
 
 
 def test_padding_is_masked_and_ignored():
-    rows = [{"input_ids": [2, 9, 3], "labels": [IGNORED, 1, IGNORED]}, {"input_ids": [2], "labels": [IGNORED]}]
+    rows = [
+        {"input_ids": [2, 9, 3], "labels": [IGNORED_LABEL, 1, IGNORED_LABEL]},
+        {"input_ids": [2], "labels": [IGNORED_LABEL]},
+    ]
     batch = Collator(0)(rows)
     assert batch["input_ids"].tolist() == [[2, 9, 3], [2, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORED, 1, IGNORED], [IGNORED] * 3]
+    assert batch["labels"].tolist() == [[IGNORED_LABEL, 1, IGNORED_LABEL], [IGNORED_LABEL] * 3]
 
 
 def test_words_of_several_pieces_are_labelled_on_the_first():
@@ -48,7 +52,7 @@ def test_words_of_several_pieces_are_labelled_on_the_first():
 
     tokenizer = train_tokenizer(["abc 中国"], min_count=1)
     data = encode(tokenizer, [TagExample(("abc", " ", "中国"), ("B-PER", "O", "B-LOC"))], TAGS, 32)
-    assert data.rows[0]["labels"] == [IGNORED, 1, IGNORED, IGNORED, 3, IGNORED, IGNORED]
+    assert data.rows[0]["labels"] == [IGNORED_LABEL, 1, IGNORED_LABEL, IGNORED_LABEL, 3, IGNORED_LABEL, IGNORED_LABEL]
     assert data.places == [[0, 2]]  # the tokenizer drops the white space
 
 

@@ -15,7 +15,6 @@ from ..distill import DistillConfig, distillation_loss, hidden_loss
 from ..pruner import Pruner
 
 PRUNER_STATE_NAME = "pruner.pt"
-IGNORED = -100
 
 
 class PruningCallback(TrainerCallback):
@@ -135,10 +134,10 @@ class DistillationTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             taught = self.teacher(**seen, output_hidden_states=hidden)
         labels = inputs["labels"]
-        mask = labels != IGNORED if labels.dim() == 2 else None
+        of_tokens = labels if labels.dim() == 2 else None
         loss = (1 - weights.logits_weight) * outputs.loss
         if weights.logits_weight:
-            soft = distillation_loss(outputs.logits.float(), taught.logits.float(), weights.temperature, mask)
+            soft = distillation_loss(outputs.logits, taught.logits, weights.temperature, labels=of_tokens)
             loss = loss + weights.logits_weight * soft
         if hidden:
             apart = hidden_loss(outputs.hidden_states, taught.hidden_states, inputs["attention_mask"])

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..distill import IGNORED_LABEL
 from .data import Example, TagExample, by_kind
 
-IGNORED = -100  # the label that the loss skips
 SENTENCE_ENDS, PAUSES = frozenset("。！？；!?;"), frozenset("，、：,:)）》」”")
 
 
@@ -19,8 +19,8 @@ SENTENCE_ENDS, PAUSES = frozenset("。！？；!?;"), frozenset("，、：,:)）
 class EncodedSet(torch.utils.data.Dataset):
     """Tokenized examples.
 
-    rows     one dict a window: input_ids (list of int), labels (int for a text, list of int for a sentence, IGNORED where nothing
-             is predicted)
+    rows     one dict a window: input_ids (list of int), labels (int for a text, list of int for a sentence, IGNORED_LABEL where
+             nothing is predicted)
     sources  for each window, the index of its example
     places   for each window of a sentence, the index of the token that each labelled position stands for; a token that the
              tokenizer drops (white space, a control character) has none
@@ -67,7 +67,7 @@ def encode(tokenizer, examples: Sequence[Example], labels: Sequence[str], max_le
         row, places, previous = [], [], None
         for word in batch.word_ids(i):
             if word is None or word == previous:
-                row.append(IGNORED)
+                row.append(IGNORED_LABEL)
             else:
                 row.append(index[window_tags[word]])
                 places.append(starts[i] + word)
@@ -122,7 +122,7 @@ class Collator:
         sizes = torch.tensor([len(row["input_ids"]) for row in rows])
         mask = (torch.arange(length)[None, :] < sizes[:, None]).long()
         whole = isinstance(rows[0]["labels"], int)
-        labels = torch.tensor([row["labels"] for row in rows]) if whole else padded("labels", IGNORED)
+        labels = torch.tensor([row["labels"] for row in rows]) if whole else padded("labels", IGNORED_LABEL)
         return {"input_ids": padded("input_ids", self.pad_token_id), "attention_mask": mask, "labels": labels}
 
 

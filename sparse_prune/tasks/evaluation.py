@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from ..distill import IGNORED_LABEL
 from .data import Example, TagExample, TextExample, bio_problem, by_kind
-from .encoding import IGNORED, Collator, EncodedSet, LengthBatches, encode
+from .encoding import Collator, EncodedSet, LengthBatches, encode
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def predict_rows(
                 for i, label in zip(indices, logits.argmax(-1).tolist(), strict=True):
                     results[i] = label
                 continue
-            rows = [row[wanted != IGNORED] for row, wanted in zip(logits, batch["labels"], strict=True)]
+            rows = [row[wanted != IGNORED_LABEL] for row, wanted in zip(logits, batch["labels"], strict=True)]
             for i, best in zip(indices, decode_bio(rows, allowed), strict=True):
                 results[i] = best
     model.train(training)
