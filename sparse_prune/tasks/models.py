@@ -32,6 +32,10 @@ from .data import Example, TagExample, by_kind, check_task
 Model = TypeVar("Model", bound=nn.Module)
 GARLIC = "garlic"
 AUTO_MODELS = {"sentiment": AutoModelForSequenceClassification, "ner": AutoModelForTokenClassification}
+HEADS = {
+    "sentiment": "ForSequenceClassification",
+    "ner": "ForTokenClassification",
+}  # how the names of their classes end
 
 
 def labels_of(examples: Sequence[Example]) -> list[str]:
@@ -73,10 +77,8 @@ def load_model(name: str | Path, task: str, labels: Sequence[str] | None = None)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         config = AutoConfig.from_pretrained(source)
-        heads = config.architectures or []
-        trained = any(head.endswith(auto_suffix(task)) for head in heads)
-        if labels is None and not trained:
-            got = ", ".join(heads) or "no architecture in its config"
+        if labels is None and task_of(config.architectures) != task:
+            got = ", ".join(config.architectures or ()) or "no architecture in its config"
             raise SparsePruneError(
                 source, f"a model trained for {task}", got, "train it first with `sparse-prune train`"
             )
@@ -127,11 +129,10 @@ def load_encoder(name: str | Path) -> nn.Module:
     if source == GARLIC:
         return AutoModel.from_config(GarlicConfig()).eval()
     check_model_dir(source)
-    heads = read_json(Path(source, "config.json")).get("architectures") or ()
-    tasks = [task for task in AUTO_MODELS if any(head.endswith(auto_suffix(task)) for head in heads)]
-    if tasks and is_packed(source):
-        return load_model(source, tasks[0])[0].base_model.eval()
-    auto = AUTO_MODELS[tasks[0]] if tasks else AutoModel
+    task = task_of(read_json(Path(source, "config.json")).get("architectures"))
+    if task is not None and is_packed(source):
+        return load_model(source, task)[0].base_model.eval()
+    auto = AutoModel if task is None else AUTO_MODELS[task]
     try:
         return check_finite(source, auto.from_pretrained(source, dtype=torch.float32).base_model.eval())
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -148,9 +149,10 @@ def check_model_dir(path: str | Path) -> None:
         raise SparsePruneError(str(path), "a model directory", got, "pass what `sparse-prune train` wrote")
 
 
-def auto_suffix(task: str) -> str:
-    """How the class names of the task's heads end."""
-    return {"sentiment": "ForSequenceClassification", "ner": "ForTokenClassification"}[task]
+def task_of(architectures: Sequence[str] | None) -> str | None:
+    """The task that a model was trained for, by what its config says of its class; None for another head or none."""
+    names = architectures or ()
+    return next((task for task, head in HEADS.items() if any(name.endswith(head) for name in names)), None)
 
 
 def encoder_filter(model: nn.Module) -> Callable[[str, nn.Module], bool]:

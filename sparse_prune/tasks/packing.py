@@ -16,7 +16,7 @@ from ..linears import linear_modules, matrix_shape
 from ..masks import element_density, suggest_blocksize
 from ..serialization import MASKS_NAME, WEIGHTS_NAME, atomic_dir, is_packed, load_masks, read_json, save_packed
 from .data import TASKS
-from .models import auto_suffix, encoder_filter, load_model, quiet
+from .models import check_model_dir, encoder_filter, load_model, quiet, task_of
 from .store import check_out, record
 
 
@@ -59,7 +59,7 @@ def pack(
     if packed and dtype is None:
         raise SparsePruneError(str(source), "a dense, pruned model", "a packed one", "use it as it is")
     check_out(out, source)
-    model, tokenizer = load_model(source, task_of(source))
+    model, tokenizer = load_model(source, _task_of(source))
     layers = None if packed else _sparsified(model, source, blocksize)
     rounded = None if dtype is None else quantize_(model, dtype=dtype, weight_only=weight_only)
     with atomic_dir(out) as temporary:
@@ -111,16 +111,14 @@ def _common_blocksize(model: nn.Module, inside: Callable[[str, nn.Module], bool]
     return found.most_common(1)[0][0] if found else (32, 32)
 
 
-def task_of(model_dir: Path) -> str:
-    """The task that a model directory was trained for, by the architecture in its config."""
-    path = Path(model_dir, "config.json")
-    if not path.is_file():
+def _task_of(model_dir: Path) -> str:
+    check_model_dir(model_dir)
+    path = model_dir / "config.json"
+    architectures = read_json(path).get("architectures")
+    task = task_of(architectures)
+    if task is None:
+        got = ", ".join(architectures or ()) or "no architecture"
         raise SparsePruneError(
-            str(model_dir), "a model directory", "no config.json", "pass what `sparse-prune prune` wrote"
+            str(path), f"a model for {' or '.join(TASKS)}", got, "train it with `sparse-prune train`"
         )
-    heads = read_json(path).get("architectures") or []
-    for task in TASKS:
-        if any(head.endswith(auto_suffix(task)) for head in heads):
-            return task
-    got = ", ".join(heads) or "no architecture"
-    raise SparsePruneError(str(path), f"a model for {' or '.join(TASKS)}", got, "train it with `sparse-prune train`")
+    return task
