@@ -47,6 +47,11 @@ QUANTIZED_ERROR = {"int8": 0.03, "w8a16": 0.03, "e4m3": 0.08}
 DENSE = ("dense", "dense_prepacked")  # what a ratio to dense takes the faster of
 
 
+def short(dtype: str) -> str:
+    """A dtype as tables have room for it: "bfloat16" is bf16, "float32" fp32, others what they are."""
+    return dtype.replace("bfloat", "bf").replace("float", "fp")
+
+
 def machine() -> dict[str, str | int]:
     """CPU model, best instruction set, threads, and the versions that a number depends on."""
     isa = backends.cpu_isas()[0] if backends.cpu_isas() else "none (plain PyTorch)"

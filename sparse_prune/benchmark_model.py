@@ -24,15 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from . import peers as peers_
-from .benchmark import DTYPES, check_block_fits, check_seconds, machine, require_onnx, thread_count
+from .benchmark import DTYPES, check_block_fits, check_seconds, machine, require_onnx, short, thread_count
 from .convert import BlockSparseConfig, sparsify_, swap_modules
 from .criteria import block_mask
 from .errors import SparsePruneError
 from .fuse import KINDS, fuse_encoder_, unfuse_encoder_
 from .layers import SparseLinear
 from .masks import expand_mask
-
-SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def prune_by_magnitude_(model: nn.Module, density: float, blocksize: tuple[int, int], inside) -> dict[str, Tensor]:
@@ -326,7 +324,7 @@ def _peer_candidates(opened, peers, files, arguments, dtypes, threads, row) -> I
                     peer.load(file, inputs, dtype, threads)
                     peer.run()
                 except peers_.PeerError as error:
-                    row["failed"][f"{name} {SHORT[dtype]}"] = str(error)
+                    row["failed"][f"{name} {short(dtype)}"] = str(error)
                     continue
                 row["versions"][runtime] = peer.version
                 yield _PeerCandidate(name, dtype, source, peer)
@@ -348,5 +346,5 @@ def _checked(candidates, exact: Mapping[str, Tensor], failed: dict[str, str]) ->
             continue
         if candidate.ours:
             raise ArithmeticError(f"{name} in {dtype}: error {errors[name, dtype]:.1e}, more than {allowed:.1e}")
-        failed[f"{name} {SHORT[dtype]}"] = f"wrong: error {errors.pop((name, dtype)):.1e}"
+        failed[f"{name} {short(dtype)}"] = f"wrong: error {errors.pop((name, dtype)):.1e}"
     return errors

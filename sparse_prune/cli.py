@@ -34,7 +34,6 @@ bench_app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 
 console = Console(stderr=False)
-SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int8": "int8", "w8a16": "w8a16", "e4m3": "e4m3"}
 
 Task = Annotated[str, typer.Option("--task", help="sentiment or ner")]
 TrainFile = Annotated[
@@ -492,6 +491,8 @@ def tune(
 
 def _show_planned(table: Any) -> None:
     """The break-even densities of a planner's table."""
+    from .benchmark import short
+
     shown = Table(title="density from which dense is faster (768 to 3072)", title_justify="left")
     for column in ("isa", "dtype", "block", *(f"M={m}" for m in sorted({row.tokens for row in table.rows}))):
         shown.add_column(column, justify="right", no_wrap=True)
@@ -503,13 +504,14 @@ def _show_planned(table: Any) -> None:
             lines.setdefault((name, row.dtype, row.blocksize), {})[row.tokens] = row.break_even
     for (name, kind, block), found in lines.items():
         cells = [f"{found[m]:.2f}" if m in found else "" for m in sorted({row.tokens for row in table.rows})]
-        shown.add_row(name, SHORT[kind], "x".join(map(str, block)), *cells)
+        shown.add_row(name, short(kind), "x".join(map(str, block)), *cells)
     console.print(shown)
 
 
 def _tune_gpu(out: Path | None, quick: bool, dtypes: list[str], seconds: float, json_file: Path | None) -> None:
     """The tilings first, for the table that chooses between kernels is measured with them."""
     from . import backends, gpu_bench, gpu_tuning, planner, tiles
+    from .benchmark import short
 
     gpu_bench.require_gpu("tune")
     path = out or tiles.cache_file(backends.gpu_name())
@@ -523,7 +525,7 @@ def _tune_gpu(out: Path | None, quick: bool, dtypes: list[str], seconds: float, 
     for column in ("dtype", "block", *(f"M={m}" for m in tokens)):
         shown.add_column(column, justify="right", no_wrap=True)
     for kind, block, found in gpu_tuning.gains(rows):
-        shown.add_row(SHORT[kind], block, *(f"{found[m]:.2f}" if m in found else "" for m in tokens))
+        shown.add_row(short(kind), block, *(f"{found[m]:.2f}" if m in found else "" for m in tokens))
     console.print(shown)
     _show_planned(table)
     _say("tilings", path)
@@ -561,6 +563,7 @@ def bench_linear(
     Rows are kept as they are finished: the same command after Ctrl-C goes on, and measures again after a rebuild.
     """
     from . import benchmark
+    from .benchmark import short
 
     if grid not in benchmark.GRIDS:
         raise SparsePruneError("--grid", f"one of {', '.join(benchmark.GRIDS)}", grid, "or give the axes one by one")
@@ -575,13 +578,13 @@ def bench_linear(
 
         def on_row(row: dict) -> None:
             measured.append(row)
-            text = f"{SHORT[row['dtype']]} M={row['M']} density {row['density']:.2f}: {row['speedup']:.2f}x"
+            text = f"{short(row['dtype'])} M={row['M']} density {row['density']:.2f}: {row['speedup']:.2f}x"
             report("bench", len(measured), len(problems), text)
 
         with benchmark.engines(peers) as found:
             rows = benchmark.bench_linear(problems, seconds, keep, on_row, found)
     for (k, n, r, c, name, count), group in _grouped(
-        rows, lambda row: (row["K"], row["N"], *row["blocksize"], SHORT[row["dtype"]], row["threads"])
+        rows, lambda row: (row["K"], row["N"], *row["blocksize"], short(row["dtype"]), row["threads"])
     ):
         console.print(_linear_table(f"{k}->{n}, {r}x{c} blocks, {name}, {count} thread(s)", group))
     console.print(
@@ -592,7 +595,7 @@ def bench_linear(
     )
     _show_machine(rows)
     for name, limit in {(row["dtype"], row["threads"]): row["limits"] for row in rows if "limits" in row}.items():
-        text = f"{SHORT[name[0]]}, {name[1]} thread(s): {limit['gflops']:.0f} GFLOP/s ({limit['peak']}), "
+        text = f"{short(name[0])}, {name[1]} thread(s): {limit['gflops']:.0f} GFLOP/s ({limit['peak']}), "
         text += (
             f"{limit['cached_gbytes_per_s']:.0f} GB/s from cache, {limit['memory_gbytes_per_s']:.0f} GB/s from memory"
         )
@@ -723,6 +726,7 @@ def bench_gpu(
     where a kernel of ours was wrong. `make gpu` runs the GPU tests before it.
     """
     from . import gpu_bench
+    from .benchmark import short
 
     gpu_bench.require_gpu()
     machine = gpu_bench.about()
@@ -740,7 +744,7 @@ def bench_gpu(
 
         rows = gpu_bench.bench_gpu(wanted, gpu_bench.GraphTimer(seconds), machine, keep=keep, on_row=on_row)
     for (k, n, r, c, name), group in _grouped(
-        rows, lambda row: (row["K"], row["N"], *row["blocksize"], SHORT[row["dtype"]])
+        rows, lambda row: (row["K"], row["N"], *row["blocksize"], short(row["dtype"]))
     ):
         console.print(_gpu_table(f"{k}->{n}, {r}x{c} blocks, {name}", group))
     console.print(
@@ -801,6 +805,7 @@ def bench_model(
     small as the sparse one: if it is accurate enough for you, you need no sparsity. Results are checked against float64 first.
     """
     from . import benchmark_model
+    from .benchmark import short
     from .peers import installed
     from .tasks.models import encoder_filter, load_encoder, quiet
 
@@ -843,7 +848,7 @@ def bench_model(
     for name, kind in dict.fromkeys(key for found in times for key in found):
         cells = [f"{found[name, kind]:.2f}" if (name, kind) in found else "-" for found in times]
         size = f"{sizes[name] / 1e6:.2f} M" if sizes[name] else ""
-        table.add_row(name, SHORT[kind], size, *cells)
+        table.add_row(name, short(kind), size, *cells)
     console.print(table)
     for reason in dict.fromkeys(f"{name}: {why}" for row in rows for name, why in row["failed"].items()):
         _say("failed", reason)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sparse_prune import SparsePruneError, cli, gpu_bench
+from sparse_prune import SparsePruneError, cli, gpu_bench, gpu_tuning, planner
 
 MACHINE = {"gpu": "NVIDIA Imagined 100-80GB", "torch": "2.x", "sparse_prune": "0"}
 TINY = {"shapes": ((64, 96),), "tokens": (1, 40), "densities": (0.25, 0.5), "blocksizes": ((16, 16), (32, 32))}
@@ -217,3 +218,27 @@ def test_the_whole_command_on_a_fake_gpu(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 1 and "wrong" in capsys.readouterr().out
+
+
+def test_tune_shows_products_and_gradients(tmp_path, monkeypatch, capsys):
+    row = {"dtype": "bfloat16", "blocksize": [32, 32], "M": 256, "us": 1.0, "arithmetic_us": 2.0}
+    of_kernel = planner.Row("sm_80", "bfloat16", (32, 32), 256, (3072, 768), "plain", (0.1, 1.0), (0.5, 2.0), "triton")
+
+    def tune(problems, out, *_):
+        out.write_text("{}")
+        return [row, row | {"us": 0.8, "gradient": True}]
+
+    def tune_kernels(out, *_):
+        out.write_text("{}")
+        return planner.Table(str(out), {}, (of_kernel,))
+
+    monkeypatch.setattr(gpu_bench, "require_gpu", lambda command: None)
+    monkeypatch.setattr(gpu_tuning, "tune", tune)
+    monkeypatch.setattr(gpu_tuning, "tune_kernels", tune_kernels)
+    monkeypatch.setattr("sys.argv", ["sparse-prune", "tune", "--device", "cuda", "--out", str(tmp_path / "t.json")])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0, shown
+    assert re.search(r"bf16\s.* 2\.00", shown) and re.search(r"bf16 gradient\s.* 2\.50", shown)
+    assert re.search(r"sm_80 triton\s.* bf16\s.* 0\.40", shown), "the break-even density"
