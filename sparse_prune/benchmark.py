@@ -327,17 +327,35 @@ def bench_linear(
     Raises SparsePruneError for seconds below 0, ArithmeticError if the result of any candidate is wrong.
     """
     check_seconds(seconds)
-    about, rows = machine() | {"engines": {engine.runtime: engine.version for engine in peers}}, []
-    kept = kept_rows(keep, about)
+    about = machine() | {"engines": {engine.runtime: engine.version for engine in peers}}
     roofs: dict[tuple, dict | None] = {}
+
+    def measure(problem: dict) -> dict:
+        roof = (problem["dtype"], problem["threads"])
+        by_kernel = backends.cpu_isas() and roof[0] not in ("w8a16", "e4m3")  # which plain PyTorch runs
+        if by_kernel and roof not in roofs:
+            roofs[roof] = limits(getattr(torch, roof[0]), roof[1])
+        return {"kind": "linear", **about, **problem, **_time_linear(problem, seconds, roofs.get(roof), peers)}
+
+    return each_row(problems, measure, keep, about, on_row)
+
+
+def each_row(
+    problems: Sequence[dict],
+    measure: Callable[[dict], dict],
+    keep: str | Path | None,
+    about: dict,
+    on_row: Callable[[dict], None] | None,
+) -> list[dict]:
+    """measure(problem) of each, or what the file `keep` has of it from the machine and versions that about names.
+
+    Rows are added to keep (None: nowhere) as they are finished; on_row is called with each.
+    """
+    kept, rows = {} if keep is None else _kept_rows(Path(keep), about), []
     for problem in problems:
         row = kept.get(json.dumps(problem))
         if row is None:
-            roof = (problem["dtype"], problem["threads"])
-            by_kernel = backends.cpu_isas() and roof[0] not in ("w8a16", "e4m3")  # which plain PyTorch runs
-            if by_kernel and roof not in roofs:
-                roofs[roof] = limits(getattr(torch, roof[0]), roof[1])
-            row = {"kind": "linear", **about, **problem, **_time_linear(problem, seconds, roofs.get(roof), peers)}
+            row = measure(problem)
             if keep is not None:
                 with open(keep, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"problem": problem, "row": row}) + "\n")
@@ -347,12 +365,8 @@ def bench_linear(
     return rows
 
 
-def kept_rows(path: str | Path | None, about: dict) -> dict[str, dict]:
-    """Rows in a file of bench_linear that this machine, with these versions and this build, measured."""
+def _kept_rows(path: Path, about: dict) -> dict[str, dict]:
     found: dict[str, dict] = {}
-    if path is None:
-        return found
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     for line in text.splitlines():

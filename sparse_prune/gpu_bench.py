@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import __version__, ops
-from .benchmark import DTYPES, kept_rows, linear_problems, random_mask
+from .benchmark import DTYPES, each_row, linear_problems, random_mask
 from .bsr import BsrWeight
 from .errors import SparsePruneError
 from .masks import expand_mask
@@ -148,10 +148,14 @@ def problems(
     blocksizes: Iterable[tuple[int, int]],
     dtypes: Iterable[str],
 ) -> list[dict]:
-    """Every combination of a grid such as GRID, as the fields that name a row; shapes are (K, N), tokens are M."""
+    """Every combination of a grid such as GRID, as the fields that name a row; shapes are (K, N), tokens are M.
+
+    Raises SparsePruneError as linear_problems, and for a quantized dtype.
+    """
     found = linear_problems(shapes, tokens, densities, blocksizes, dtypes, (1,))
-    if any(problem["dtype"] not in DTYPES for problem in found):
-        raise SparsePruneError("dtypes", f"names among {', '.join(DTYPES)}", "int8", "choose some of these")
+    unknown = next((problem["dtype"] for problem in found if problem["dtype"] not in DTYPES), None)
+    if unknown is not None:
+        raise SparsePruneError("dtypes", f"names among {', '.join(DTYPES)}", unknown, "choose some of these")
     return [{name: value for name, value in problem.items() if name != "threads"} for problem in found]
 
 
@@ -160,7 +164,7 @@ def bench_gpu(
     timer: Callable[[Candidates], tuple[dict[str, list[float]], dict[str, str]]],
     machine: dict[str, Any],
     keep: Path | None = None,
-    on_row: Callable[[dict], None] = lambda row: None,
+    on_row: Callable[[dict], None] | None = None,
     device: str = "cuda",
     ours: Sequence[str] = OURS,
 ) -> list[dict]:
@@ -171,17 +175,11 @@ def bench_gpu(
     dense-equivalent TFLOP/s and GB/s; "absent": what did not run and why; "wrong": results that were
     not right, which are not timed.
     """
-    kept, rows = kept_rows(keep, machine), []
-    for problem in rows_of:
-        row = kept.get(json.dumps(problem))
-        if row is None:
-            row = machine | problem | _measure(problem, timer, device, ours)
-            if keep is not None:
-                with keep.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"problem": problem, "row": row}) + "\n")
-        rows.append(row)
-        on_row(row)
-    return rows
+
+    def measure(problem: dict) -> dict:
+        return machine | problem | _measure(problem, timer, device, ours)
+
+    return each_row(rows_of, measure, keep, machine, on_row)
 
 
 @torch.no_grad()
