@@ -173,9 +173,11 @@ def _gated_activation(module: Any) -> str:
 
 
 def _key(linear: SparseLinear) -> object:
+    """Changes whenever a tensor of linear does, and with refresh_(), which makes a new Derived."""
     bias, scales = linear.bias, linear._buffers.get("scales")
     quantized = None if scales is None else values_key(scales)
     return (
+        linear._derived,
         values_key(linear.values),
         quantized,
         linear.weight_only,

@@ -249,7 +249,10 @@ class SparseLinear(nn.Module):
         return self._renew()
 
     def _renew(self) -> SparseLinear:
-        if self._derived.key is not None:
+        derived = self._derived.key is not None
+        if self.values.is_inference():  # no version tells whether they were written
+            self.refresh_()
+        if derived:
             self._current(self.values)
         return self
 
@@ -284,7 +287,7 @@ class SparseLinear(nn.Module):
         parameters, buffers = self._parameters, self._buffers
         same = (
             parameters["values"] is values
-            and values._version == version
+            and (version is None or values._version == version)
             and (steps == backends.optimizer_steps or not values.requires_grad)
             and parameters["bias"] is bias
             and buffers["crow_indices"] is crow_indices

@@ -376,7 +376,7 @@ class Ready(NamedTuple):
 
     number: int
     values: Tensor
-    version: int
+    version: int | None  # None for those made under inference_mode, which have none
     steps: int
     epoch: int
     crow_indices: Tensor
@@ -400,14 +400,14 @@ class _Owner:
 def make_ready(packed: BsrWeight, derived: Derived, bias: Tensor | None) -> Ready | None:
     """The layer with that weight, what was derived from it and a bias, or None where only the long way runs it."""
     values = packed.values
-    if derived.prepacked is None or not values.is_cpu or values.is_inference():
+    if derived.prepacked is None or not values.is_cpu:
         return None
     tensors = (packed.crow_indices, packed.col_indices)
     n, k = packed.shape
     with torch.no_grad():
         number = torch.ops.sparse_prune.cpu_ready(*tensors, values, derived.prepacked, packed.scales, bias, n, k)
     plan = derived.plan if derived.plan is not None and any(choice.dense for choice in derived.plan.choices) else None
-    seen = (values._version, backends.optimizer_steps, backends.epoch)
+    seen = (None if values.is_inference() else values._version, backends.optimizer_steps, backends.epoch)
     return Ready(number, values, *seen, *tensors, packed.scales, bias, plan, _Owner(number))
 
 

@@ -144,6 +144,10 @@ def test_copies_files_and_changed_weights(kind, tmp_path, fused_calls):
         assert set(model.state_dict()) == names
         for linear in (m for m in twin.modules() if isinstance(m, sp.SparseLinear)):
             linear.values.mul_(1.5)
+        twin(**inputs)
+        for linear in (m for m in twin.modules() if isinstance(m, sp.SparseLinear)):
+            linear.values.data.mul_(0.9)
+            linear.refresh_()
         changed = twin(**inputs).last_hidden_state
         assert torch.equal(model(**inputs).last_hidden_state, before), "a copy shares nothing"
         sp.unfuse_encoder_(twin)
@@ -154,6 +158,19 @@ def test_copies_files_and_changed_weights(kind, tmp_path, fused_calls):
         loaded = sp.load_packed(MAKERS[kind]().eval(), tmp_path / "model.safetensors")
         fused_calls.clear()
         assert torch.equal(loaded(**inputs).last_hidden_state, before) and fused_calls
+
+
+@needs_kernels
+def test_what_is_loaded_under_inference_mode_is_seen(fused_calls):
+    with torch.inference_mode():
+        model, inputs = made("bert"), tokens(2, 9, True)
+        before = model(**inputs).last_hidden_state
+        state = model.state_dict()
+        model.load_state_dict(state | {name: 1.5 * state[name] for name in state if name.endswith("value.values")})
+        fused = model(**inputs).last_hidden_state
+        assert fused_calls and not torch.allclose(fused, before, atol=1e-2)
+        sp.unfuse_encoder_(model)
+        torch.testing.assert_close(fused, model(**inputs).last_hidden_state)
 
 
 def test_what_is_not_fused_says_why():

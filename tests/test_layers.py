@@ -267,6 +267,24 @@ def test_calls_that_owe_no_gradient_go_past_autograd(short_calls):
     assert len(short_calls) == 3
 
 
+def test_a_layer_made_under_inference_mode_is_as_quick_and_loads_as_well(short_calls):
+    with torch.inference_mode():
+        _, layer, _ = make()
+        x = torch.randn(3, 64)
+        for _ in range(3):
+            torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert len(short_calls) == 3 and layer._derived.ready is not None
+        layer.load_state_dict({name: tensor.clone() for name, tensor in make()[1].state_dict().items()})
+        layer.load_state_dict(layer.state_dict() | {"values": layer.values * 3})
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+        layer.values.mul_(2)
+        layer.eval()
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert len(short_calls) == 5
+    layer.requires_grad_(False)
+    torch.testing.assert_close(layer(x.clone()), F.linear(x.clone(), layer.weight, layer.bias))
+
+
 @pytest.mark.parametrize("wants", ["x", "values", "bias", "residual"])
 def test_each_wish_for_a_gradient_is_met_after_short_calls(short_calls, wants):
     _, layer, _ = make()
