@@ -46,10 +46,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     """
     files = sorted(Path(__file__).parent.glob("_C_cpu*.so"))
     if not files:
-        return (
-            None,
-            "the C++ extension was not built (a C++20 compiler at install time, SPARSE_PRUNE_CPU=1 to see why it fails)",
-        )
+        how = "a C++20 compiler at install time, SPARSE_PRUNE_CPU=1 to see why it fails"
+        return None, f"the C++ extension was not built ({how})"
     try:
         torch.ops.load_library(str(files[0]))
         library = ctypes.CDLL(str(files[0]))
@@ -79,9 +77,8 @@ except ModuleNotFoundError:
 NO_KERNELS = "the package sparse_prune_kernels is not installed beside sparse_prune"
 _library, _reason = _load()
 _forced: list[str] = [os.environ.get("SPARSE_PRUNE_ISA", "")]
-epoch = (
-    0  # changes whenever another kernel may be chosen than before, so that what layers derived for one is made again
-)
+# Changes whenever another kernel may be chosen than before, so that what layers derived for one is made again.
+epoch = 0
 optimizer_steps = 0  # taken in this process
 
 
@@ -171,10 +168,8 @@ def _load_cuda() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the CUDA extension {files[0].name} does not load: {error}"
     missing = [name for name in _CUDA_OPERATORS if not hasattr(torch.ops.sparse_prune, name)]
     if missing:
-        return (
-            None,
-            f"the CUDA extension {files[0].name} is of another version (it has no {missing[0]}): build it again",
-        )
+        what = f"is of another version (it has no {missing[0]}): build it again"
+        return None, f"the CUDA extension {files[0].name} {what}"
 
     @torch.library.register_fake("sparse_prune::cuda_linear")
     def _(x, packed, nnzb, block_rows, block_cols, out_features, bias, activation, residual):

@@ -293,16 +293,8 @@ def linear_problems(
                 "grid", "positive sizes, M and thread counts", (k, n, m, thread), "leave it at the default"
             )
         check_block_fits(block, (n, k))
-        fields = {
-            "K": k,
-            "N": n,
-            "M": m,
-            "blocksize": list(block),
-            "density": density,
-            "dtype": dtype,
-            "threads": thread,
-        }
-        problems.append(fields)
+        fields = {"K": k, "N": n, "M": m, "blocksize": list(block), "density": density}
+        problems.append(fields | {"dtype": dtype, "threads": thread})
     return problems
 
 
@@ -384,13 +376,8 @@ def _kept_rows(path: Path, about: dict) -> dict[str, dict]:
 
 @torch.no_grad()
 def _time_linear(problem: dict, seconds: float, limit: dict | None, engines: Sequence[Peer]) -> dict:
-    k, n, m, blocksize, dtype = (
-        problem["K"],
-        problem["N"],
-        problem["M"],
-        problem["blocksize"],
-        LINEAR_DTYPES[problem["dtype"]],
-    )
+    k, n, m, blocksize = (problem[name] for name in ("K", "N", "M", "blocksize"))
+    dtype = LINEAR_DTYPES[problem["dtype"]]
     generator = torch.Generator().manual_seed(zlib.crc32(json.dumps(problem).encode()))
     mask = random_mask((n, k), blocksize, problem["density"], generator)
     x = torch.randn(m, k, generator=generator).to(dtype)

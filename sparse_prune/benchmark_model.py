@@ -63,9 +63,8 @@ def shrink_(model: nn.Module, density: float) -> None:
             # Rows of the feed-forward network use up what attention leaves, in whole vectors of 16.
             rows = max(16, round((density * total - 4 * kept * size * hidden) / (2 * hidden)) // 16 * 16)
             for linear in qkv:
-                _keep_outputs(
-                    linear, linear.out_features // (heads * size), kept * size
-                )  # 3 parts where one makes q, k and v
+                parts = linear.out_features // (heads * size)  # 3 where one makes q, k and v
+                _keep_outputs(linear, parts, kept * size)
             _keep_inputs(out, kept * size)
             _keep_outputs(ffn_in, 1, rows)
             _keep_inputs(ffn_out, rows)

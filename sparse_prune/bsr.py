@@ -384,9 +384,7 @@ def round_to(values: Tensor, dtype: torch.dtype) -> Tensor:
 def check_finite(values: Tensor, argument: str) -> None:
     """Raise SparsePruneError if values hold NaN or infinity."""
     values = values.detach()
-    if (
-        values.dtype == torch.float8_e4m3fn
-    ):  # it has no infinity, and PyTorch no sum of it; all bits set but the sign are NaN
+    if values.dtype == torch.float8_e4m3fn:  # without infinity, or a sum in PyTorch; all bits set but the sign are NaN
         values = torch.where(values.view(torch.uint8) & 0x7F == 0x7F, torch.nan, 0.0)
     # A sum that is finite has only finite terms; one that is not may have overflowed. Neither makes a copy as large as values, as
     # isfinite does: the least and the greatest are finite if all are.

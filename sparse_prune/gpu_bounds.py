@@ -87,25 +87,21 @@ def planner_rows(report: Callable[[int, int, str], None] = lambda done, of, text
         (m, k, n), key = problem, (capability, problem)
         if key not in dense:
             dense[key] = min(_dense(emulator, capability, *problem, *tiles)["bound"] for tiles in _fitting(problem))
-        bounds: dict[str, list[float]] = {
-            "triton": [],
-            "cuda": [],
-        }  # Triton's first: it wins a tie, for it needs no second copy
+        # Triton's first: it wins a tie, for it needs no second copy.
+        bounds: dict[str, list[float]] = {"triton": [], "cuda": []}
         for density in DENSITIES:
             packed = weight_of(problem, block, density)
             bounds["triton"].append(_triton(emulator, capability, m, packed)["bound"])
             bounds["cuda"].append(cuda_row(capability, m, packed)["bound"])
         for kernel, found in bounds.items():
-            row = {
+            row: dict[str, Any] = {
                 "isa": f"sm_{capability}",
                 "kernel": kernel,
                 "dtype": "bfloat16",
                 "block": list(block),
-                "M": m,
-                "weight": [k, n],
             }
-            ratio = [float(f"{bound / dense[key]:.3g}") for bound in found]
-            rows.append(row | {"dense": "plain", "ratio": ratio})
+            row |= {"M": m, "weight": [k, n], "dense": "plain"}
+            rows.append(row | {"ratio": [float(f"{bound / dense[key]:.3g}") for bound in found]})
         report(done, len(steps), f"{NAMES[capability]} M={m} {block[0]}x{block[1]}")
     return rows
 

@@ -248,12 +248,8 @@ def _read(awaited: Sequence[_Awaited]) -> None:
         for got, crow, col in zip(read, crows, cols, strict=True):
             got["crow_indices"], got["col_indices"] = torch.from_numpy(crow), torch.from_numpy(col)
     for it, got in zip(awaited, read, strict=True):
-        (n, k), blocksize, nnzb, quantized = (
-            it.entry.shape,
-            it.entry.blocksize,
-            it.entry.nnzb,
-            it.entry.dtype is not None,
-        )
+        (n, k), blocksize, nnzb = it.entry.shape, it.entry.blocksize, it.entry.nnzb
+        quantized = it.entry.dtype is not None
         values, bias, scales = got["values"], got.pop("bias", None), got.get("scales")
         it.entry.check_dtype(values, f"{it.name}.values")
         if values.shape[:1] != (nnzb,):

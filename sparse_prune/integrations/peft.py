@@ -23,9 +23,8 @@ class LoraSparseLinear(lora_layer.Linear):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Unsupported layer type"
-            )  # it has in_features and out_features: all that is asked
+            # It has in_features and out_features: all that is asked.
+            warnings.filterwarnings("ignore", "Unsupported layer type")
             super().__init__(*args, **options)
 
     def merge(self, *_: object, **__: object) -> NoReturn:

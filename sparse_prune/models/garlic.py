@@ -100,9 +100,8 @@ class GarlicAttention(nn.Module):
         )
         weights = None
         if explicit:
-            weights = torch.softmax(
-                (q * self.head_size**-0.5) @ k.transpose(-1, -2) + bias.to(q.dtype), -1
-            )  # [B, heads, T, T]
+            scores = (q * self.head_size**-0.5) @ k.transpose(-1, -2) + bias.to(q.dtype)  # [B, heads, T, T]
+            weights = torch.softmax(scores, -1)  # [B, heads, T, T]
             context = weights @ v  # [B, heads, T, d]
         else:
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
@@ -154,9 +153,8 @@ def local_bias(config: GarlicConfig) -> Tensor:
     """
     distance = torch.arange(-config.max_distance, config.max_distance + 1)
     before, after = 3.0 * (distance == -1), 3.0 * (distance == 1)
-    kinds = torch.stack(
-        (before, after, -0.25 * distance.abs(), torch.zeros(len(distance))), -1
-    )  # [2 max_distance + 1, 4]
+    near, any_ = -0.25 * distance.abs(), torch.zeros(len(distance))
+    kinds = torch.stack((before, after, near, any_), -1)  # [2 max_distance + 1, 4]
     return kinds.repeat(1, -(-config.num_attention_heads // 4))[:, : config.num_attention_heads]
 
 
@@ -281,10 +279,8 @@ class GarlicForSequenceClassification(GarlicPreTrainedModel):
         if attention_mask is None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         output = self.garlic(input_ids, attention_mask, **options)
-        hidden, mask = (
-            output.last_hidden_state,
-            attention_mask[..., None].to(output.last_hidden_state.dtype),
-        )  # [B, T, H], [B, T, 1]
+        hidden = output.last_hidden_state  # [B, T, H]
+        mask = attention_mask[..., None].to(hidden.dtype)  # [B, T, 1]
         mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)  # [B, H]
         highest = hidden.masked_fill(mask == 0, torch.finfo(hidden.dtype).min).amax(1)  # [B, H]
         logits = self.classifier(self.dropout(torch.cat((mean, highest), -1)))  # [B, num_labels]
