@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 
 #include "cpu/dispatch.h"
@@ -41,13 +42,12 @@ inline sp::DType dtype_of(const Tensor& t, const char* name) {
 
 inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> expected) {
   bool same = t.dim() == static_cast<int64_t>(expected.size());
-  std::string text;
   int64_t d = 0;
-  for (int64_t size : expected) {
-    same = same && t.size(d) == size;
-    text += (d++ ? ", " : "") + std::to_string(size);
-  }
-  STD_TORCH_CHECK(same, name, ": expected shape [", text, "], got ", shape_of(t));
+  for (int64_t size : expected) same = same && t.size(d++) == size;
+  if (same) return;  // no call pays for words that are not needed
+  std::string text;
+  for (int64_t size : expected) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  STD_TORCH_CHECK(false, name, ": expected shape [", text, "], got ", shape_of(t));
 }
 
 inline void check_matrix(const Tensor& t, const char* name) {
@@ -58,6 +58,16 @@ inline void check_like(const Tensor& t, const char* name, const Tensor& other, c
   STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor, got one on another device");
   STD_TORCH_CHECK(t.scalar_type() == other.scalar_type(), name, ": expected dtype ", torch::headeronly::toString(other.scalar_type()),
                   " like ", other_name, ", got ", torch::headeronly::toString(t.scalar_type()));
+}
+
+// Where an operand that may be left out lies, null without one: checked, and made contiguous in its place.
+inline const void* operand(std::optional<Tensor>& t, const char* name, const Tensor& like, const char* like_name,
+                           std::initializer_list<int64_t> shape) {
+  if (!t) return nullptr;
+  check_like(*t, name, like, like_name);
+  check_shape(*t, name, shape);
+  t = torch::stable::contiguous(*t);
+  return t->const_data_ptr();
 }
 
 // Unit inner stride and rows that do not overlap; anything else is copied.

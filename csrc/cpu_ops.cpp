@@ -116,14 +116,9 @@ Kept set_weight(sp::LinearArgs& a, const Names& names, const Tensor& crow_indice
     check_shape(*packed, names.prepacked, {sp::prepacked_elements(a.dtype, index.nnzb, a.R, a.C)});
     STD_TORCH_CHECK(packed->is_contiguous(), names.prepacked, ": expected what cpu_prepack(values) gives, got a strided view");
   }
-  Kept kept = {packed ? *packed : prepacked(values, a.dtype, false), std::nullopt};
+  Kept kept = {packed ? *packed : prepacked(values, a.dtype, false), bias};
   a.w = kept.prepacked.const_data_ptr();
-  if (bias) {
-    check_like(*bias, names.bias, values, names.values);
-    check_shape(*bias, names.bias, {a.N});
-    kept.bias = torch::stable::contiguous(*bias);
-    a.bias = kept.bias->const_data_ptr();
-  }
+  a.bias = operand(kept.bias, names.bias, values, names.values, {a.N});
   return kept;
 }
 
@@ -136,12 +131,7 @@ Tensor bsr_linear(const Tensor& x_any, const Tensor& crow_indices, const Tensor&
   const Tensor x = with_dense_rows(x_any);
   sp::LinearArgs a = product_of(x, out_features, activation);
   const Kept kept = set_weight(a, kOnly, crow_indices, col_indices, values, packed, bias);
-  if (residual) {
-    check_like(*residual, "residual", values, kOnly.values);
-    check_shape(*residual, "residual", {a.M, a.N});
-    residual = torch::stable::contiguous(*residual);
-    a.residual = residual->const_data_ptr();
-  }
+  a.residual = operand(residual, "residual", values, kOnly.values, {a.M, a.N});
   Tensor y = new_tensor(x, {a.M, a.N});
   a.y = y.mutable_data_ptr();
   sp::run_linear(a, threads(), parallel);
@@ -251,18 +241,8 @@ Tensor bsr_linear_int8(const Tensor& x_any, const Tensor& crow_indices, const Te
   const Tensor x = with_dense_rows(x_any);
   sp::Int8Args a = {product_of(x, out_features, activation)};
   const Int8Kept kept = set_int8_weight(a, crow_indices, col_indices, values, scales, packed);
-  if (bias) {
-    check_like(*bias, "bias", x, "x");
-    check_shape(*bias, "bias", {a.N});
-    bias = torch::stable::contiguous(*bias);
-    a.bias = bias->const_data_ptr();
-  }
-  if (residual) {
-    check_like(*residual, "residual", x, "x");
-    check_shape(*residual, "residual", {a.M, a.N});
-    residual = torch::stable::contiguous(*residual);
-    a.residual = residual->const_data_ptr();
-  }
+  a.bias = operand(bias, "bias", x, "x", {a.N});
+  a.residual = operand(residual, "residual", x, "x", {a.M, a.N});
   const float scale = x_scale ? static_cast<float>(*x_scale) : 0.0f;
   STD_TORCH_CHECK(!x_scale || (scale > 0 && scale < std::numeric_limits<float>::infinity()),
                   "x_scale: expected a finite positive number, got ", x_scale.value_or(0));

@@ -1,7 +1,6 @@
 // The CPU implementations of attention and layer_norm; their schemas are defined in Python (sparse_prune/ops.py).
 #include <array>
 #include <optional>
-#include <tuple>
 
 #include "checks.h"
 
@@ -62,19 +61,9 @@ Tensor layer_norm(const Tensor& x_any, std::optional<Tensor> weight, std::option
   a.M = x.size(0), a.H = x.size(1);
   a.x = x.const_data_ptr(), a.ldx = row_stride(x);
   a.eps = eps;
-  for (auto [t, name, to] : {std::tuple{&weight, "weight", &a.weight}, std::tuple{&bias, "bias", &a.bias}}) {
-    if (!*t) continue;
-    check_like(**t, name, x, "x");
-    check_shape(**t, name, {a.H});
-    *t = torch::stable::contiguous(**t);
-    *to = (*t)->const_data_ptr();
-  }
-  if (residual) {
-    check_like(*residual, "residual", x, "x");
-    check_shape(*residual, "residual", {a.M, a.H});
-    residual = torch::stable::contiguous(*residual);
-    a.residual = residual->const_data_ptr();
-  }
+  a.weight = operand(weight, "weight", x, "x", {a.H});
+  a.bias = operand(bias, "bias", x, "x", {a.H});
+  a.residual = operand(residual, "residual", x, "x", {a.M, a.H});
   Tensor y = new_tensor(x, {a.M, a.H});
   a.y = y.mutable_data_ptr();
   sp::run_layer_norm(a, threads(), parallel);
