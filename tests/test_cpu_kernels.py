@@ -12,22 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from cpu_isas import ISAS, each_isa, needs_kernels
 
 from sparse_prune import backends, ops, reference  # noqa: F401  (ops defines the schemas)
+from sparse_prune.benchmark import thread_count
 from sparse_prune.bsr import BsrWeight
 from sparse_prune.errors import SparsePruneError
 
 ROOT = Path(__file__).resolve().parent.parent
-ISAS = backends.cpu_isas()
 sparse = torch.ops.sparse_prune
-needs_kernels = pytest.mark.skipif(not ISAS, reason=backends._reason or "built")
-each_isa = pytest.mark.parametrize(
-    "isa",
-    [
-        pytest.param(isa, marks=pytest.mark.skipif(isa not in ISAS, reason=f"this processor or build has no {isa}"))
-        for isa in backends.ISAS
-    ],
-)
 
 # Low blocks and enough tokens for csrc/cpu/token_tile.h: cut edges, blocks of odd heights, long rows, the rows of two panels.
 TOKENS = [
@@ -230,16 +223,11 @@ def test_activation_to_bf16_is_rounded_right_but_for_a_unit(isa, activation):
 def test_threads_do_not_change_the_bits(isa, dtype, block, density):
     # Over 9 million multiply-adds: enough work for 3 threads. In blocks of 16 lanes are tokens for one thread, outputs for three.
     p = Problem(300, 640, 256, block, block, density, dtype)
-    before = torch.get_num_threads()
     results = []
-    try:
-        with backends.force_isa(isa):
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                dvalues = sparse.bsr_sdd(p.dy, p.x, *p.bsr[:2], block, block)
-                results.append((p.linear("gelu"), sparse.bsr_linear_dx(p.dy, *p.bsr, p.k), dvalues))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3):
+        with backends.force_isa(isa), thread_count(threads):
+            dvalues = sparse.bsr_sdd(p.dy, p.x, *p.bsr[:2], block, block)
+            results.append((p.linear("gelu"), sparse.bsr_linear_dx(p.dy, *p.bsr, p.k), dvalues))
     for other in results[1:]:
         for one, many in zip(results[0], other, strict=True):
             assert torch.equal(one, many)
@@ -303,13 +291,10 @@ def test_glu_matches_float64(isa, dtype, problem):
 @needs_kernels
 def test_glu_does_not_depend_on_threads():
     arguments, _, _ = _glu((300, 640, 256, 32, 32, 0.5), torch.float32)
-    threads, got = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
+    got = []
+    for threads in (1, 2, 3):
+        with thread_count(threads):
             got.append(sparse.bsr_linear_glu(*arguments, "silu"))
-    finally:
-        torch.set_num_threads(threads)
     assert torch.equal(got[0], got[1]) and torch.equal(got[0], got[2])
 
 

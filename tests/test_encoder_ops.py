@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_cpu_kernels import assert_close, each_isa, needs_kernels
+from cpu_isas import each_isa, needs_kernels
+from test_cpu_kernels import assert_close
 
 from sparse_prune import backends, ops, reference
 from sparse_prune.benchmark import thread_count

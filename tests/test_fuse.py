@@ -7,13 +7,13 @@ import pickle
 
 import pytest
 import torch
+from cpu_isas import needs_kernels
 
 import sparse_prune as sp
 from sparse_prune import backends, fuse, layers, planner
 
 transformers = pytest.importorskip("transformers")
 garlic = pytest.importorskip("sparse_prune.models.garlic")
-needs_kernels = pytest.mark.skipif(not backends.cpu_isas(), reason=backends._reason or "built")
 
 SIZES = {
     "vocab_size": 50,

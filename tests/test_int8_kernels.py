@@ -7,24 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from cpu_isas import ISA_PARAMS, ISAS, needs_kernels
 
 import sparse_prune as sp
 from sparse_prune import backends, ops, reference
+from sparse_prune.benchmark import thread_count
 from sparse_prune.bsr import INT8_MAX_INPUTS, dense_from_bsr
 
-ISAS = backends.cpu_isas()
 sparse = torch.ops.sparse_prune
-needs_kernels = pytest.mark.skipif(not ISAS, reason=backends._reason or "built")
-each_path = pytest.mark.parametrize(
-    "path",
-    [
-        "reference",
-        *(
-            pytest.param(isa, marks=pytest.mark.skipif(isa not in ISAS, reason=f"this processor or build has no {isa}"))
-            for isa in backends.ISAS
-        ),
-    ],
-)
+each_path = pytest.mark.parametrize("path", ["reference", *ISA_PARAMS])
 RUNS = {  # instruction set allowed -> the one that has int8 kernels
     "portable": "portable",
     "avx2": "avx2",
@@ -211,14 +202,10 @@ def test_a_layer_errs_by_about_a_percent(shape, dtype):
 def test_threads_do_not_change_the_bits(isa, block, density):
     # Over 9 million multiply-adds: enough work for 3 threads. In blocks of 16 lanes are tokens for one thread, outputs for three.
     p = Problem(300, 640, 256, block, block, density, torch.bfloat16)
-    before = torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 3):
+        with thread_count(threads):
             results.append(p.run(isa, "gelu"))
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 

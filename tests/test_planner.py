@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from cpu_isas import needs_kernels
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,7 +17,6 @@ import sparse_prune as sp
 from sparse_prune import backends, gpu_tuning, ops, planner, tuning
 from sparse_prune.masks import expand_mask, grid_shape
 
-needs_kernels = pytest.mark.skipif(not backends.cpu_isas(), reason=backends._reason or "built")
 N, K = 96, 64
 
 
