@@ -212,8 +212,7 @@ class Pruner:
         self._handles: list = []
         self._optimizer_handle: RemovableHandle | None = None
         if self.config.criterion == "random":
-            generator = torch.Generator().manual_seed(self.config.seed)
-            self._saliency = self._unit_saliency(lambda name, weight: {"generator": generator})
+            self._saliency = self._unit_saliency(torch.Generator().manual_seed(self.config.seed))
         if "activation_norm" in self._criterion.needs:
             for name, module in self._modules.items():
                 size, device = matrix_shape(module)[1] + 1, module.weight.device
@@ -359,10 +358,8 @@ class Pruner:
             self._optimizer_handle = None
 
     def _accumulate(self, due: bool) -> None:
-        """Fold this step's saliency into the running one; criteria without gradients are only computed when due."""
+        """Fold this step's saliency into the running one; criteria without gradients are only computed when due, random never."""
         needs = self._criterion.needs
-        if self.config.criterion == "random":
-            return
         if "activation_norm" in needs:
             for name, seen in _summed(self._seen).items():
                 self._square_sum[name] += seen
@@ -371,37 +368,36 @@ class Pruner:
             self._check_grads()
             self._saliency = {
                 key: self._saliency[key] * self.config.smoothing + new * (1 - self.config.smoothing)
-                for key, new in self._unit_saliency(lambda name, weight: {"grad": self._grad(name)}).items()
+                for key, new in self._unit_saliency().items()
             }
-        elif "activation_norm" in needs:
-            if due:
-                self._saliency = self._unit_saliency(lambda name, weight: {"activation_norm": self._norm(name)})
-        elif due:
-            self._saliency = self._unit_saliency(lambda name, weight: {})
+        elif due and "generator" not in needs:
+            self._saliency = self._unit_saliency()
 
-    def _unit_saliency(self, extras: Callable[[str, Tensor], dict]) -> dict[str, Tensor]:
-        """Summed saliency of each decision, [size] per unit; extras gives what the criterion needs beside the weight."""
+    def _unit_saliency(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Summed saliency of each decision, [size] per unit; generator draws a random one, alike on every rank."""
         found: dict[str, Any] = {}
-        whole = self.config.criterion == "random"  # drawn alike on every rank, so never in parts
         for key, unit in self._units.items():
             total: Tensor | float = 0.0
             for member in unit.members:
-                module = self._modules[member.name]
-                weight = (
-                    torch.zeros(matrix_shape(module), device=module.weight.device)
-                    if whole
-                    else self._competing_weight(member.name)
-                )
-                try:
-                    element = element_saliency(weight, self.config.criterion, **extras(member.name, weight))
-                except SparsePruneError as error:
-                    raise SparsePruneError(
-                        f"{member.name}: {error.argument}", error.expected, error.got, error.remedy
-                    ) from None
-                sums = block_sum(element, member.blocksize) if whole else self._block_sum(member, element)
+                sums = self._drawn(member, generator) if generator is not None else self._scored(member)
                 total = total + sums.view(member.repeats, unit.size).sum(0)
             found[key] = total
         return found
+
+    def _drawn(self, member: _Member, generator: torch.Generator) -> Tensor:
+        module = self._modules[member.name]
+        whole = torch.zeros(matrix_shape(module), device=module.weight.device)  # [N, K], never in parts
+        return block_sum(element_saliency(whole, self.config.criterion, generator=generator), member.blocksize)
+
+    def _scored(self, member: _Member) -> Tensor:
+        """Saliency summed over blocks, [ceil(N/R), ceil(K/C)], of a member's weight and what else the criterion needs."""
+        name, given = member.name, {"grad": self._grad, "activation_norm": self._norm}
+        try:
+            extras: dict[str, Any] = {need: given[need](name) for need in self._criterion.needs if need in given}
+            element = element_saliency(self._competing_weight(name), self.config.criterion, **extras)
+        except SparsePruneError as error:
+            raise SparsePruneError(f"{name}: {error.argument}", error.expected, error.got, error.remedy) from None
+        return self._block_sum(member, element)
 
     def _block_sum(self, member: _Member, element: Tensor) -> Tensor:
         """Sums of this rank's [n, k] over whole blocks, [ceil(N/R), ceil(K/C)] on every rank.
