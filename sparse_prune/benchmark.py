@@ -66,16 +66,19 @@ def machine() -> dict[str, str | int]:
     }
 
 
+def check_threads(threads: int | None) -> None:
+    """Raise SparsePruneError for a count of threads below 1; None stands for as many as PyTorch uses now."""
+    if threads is not None and threads < 1:
+        raise SparsePruneError("threads", "a count of at least 1", threads, "leave it out for as many as PyTorch uses")
+
+
 @contextlib.contextmanager
 def thread_count(threads: int | None) -> Iterator[int]:
     """Run with that many PyTorch threads (None: as many as now), then put the old number back.
 
     Raises SparsePruneError for a count below 1.
     """
-    if threads is not None and threads < 1:
-        raise SparsePruneError(
-            "threads", "a count of at least 1", threads, "leave it out for as many as PyTorch uses now"
-        )
+    check_threads(threads)
     before = torch.get_num_threads()
     torch.set_num_threads(before if threads is None else threads)
     try:

@@ -24,7 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from . import peers as peers_
-from .benchmark import DTYPES, check_block_fits, check_seconds, machine, require_onnx, short, thread_count
+from .benchmark import (
+    DTYPES,
+    check_block_fits,
+    check_seconds,
+    check_threads,
+    machine,
+    require_onnx,
+    short,
+    thread_count,
+)
 from .convert import BlockSparseConfig, sparsify_, swap_modules
 from .criteria import block_mask
 from .errors import SparsePruneError
@@ -220,6 +229,7 @@ def bench_model(
     peers without onnx; ArithmeticError for a wrong result of ours.
     """
     check_seconds(seconds)
+    check_threads(threads)
     dtypes, peers = list(dtypes), peers or {}
     if peers:
         require_onnx()
