@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -333,15 +333,14 @@ class Pruned:
 
 def check_prune_args(args: PruneArgs) -> None:
     """Raise SparsePruneError for arguments that cannot be, before anything is written."""
-    PruneConfig(
-        criterion=args.criterion or PruneConfig.criterion,
-        schedule=args.schedule,
-        scope=args.scope,
-        density=args.density,
-        blocksize=args.block,
-    )
+    _prune_config(args, PruneConfig.criterion)
     check_model_dir(args.model)
     check_dense(args.model)
+
+
+def _prune_config(args: PruneArgs, criterion: str, **more: Any) -> PruneConfig:
+    """args as a Pruner takes them; criterion is for args that name none."""
+    return PruneConfig(args.criterion or criterion, args.schedule, args.scope, args.density, args.block, **more)
 
 
 def fit_pruned(args: PruneArgs, parts: dict[str, list[Example]], mark: str, report: Report | None) -> Pruned:
@@ -416,77 +415,29 @@ def _fit(
     batch_size = args.batch_size or recipe.batch_size
     batches = LengthBatches(data.lengths, batch_size, args.seed)
     steps = recipe.steps(args.epochs, len(batches))
-    wanted = args if isinstance(args, PruneArgs) else None
     pruner: Pruner | None = None
-    callbacks: list[TrainerCallback] = []
-    if wanted is not None:
-        config = PruneConfig(
-            criterion=wanted.criterion or recipe.criterion,
-            schedule=wanted.schedule,
-            scope=wanted.scope,
-            density=wanted.density,
-            blocksize=wanted.block,
-            total_steps=steps,
-            seed=wanted.seed,
-        )
+    if isinstance(args, PruneArgs):
+        config = _prune_config(args, recipe.criterion, total_steps=steps, seed=args.seed)
         pruner = Pruner(model, config, encoder_filter(model))
-        if wanted.distill and recipe.undisturbed:
+        if args.distill and recipe.undisturbed:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
     work = work_dir(Path(args.out), mark)
-    resume = last_checkpoint(work, (PRUNER_STATE_NAME,) if wanted is not None else ())
-    if wanted is not None and pruner is not None:
+    resume = last_checkpoint(work, (PRUNER_STATE_NAME,) if pruner is not None else ())
+    settings = _settings(args, recipe, batch_size, steps, work)
+    watch = _Watch(tokenizer, parts.get("dev", parts["eval"])[:DEV_EXAMPLES], length, settings.bf16)
+    point: Callable[[PreTrainedModel], dict[str, float]] | None = None
+    callbacks: list[TrainerCallback] = []
+    if pruner is not None:
         callbacks.append(PruningCallback(pruner, resume))
-        if wanted.curve:
-            levels = [d for d in CURVE_DENSITIES if d > wanted.density]
-            callbacks.append(CurveCallback(pruner, levels, lambda: dev_point(model)))
-    cpu = not torch.cuda.is_available()
-    settings = TrainingArguments(
-        output_dir=str(work),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=args.learning_rate or recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        adam_beta2=0.98,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 10),
-        bf16=native_bf16() if cpu else torch.cuda.is_bf16_supported(),
-        use_cpu=cpu,
-        logging_steps=max(1, min(20, steps // 10)),
-        save_strategy="epoch",
-        save_total_limit=2,
-        seed=args.seed,
-        data_seed=args.seed,
-        report_to="none",
-        disable_tqdm=True,
-        logging_nan_inf_filter=False,
-        dataloader_pin_memory=not cpu,
-        remove_unused_columns=False,
-    )
-    watched = parts.get("dev", parts["eval"])[:DEV_EXAMPLES]
-
-    def dev_score() -> float:
-        return score(watched, predict(model, tokenizer, watched, length, autocast=settings.bf16)).value
-
-    def dev_point(net: PreTrainedModel) -> dict[str, float]:
-        """Score and latency of the model as it is, packed by the masks as they are, in turns with the dense model."""
-        assert teacher is not None and pruner is not None and wanted is not None
-        nets = {"dense": teacher.base_model}
-        if net is model:
-            packed = copy.deepcopy(net).eval()
-            pack_(packed, pruner.masks, wanted.block)
-            nets["packed"] = packed.base_model
-        inputs = full_batch(tokenizer, watched, 16, length)
-        calls = {name: partial(net, **inputs) for name, net in nets.items()}
-        with torch.inference_mode():
-            times = interleaved_medians(calls, seconds=0.5)
-        value = score(watched, predict(net, tokenizer, watched, length, autocast=settings.bf16)).value
-        dense = 1e3 * times["dense"]
-        return {"score": value, "latency_ms": 1e3 * times["packed"] if "packed" in times else dense, "dense_ms": dense}
-
+    if isinstance(args, PruneArgs) and args.curve:
+        assert teacher is not None and pruner is not None
+        point = partial(watch.point, teacher, pruner)
+        levels = [density for density in CURVE_DENSITIES if density > args.density]
+        callbacks.append(CurveCallback(pruner, levels, partial(point, model)))
     step_report = partial(report, phase) if report else None
-    callbacks.append(ProgressCallback(step_report, dev_score if "dev" in parts else None))
+    callbacks.append(ProgressCallback(step_report, partial(watch.score, model) if "dev" in parts else None))
     trainer = DistillationTrainer(
         model=model,
         args=settings,
@@ -496,7 +447,7 @@ def _fit(
         callbacks=callbacks,
         batches=batches,
         embedding_rate=recipe.embedding_rate,
-        teacher=teacher if wanted is not None and wanted.distill else None,
+        teacher=teacher if isinstance(args, PruneArgs) and args.distill else None,
         distill=recipe.distill,
     )
     trainer.remove_callback(PrinterCallback)
@@ -518,10 +469,63 @@ def _fit(
         pruner.remove_hooks()
     log: list[dict[str, Any]] = trainer.state.log_history
     curve = [row["curve"] for row in log if "curve" in row]
-    if wanted is not None and wanted.curve and pruner is not None and teacher is not None:
-        dense, sparse = dev_point(teacher), dev_point(model)
-        curve = [{"density": 1.0, **dense}, *curve, {"density": pruner.density(), **sparse}]
+    if point is not None and teacher is not None and pruner is not None:
+        ends = {"density": 1.0, **point(teacher)}, {"density": pruner.density(), **point(model)}
+        curve = [ends[0], *curve, ends[1]]
     return Fitted(pruner, history(phase, log), curve, seconds_spent(log))
+
+
+def _settings(args: RunArgs, recipe: Recipe, batch_size: int, steps: int, work: Path) -> TrainingArguments:
+    cpu = not torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(work),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=args.learning_rate or recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        adam_beta2=0.98,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 10),
+        bf16=native_bf16() if cpu else torch.cuda.is_bf16_supported(),
+        use_cpu=cpu,
+        logging_steps=max(1, min(20, steps // 10)),
+        save_strategy="epoch",
+        save_total_limit=2,
+        seed=args.seed,
+        data_seed=args.seed,
+        report_to="none",
+        disable_tqdm=True,
+        logging_nan_inf_filter=False,
+        dataloader_pin_memory=not cpu,
+        remove_unused_columns=False,
+    )
+
+
+class _Watch(NamedTuple):
+    """Examples that a model is measured on while it learns, in autocast where it learns in that."""
+
+    tokenizer: Any
+    examples: Sequence[Example]
+    length: int
+    autocast: bool
+
+    def score(self, model: PreTrainedModel) -> float:
+        predictions = predict(model, self.tokenizer, self.examples, self.length, autocast=self.autocast)
+        return score(self.examples, predictions).value
+
+    def point(self, teacher: PreTrainedModel, pruner: Pruner, model: PreTrainedModel) -> dict[str, float]:
+        """Score and latency of model, the teacher itself or else packed by the masks as they are, in turns with the teacher."""
+        nets = {"dense": teacher.base_model}
+        if model is not teacher:
+            packed = copy.deepcopy(model).eval()
+            pack_(packed, pruner.masks, pruner.config.blocksize)
+            nets["packed"] = packed.base_model
+        inputs = full_batch(self.tokenizer, self.examples, 16, self.length)
+        calls = {name: partial(net, **inputs) for name, net in nets.items()}
+        with torch.inference_mode():
+            times = {name: 1e3 * seconds for name, seconds in interleaved_medians(calls, seconds=0.5).items()}
+        dense = times["dense"]
+        return {"score": self.score(model), "latency_ms": times.get("packed", dense), "dense_ms": dense}
 
 
 def load_parts(args: RunArgs) -> dict[str, list[Example]]:
