@@ -291,7 +291,6 @@ def _headline(metrics: dict, analysis: dict) -> dict[str, Any]:
     metric = METRICS[key]
     before, after, density = number(dense[key]), number(sparse[key]), number(sparse["density"])
     change = 100 * (after - before)
-    kept_score = change >= -TOLERANCE[key]
     sizes = [tuple(layer["blocksize"]) for layer in analysis.get("layers") or []]
     unit = "weights" if sizes and set(sizes) == {(1, 1)} else "blocks"
     block = f"{sizes[0][0]}×{sizes[0][1]}" if len(set(sizes)) == 1 else None
@@ -302,9 +301,7 @@ def _headline(metrics: dict, analysis: dict) -> dict[str, Any]:
     speed = pace = None
     if dense.get("latency_ms") is not None and sparse.get("latency_ms") is not None:
         speed = number(dense["latency_ms"]) / number(sparse["latency_ms"])
-        pace = f"{times(speed)} faster" if speed >= FASTER else f"{times(1 / speed)} slower"
-        if 1 / FASTER < speed < FASTER:
-            pace = "no faster"
+        pace = "no faster" if 1 / FASTER < speed < FASTER else faster(speed)
         bars.append(_bar("latency (ms)", dense["latency_ms"], sparse["latency_ms"], three))
     packed, whole = _bytes_of(metrics, analysis)
     if packed:
@@ -312,21 +309,7 @@ def _headline(metrics: dict, analysis: dict) -> dict[str, Any]:
     elif whole:
         bars.append(_bar("size (MB)", whole[0] / 1e6, whole[1] / 1e6, three))
 
-    fast = speed is None or speed >= FASTER
-    if kept_score and fast:
-        gained = "smaller" if speed is None else "smaller and faster"
-        tone, verdict = "good", f"It paid off: {gained}, with its {metric} kept within {TOLERANCE[key]:g} points."
-    elif kept_score:
-        slower = "not faster" if speed is None or speed > 1 / FASTER else "slower"
-        tone, verdict = "mixed", f"Smaller, with its {metric} kept, but {slower} on this machine."
-    elif fast:
-        gained = "Smaller" if speed is None else "Smaller and faster"
-        tone, verdict = (
-            "mixed",
-            f"{gained}, but it lost more {metric} than the {TOLERANCE[key]:g} points that count as kept.",
-        )
-    else:
-        tone, verdict = "bad", "Neither as accurate nor faster: not worth using as it is."
+    tone, verdict = _verdict(metric, change, TOLERANCE[key], speed)
     held_out = sum(int(row["support"]) for row in analysis.get("per_class") or [])
     error = 100 * math.sqrt(max(before * (1 - before), 0) / held_out) if held_out and key == "accuracy" else None
     tiles = [
@@ -355,6 +338,21 @@ def _headline(metrics: dict, analysis: dict) -> dict[str, Any]:
         "before": before,
         "density": density,
     }
+
+
+def _verdict(metric: str, change: float, tolerance: float, speed: float | None) -> tuple[str, str]:
+    """Whether pruning paid off ("good", "mixed" or "bad"), and why, by the change of the score in points and the speed-up."""
+    kept, fast = change >= -tolerance, speed is None or speed >= FASTER
+    gained = "smaller" if speed is None else "smaller and faster"
+    if kept and fast:
+        return "good", f"It paid off: {gained}, with its {metric} kept within {tolerance:g} points."
+    if fast:
+        lost = f"it lost more {metric} than the {tolerance:g} points that count as kept."
+        return "mixed", f"{gained.capitalize()}, but {lost}"
+    if kept and speed is not None:
+        slower = "not faster" if speed > 1 / FASTER else "slower"
+        return "mixed", f"Smaller, with its {metric} kept, but {slower} on this machine."
+    return "bad", "Neither as accurate nor faster: not worth using as it is."
 
 
 def _table(metrics: dict, analysis: dict) -> list[dict[str, str]]:
