@@ -367,28 +367,21 @@ def force_isa(name: str) -> Iterator[None]:
         _library.sparse_prune_force_isa(_forced[-1].encode())
 
 
-def _triton_status(reason: str | None) -> BackendStatus:
-    version = "" if _kernels is None else _kernels.triton_version()
-    if reason is not None:
-        return BackendStatus("triton", False, "; ".join(part for part in (reason, version) if part), "")
-    return BackendStatus("triton", True, "", f"{torch.cuda.get_device_name()}; {version}")
+def _status(name: str, reason: str | None, works: str, version: str = "") -> BackendStatus:
+    """reason: why it does not run, or None; works: what then does; version stands beside either."""
+    told = "; ".join(part for part in (works if reason is None else reason, version) if part)
+    return BackendStatus(name, reason is None, "" if reason is None else told, told if reason is None else "")
 
 
 def status() -> list[BackendStatus]:
     """Every backend, best first, with the reason where one cannot run."""
-    detail = (
-        f"instruction sets {', '.join(cpu_isas())}; {torch.get_num_threads()} threads; encoders run fused"
-        if _library is not None
-        else ""
-    )
-    triton = triton_unavailable(torch.device("cuda"), torch.float16, (32, 32))
-    cuda = cuda_unavailable(torch.device("cuda"), torch.float16, (32, 32))
-    built = cuda_contents()
-    cuda_detail = "; ".join(part for part in ("C++ kernels; bfloat16 and float16", built) if part)
-    cuda_reason = "; ".join(part for part in (cuda, built) if part)
+    on_gpu = gpu_reasons(torch.device("cuda"), torch.float16, (32, 32))
+    triton = "" if _kernels is None else _kernels.triton_version()
+    no_cpu = None if _library is not None else f"{_reason}; encoders run unfused"
+    isas = f"instruction sets {', '.join(cpu_isas())}; {torch.get_num_threads()} threads; encoders run fused"
     return [
-        BackendStatus("cuda", cuda is None, cuda_reason if cuda else "", "" if cuda else cuda_detail),
-        _triton_status(triton),
-        BackendStatus("cpu", _library is not None, _reason and f"{_reason}; encoders run unfused", detail),
-        BackendStatus("reference", True, "", f"plain PyTorch {torch.__version__}, any device"),
+        _status("cuda", on_gpu["cuda"], "C++ kernels; bfloat16, float16, and weights of 8 bits", cuda_contents()),
+        _status("triton", on_gpu["triton"], gpu_name(), triton),
+        _status("cpu", no_cpu, isas),
+        _status("reference", None, f"plain PyTorch {torch.__version__}, any device"),
     ]
