@@ -114,22 +114,16 @@ class SparsePruneQuantizer(HfQuantizer):
         self.only_awaited = not new
         if hasattr(model, "all_tied_weights_keys"):
             sparse = {*new.values(), *(waiting.module for waiting in self.awaited)}
-            tied = {
-                target: source
-                for target, source in model.all_tied_weights_keys.items()
-                if model.get_submodule(target.rpartition(".")[0]) not in sparse
-            }
-            model.all_tied_weights_keys = tied
+            for target in [*model.all_tied_weights_keys]:
+                if model.get_submodule(target.rpartition(".")[0]) in sparse:
+                    del model.all_tied_weights_keys[target]
         shared = next(iter(_shared_tensors(model).items()), None) if new else None
         if shared is not None:  # transformers would fill the second name with new memory
             got = f"{shared[0]}, which is {shared[1]}"
             raise SparsePruneError(
                 "device_map", "none where a sparse layer has several names", got, "leave it out, then model.to(...)"
             )
-        # Told apart by their names without numbers: a few patterns, compiled once.
-        names = "\n".join(waiting.name.removeprefix(prefix) for waiting in self.awaited)
-        kinds = [re.escape(name).replace("0", r"\d+") for name in {*re.sub(r"\d+", "0", names).split("\n")} if name]
-        ignored = {rf"(^|\.){name}\.(values|crow_indices|col_indices|scales|bias)$" for name in kinds}
+        ignored = _patterns_of([waiting.name.removeprefix(prefix) for waiting in self.awaited])
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
@@ -230,6 +224,13 @@ class _Nothing(nn.Module):
         """Turn module into one, in its place."""
         vars(module).update(_parameters={}, _buffers={})
         module.__class__ = cls
+
+
+def _patterns_of(names: Sequence[str]) -> set[str]:
+    """What matches the tensors of those layers in a checkpoint: a pattern for all names that differ in numbers alone."""
+    kinds = [re.escape(name) for name in {*re.sub(r"\d+", "0", "\n".join(names)).split("\n")} if name]
+    parts = "values|crow_indices|col_indices|scales|bias"
+    return {rf"(^|\.){name}\.({parts})$".replace("0", r"\d+") for name in kinds}
 
 
 def _read(awaited: Sequence[_Awaited]) -> None:
