@@ -182,12 +182,13 @@ def library() -> ctypes.CDLL:
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, [name for name in files if name.endswith((".cpp", ".cu"))]))
-    key = hashlib.sha256(repr(objects).encode()).hexdigest()[:24]
-    path = folder / f"{key}.so"
+    # Symbolic: a CUDA build of torch has loaded the true runtime, whose functions would be found before those of the fake one.
+    link = ["-shared", "-Wl,-Bsymbolic", *map(str, objects), f"-L{Path(torch.__file__).parent / 'lib'}"]
+    link += ["-ltorch", "-ltorch_cpu", "-ldl"]
+    path = folder / f"{hashlib.sha256(repr(link).encode()).hexdigest()[:24]}.so"
     if not path.exists():
         made = path.with_suffix(f".{os.getpid()}")
-        libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-ldl"]
-        subprocess.run([*compiler, "-shared", *map(str, objects), "-o", str(made), *libraries], check=True)
+        subprocess.run([*compiler, *link, "-o", str(made)], check=True)
         os.replace(made, path)
     torch.ops.load_library(str(path))
     return ctypes.CDLL(str(path))
