@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import sparse_prune as sp
 from sparse_prune import planner
-from sparse_prune.benchmark import DTYPES, interleaved_medians, machine, random_mask, thread_count
+from sparse_prune.benchmark import LINEAR_DTYPES, interleaved_medians, machine, random_mask, thread_count
 
 
 def main() -> None:
@@ -28,16 +28,17 @@ def main() -> None:
     about = machine()
     print(f"{about['cpu']}, {about['isa']}, torch {about['torch']}, one thread")
     with thread_count(1), planner.using_table("off"), torch.inference_mode():
-        for name in ("float32", "bfloat16"):
-            layers = []
+        for name in ("float32", "bfloat16", "int8"):  # of int8 blocks x and y are bfloat16
+            dtype, layers = LINEAR_DTYPES[name], []
             for _ in range(2):
                 with torch.inference_mode(False):
-                    linear = torch.nn.Linear(options.hidden, options.inner, dtype=DTYPES[name])
+                    linear = torch.nn.Linear(options.hidden, options.inner, dtype=dtype)
                     mask = random_mask(tuple(linear.weight.shape), (32, 32), options.density, generator)
-                    layers.append(sp.SparseLinear.from_dense(linear, mask).requires_grad_(False))
+                    layer = sp.SparseLinear.from_dense(linear, mask).requires_grad_(False)
+                    layers.append(layer.quantize_() if name == "int8" else layer)
             gate, up = layers
             for tokens in (1, 16, 128, 512):
-                x = torch.randn(tokens, options.hidden, dtype=DTYPES[name])
+                x = torch.randn(tokens, options.hidden, dtype=dtype)
 
                 def separate(x=x, gate=gate, up=up):
                     return gate(x, "silu") * up(x)

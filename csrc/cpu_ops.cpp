@@ -217,8 +217,8 @@ Int8Kept set_int8_weight(sp::Int8Args& a, const Tensor& crow_indices, const Tens
   return kept;
 }
 
-// Rounds the rows of a.x by `scale` (0: each by its own) and writes a.y.
-void run_int8(sp::Int8Args a, const Tensor& values, float scale) {
+// Puts the rows of a.x, rounded by `scale` (0: each by its own), in its place; they live as long as what is returned.
+Tensor round_rows(sp::Int8Args& a, const Tensor& values, float scale) {
   // One temporary for both: q [M, ldq] in whole cache lines, then a scale per row.
   const int64_t ldq = sp::int8_row_bytes(a.K, a.C);
   const Tensor rounded = new_tensor(values, {a.M * (ldq + static_cast<int64_t>(sizeof(float)))});
@@ -226,7 +226,7 @@ void run_int8(sp::Int8Args a, const Tensor& values, float scale) {
   auto* x_scales = reinterpret_cast<float*>(q + a.M * ldq);
   sp::run_quantize({a.dtype, a.K, a.x, a.ldx, scale, q, ldq, x_scales}, a.M, threads(), parallel);
   a.x = q, a.ldx = ldq, a.x_scales = x_scales;
-  sp::run_linear_int8(a, threads(), parallel);
+  return rounded;
 }
 
 // y = act((round(x / x_scales) @ W^T) * scales * x_scales + bias) + residual, the sums in int32.
@@ -248,7 +248,8 @@ Tensor bsr_linear_int8(const Tensor& x_any, const Tensor& crow_indices, const Te
                   "x_scale: expected a finite positive number, got ", x_scale.value_or(0));
   Tensor y = new_tensor(x, {a.M, a.N});
   a.y = y.mutable_data_ptr();
-  run_int8(a, values, scale);
+  const Tensor rounded = round_rows(a, values, scale);
+  sp::run_linear_int8(a, threads(), parallel);
   return y;
 }
 
@@ -381,10 +382,12 @@ std::optional<Tensor> cpu_linear_ready(const Tensor& x, int64_t number, int64_t 
     a.residual = residual->const_data_ptr();
   }
   a.y = y.mutable_data_ptr();
-  if (layer->scales)
-    run_int8(a, layer->values, 0.0f);
-  else
+  if (layer->scales) {
+    const Tensor rounded = round_rows(a, layer->values, 0.0f);
+    sp::run_linear_int8(a, threads(), parallel);
+  } else {
     sp::run_linear(a, threads(), parallel);
+  }
   return y;
 }
 
@@ -393,13 +396,20 @@ std::optional<Tensor> cpu_glu_ready(const Tensor& x, int64_t gate_number, int64_
   if (aoti_torch_grad_mode_is_enabled()) return std::nullopt;
   const std::shared_ptr<const Ready> gate_layer = ready_layer(gate_number), up_layer = ready_layer(up_number);
   sp::Int8Args gate, up;
-  if (!gate_layer || !up_layer || gate_layer->scales || up_layer->scales) return std::nullopt;
+  if (!gate_layer || !up_layer || gate_layer->scales.has_value() != up_layer->scales.has_value()) return std::nullopt;
   if (!set_ready(gate, *gate_layer, x) || !set_ready(up, *up_layer, x) || !set_rows(gate, x) || !set_rows(up, x)) return std::nullopt;
   if (gate.N != up.N || gate.R != up.R || activation < 0 || activation > kLastActivation) return std::nullopt;
   gate.activation = static_cast<sp::Activation>(activation);
   Tensor y = new_rows(x, gate.N);
   gate.y = up.y = y.mutable_data_ptr();
-  sp::run_linear_glu(gate, up, threads(), parallel);
+  if (gate_layer->scales) {
+    if (gate.C != up.C) return std::nullopt;  // x is rounded once for both, in rows as long as their blocks want
+    const Tensor rounded = round_rows(gate, gate_layer->values, 0.0f);
+    up.x = gate.x, up.ldx = gate.ldx, up.x_scales = gate.x_scales;
+    sp::run_linear_int8_glu(gate, up, threads(), parallel);
+  } else {
+    sp::run_linear_glu(gate, up, threads(), parallel);
+  }
   return y;
 }
 

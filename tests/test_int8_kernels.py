@@ -93,14 +93,21 @@ class Problem:
         return y, total.abs() + bias.abs() + residual.abs()
 
 
-def assert_exact(got, expected, dtype):
-    """got is expected but for the roundings after an exact sum: a handful in float32, and one to the dtype of y."""
+def assert_exact(got, expected, dtype, activation="none", factor=1):
+    """got is expected but for the roundings after an exact sum: a handful in float32, and one to the dtype of y.
+
+    Where that is bfloat16, AVX-512's activations err before it by up to 7e-6, and 2e-3 of themselves (csrc/cpu/kernels.h).
+    factor is what they are multiplied by.
+    """
     exact, size = expected
+    by_table = activation in ("gelu", "gelu_tanh", "silu") and dtype == torch.bfloat16
+    short = (2e-3 * size).minimum(torch.as_tensor(7e-6 * factor)) if by_table else 0
     assert got.shape == exact.shape and got.dtype == dtype and got.is_contiguous()
     assert not got.isnan().any()
     single, out = torch.finfo(torch.float32).eps, torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0
     out_small = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    assert ((got.double() - exact).abs() <= 6 * single * size + 1.01 * out * exact.abs() + out_small).all()
+    allowed = 6 * single * size + 1.01 * out * exact.abs() + out_small + short
+    assert ((got.double() - exact).abs() <= allowed).all()
 
 
 @each_path
@@ -109,7 +116,7 @@ def assert_exact(got, expected, dtype):
 def test_matches_the_float64_product_of_the_rounded_operands(path, dtype, problem):
     p = Problem(*problem, dtype)
     for activation in ACTIVATIONS:
-        assert_exact(p.run(path, activation), p.exact(activation), dtype)
+        assert_exact(p.run(path, activation), p.exact(activation), dtype, activation)
     for bias, residual in ((False, False), (True, False), (False, True)):
         got = p.run(path, "none", None, bias, residual)
         assert_exact(got, p.exact("none", None, bias, residual), dtype)
@@ -126,7 +133,7 @@ def test_static_scale_rounds_half_to_even_and_saturates(path):
     got = p.run(path, "none", 0.5, False, False) / (0.5 * 127)
     assert got.tolist() == [[0, 2, 2, 0, -2, 126, 127, 127, 127, -127, -127, 0]]
     p = Problem(33, 70, 50, 7, 5, 0.4, torch.bfloat16)
-    assert_exact(p.run(path, "gelu", 0.03), p.exact("gelu", 0.03), torch.bfloat16)
+    assert_exact(p.run(path, "gelu", 0.03), p.exact("gelu", 0.03), torch.bfloat16, "gelu")
 
 
 @each_path
@@ -194,6 +201,30 @@ def test_a_layer_errs_by_about_a_percent(shape, dtype):
     exact = x.double() @ packed.to_dense().double().T
     error = (sp.bsr_linear(x, packed.quantize()).double() - exact).norm() / exact.norm()
     assert error < 0.02
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", [isa for isa in backends.ISAS if isa in ISAS])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_gate_and_up_in_one_call(isa, dtype, problem):
+    """act(gate) * up of the same rounded x: up is rounded to the dtype of y before it multiplies."""
+    gate, up = (Problem(*problem, dtype) for _ in range(2))
+    up.x = gate.x.copy_(torch.randn(gate.x.shape))
+    numbers = []
+    for p in (gate, up):
+        derived = sparse.cpu_prepack_int8(p.packed.values, p.packed.crow_indices)
+        n, k = p.packed.shape
+        numbers.append(sparse.cpu_ready(*p.bsr[:3], derived, p.packed.scales, p.bias, n, k))
+    with backends.force_isa(isa), torch.no_grad():
+        for activation in ACTIVATIONS:
+            got = sparse.cpu_glu_ready(gate.x, *numbers, ACTIVATIONS.index(activation))
+            second = up.run(isa, "none", None, True, False)
+            first, size = gate.exact(activation, None, True, False)
+            expected = first * second.double(), size * second.double().abs()
+            assert_exact(got, expected, dtype, activation, second.double().abs())
+    for number in numbers:
+        backends.drop_ready(number)
 
 
 @needs_kernels
@@ -356,4 +387,4 @@ def test_emulated_amx_matches_float64(amx, problem, dtype):
         amx.amx_int8_linear(
             DTYPES.index(dtype), *sizes, crow, col, x, w, w_scales, rounded, scales, bias, number, res, y
         )
-        assert_exact(got, p.exact(activation), dtype)
+        assert_exact(got, p.exact(activation), dtype, activation)

@@ -150,6 +150,25 @@ void for_each_range(const LinearArgs& a, const Before& before, int64_t x_bytes, 
   });
 }
 
+// run_linear_glu for the arguments of any product, whose x has elements of x_bytes.
+template <class Args>
+void run_glu(Args gate, Args up, void (*linear)(const Args&, int64_t, int64_t, int64_t, int64_t), int64_t x_bytes, int64_t threads,
+             ParallelFor parallel) {
+  if (gate.M == 0 || gate.N == 0) return;
+  up.pair = Pair::first, gate.pair = Pair::second;
+  gate.residual = up.y;
+  const auto before = [&](int64_t i) { return work_before(gate.crow, gate.C, i) + work_before(up.crow, up.C, i); };
+  for_each_range(gate, before, x_bytes, threads, parallel, [&](int64_t m0, int64_t m1, int64_t i0, int64_t i1) {
+    // What up writes stays in half of a 1 MiB L2 until gate multiplies it, beside the rows of x that both read.
+    const int64_t group = std::max<int64_t>(1, (256 << 10) / ((m1 - m0) * gate.R * bytes_of(gate.dtype)));
+    for (int64_t i = i0; i < i1; i += group) {
+      const int64_t end = std::min(i1, i + group);
+      linear(up, m0, m1, i, end);
+      linear(gate, m0, m1, i, end);
+    }
+  });
+}
+
 // One block, [outputs][inputs] with the given strides -> [ceil(inputs / step)][outputs][step].
 template <class T, int step>
 void prepack_block(const T* from, int64_t inputs, int64_t outputs, int64_t input_stride, int64_t output_stride, T* to) {
@@ -237,23 +256,8 @@ void run_linear(const LinearArgs& a, int64_t threads, ParallelFor parallel) {
                  [&](int64_t m0, int64_t m1, int64_t i0, int64_t i1) { kernels.linear(a, m0, m1, i0, i1); });
 }
 
-void run_linear_glu(const LinearArgs& gate_args, const LinearArgs& up_args, int64_t threads, ParallelFor parallel) {
-  LinearArgs gate = gate_args, up = up_args;
-  if (gate.M == 0 || gate.N == 0) return;
-  up.pair = Pair::first, gate.pair = Pair::second;
-  gate.residual = up.y;
-  const Kernels& kernels = kernels_for(gate.dtype);
-  const int64_t bytes = bytes_of(gate.dtype);
-  const auto before = [&](int64_t i) { return work_before(gate.crow, gate.C, i) + work_before(up.crow, up.C, i); };
-  for_each_range(gate, before, bytes, threads, parallel, [&](int64_t m0, int64_t m1, int64_t i0, int64_t i1) {
-    // What up writes stays in half of a 1 MiB L2 until gate multiplies it, beside the rows of x that both read.
-    const int64_t group = std::max<int64_t>(1, (256 << 10) / ((m1 - m0) * gate.R * bytes));
-    for (int64_t i = i0; i < i1; i += group) {
-      const int64_t end = std::min(i1, i + group);
-      kernels.linear(up, m0, m1, i, end);
-      kernels.linear(gate, m0, m1, i, end);
-    }
-  });
+void run_linear_glu(const LinearArgs& gate, const LinearArgs& up, int64_t threads, ParallelFor parallel) {
+  run_glu(gate, up, kernels_for(gate.dtype).linear, bytes_of(gate.dtype), threads, parallel);
 }
 
 bool panels_are_float(DType dtype) { return dtype == DType::f16 || (dtype == DType::bf16 && !kernels_for(dtype).bf16_pairs); }
@@ -367,6 +371,10 @@ void run_linear_int8(const Int8Args& a, int64_t threads, ParallelFor parallel) {
   const Int8Kernels& kernels = int8_kernels();
   for_each_range(a, [&](int64_t i) { return work_before(a.crow, a.C, i); }, 1, threads, parallel,
                  [&](int64_t m0, int64_t m1, int64_t i0, int64_t i1) { kernels.linear(a, m0, m1, i0, i1); });
+}
+
+void run_linear_int8_glu(const Int8Args& gate, const Int8Args& up, int64_t threads, ParallelFor parallel) {
+  run_glu(gate, up, int8_kernels().linear, 1, threads, parallel);
 }
 
 }  // namespace sparse_prune

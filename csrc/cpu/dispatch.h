@@ -64,5 +64,6 @@ int64_t int8_row_bytes(int64_t K, int64_t C);
 
 void run_quantize(const QuantizeArgs& args, int64_t M, int64_t threads, ParallelFor parallel);
 void run_linear_int8(const Int8Args& args, int64_t threads, ParallelFor parallel);
+void run_linear_int8_glu(const Int8Args& gate, const Int8Args& up, int64_t threads, ParallelFor parallel);
 
 }  // namespace sparse_prune

@@ -5,6 +5,8 @@
 // tile_kernel.h wants), I (a vector of W int32), B (a broadcast group of 4 inputs), uses_offsets, zero, load, store, add, to_float, weights,
 // broadcast and dot: acc[n] += sum over j < 4 of x[j] * w[n, j].
 
+constexpr int kMostInt8Rows = 14;  // of a tile
+
 // One step of 4 inputs: NV vectors of weights by MR groups of x.
 template <class Dot, int MR, int NV>
 inline void int8_step(const uint8_t* x, int64_t ldx, const int8_t* w, typename Dot::I (&acc)[MR][NV]) {
@@ -21,7 +23,8 @@ inline void int8_step(const uint8_t* x, int64_t ldx, const int8_t* w, typename D
   }
 }
 
-// y[m.., n..] = act(z * w_scales[n..] * x_scales[m..] + bias) + residual for a rectangle of y; z has whole vectors.
+// y[m.., n..] = act(z * w_scales[n..] * x_scales[m..] + bias) + residual (times it in the second of a pair) for a rectangle of y; z has
+// whole vectors.
 template <class Out>
 void int8_finish_as(const Int8Args& a, const int32_t* z, int64_t ldz, int64_t m0, int64_t n0, int64_t rows, int64_t cols) {
   using V = typename Out::Vec;
@@ -38,8 +41,11 @@ void int8_finish_as(const Int8Args& a, const int32_t* z, int64_t ldz, int64_t m0
       typename V::F v = V::mul(V::from_int32(z + m * ldz + n), whole ? V::load(w_scales + n) : load_edge<Plain<V>>(w_scales + n, count));
       v = V::mul(v, x_scale);  // [W]
       if (bias) v = V::add(v, whole ? Out::load_y(bias + n) : load_edge<Out>(bias + n, count));
-      if (a.activation != Activation::none) v = V::activate(v, a.activation);
-      if (from) v = V::add(v, whole ? Out::load_y(from + n) : load_edge<Out>(from + n, count));
+      if (a.activation != Activation::none) v = Out::activate(v, a.activation);
+      if (from) {
+        const typename V::F r = whole ? Out::load_y(from + n) : load_edge<Out>(from + n, count);
+        v = a.pair == Pair::second ? V::mul(v, r) : V::add(v, r);
+      }
       if (whole) {
         Out::store_y(to + n, v);
       } else {
@@ -61,6 +67,21 @@ void int8_finish(const Int8Args& a, const int32_t* z, int64_t ldz, int64_t m0, i
     int8_finish_as<HalfWeights<V>>(a, z, ldz, m0, n0, rows, cols);
 }
 
+// A row of whole vectors, scaled and activated, on its way to y; residual (null: none) and y begin at it.
+template <class Out, int NV>
+inline void int8_write_row(typename Out::Vec::F (&row)[NV], const typename Out::Y* residual, bool multiplies, typename Out::Y* y, int64_t ahead) {
+  using V = typename Out::Vec;
+  if (residual)
+    SPARSE_PRUNE_UNROLL
+    for (int v = 0; v < NV; ++v) {
+      const typename V::F r = Out::load_y(residual + v * V::W);
+      row[v] = multiplies ? V::mul(row[v], r) : V::add(row[v], r);
+    }
+  Out::template store_row<NV>(y, row, false);
+  // The next block-row's part of y, as in linear_tile.
+  for (int64_t j = 0; j < NV * V::W; j += 64 / static_cast<int64_t>(sizeof(typename Out::Y))) prefetch_to_l2(y + ahead + j);
+}
+
 // The same for a tile of whole vectors without activation, from its registers.
 template <class Dot, class Out, int MR, int NV>
 inline void int8_finish_sums(const Int8Args& a, typename Dot::I (&sum)[MR][NV], int64_t m0, int64_t n) {
@@ -74,6 +95,7 @@ inline void int8_finish_sums(const Int8Args& a, typename Dot::I (&sum)[MR][NV], 
   }
   // Copies that nothing written to y can be part of, for the compiler to keep in registers.
   const int64_t ld = a.N, first = m0 * ld + n, block = a.R;
+  const bool multiplies = a.pair == Pair::second;
   const float* x_scales = a.x_scales + m0;                                                  // [MR]
   const Y* residual = a.residual ? static_cast<const Y*>(a.residual) + first : nullptr;     // [MR, ld]
   Y* y = static_cast<Y*>(a.y) + first;                                                      // [MR, ld]
@@ -83,31 +105,54 @@ inline void int8_finish_sums(const Int8Args& a, typename Dot::I (&sum)[MR][NV], 
     typename V::F row[NV];  // [NV * W]
     SPARSE_PRUNE_UNROLL
     for (int v = 0; v < NV; ++v) row[v] = V::add(V::mul(V::mul(Dot::to_float(sum[m][v]), scale[v]), x_scale), bias[v]);
-    if (residual)
-      SPARSE_PRUNE_UNROLL
-      for (int v = 0; v < NV; ++v) row[v] = V::add(row[v], Out::load_y(residual + m * ld + v * V::W));
-    Out::template store_row<NV>(y + m * ld, row, false);
-    // The next block-row's part of y, as in linear_tile.
-    for (int64_t j = 0; j < NV * V::W; j += 64 / static_cast<int64_t>(sizeof(Y))) prefetch_to_l2(y + m * ld + block + j);
+    int8_write_row<Out, NV>(row, residual ? residual + m * ld : nullptr, multiplies, y + m * ld, block);
+  }
+}
+
+// The same with an activation, for sums[rows][NV * W] in memory. Out of line, like activate_tile.
+template <class Out, int NV>
+__attribute__((noinline)) void int8_finish_activated(const Int8Args& a, const int32_t* sums, int rows, int64_t m0, int64_t n) {
+  using V = typename Out::Vec;
+  using Y = typename Out::Y;
+  constexpr int W = V::W;
+  alignas(64) float z[kMostInt8Rows * NV * W];  // [rows][NV * W]
+  for (int v = 0; v < NV; ++v) {
+    const typename V::F scale = V::load(a.w_scales + n + v * W);
+    const typename V::F bias = a.bias ? Out::load_y(static_cast<const Y*>(a.bias) + n + v * W) : V::zero();
+    for (int at = v * W, m = 0; m < rows; ++m, at += NV * W)
+      V::store(z + at, V::add(V::mul(V::mul(V::from_int32(sums + at), scale), V::set1(a.x_scales[m0 + m])), bias));
+  }
+  activate_tile<Out>(z, rows * NV, a.activation);
+  const int64_t ld = a.N, first = m0 * ld + n;
+  for (int m = 0; m < rows; ++m) {
+    typename V::F row[NV];  // [NV * W]
+    SPARSE_PRUNE_UNROLL
+    for (int v = 0; v < NV; ++v) row[v] = V::load(z + (m * NV + v) * W);
+    const Y* residual = a.residual ? static_cast<const Y*>(a.residual) + first + m * ld : nullptr;
+    int8_write_row<Out, NV>(row, residual, a.pair == Pair::second, static_cast<Y*>(a.y) + first + m * ld, a.R);
   }
 }
 
 // The same for any tile: rows from m0 and outputs from n on, of which cols exist.
-template <class Dot, int MR, int NV>
-inline void int8_finish_tile(const Int8Args& a, typename Dot::I (&sum)[MR][NV], int64_t m0, int64_t n, int64_t cols) {
-  using V = typename Dot::Vec;
-  constexpr int W = V::W;
-  if (cols == NV * W && a.activation == Activation::none) {
-    if (a.dtype == DType::f32) return int8_finish_sums<Dot, Plain<V>, MR, NV>(a, sum, m0, n);
-    if (a.dtype == DType::bf16) return int8_finish_sums<Dot, Bf16Weights<V>, MR, NV>(a, sum, m0, n);
-    return int8_finish_sums<Dot, HalfWeights<V>, MR, NV>(a, sum, m0, n);
-  }
+template <class Dot, class Out, int MR, int NV>
+inline void int8_finish_tile_as(const Int8Args& a, typename Dot::I (&sum)[MR][NV], int64_t m0, int64_t n, int64_t cols) {
+  constexpr int W = Out::Vec::W;
+  const bool whole = cols == NV * W;
+  if (whole && a.activation == Activation::none) return int8_finish_sums<Dot, Out, MR, NV>(a, sum, m0, n);
   alignas(64) int32_t z[MR * NV * W];  // [MR][NV * W]
   SPARSE_PRUNE_UNROLL
   for (int m = 0; m < MR; ++m)
     SPARSE_PRUNE_UNROLL
     for (int v = 0; v < NV; ++v) Dot::store(z + (m * NV + v) * W, sum[m][v]);
-  int8_finish<V>(a, z, NV * W, m0, n, MR, cols);
+  whole ? int8_finish_activated<Out, NV>(a, z, MR, m0, n) : int8_finish_as<Out>(a, z, NV * W, m0, n, MR, cols);
+}
+
+template <class Dot, int MR, int NV>
+inline void int8_finish_tile(const Int8Args& a, typename Dot::I (&sum)[MR][NV], int64_t m0, int64_t n, int64_t cols) {
+  using V = typename Dot::Vec;
+  if (a.dtype == DType::f32) return int8_finish_tile_as<Dot, Plain<V>>(a, sum, m0, n, cols);
+  if (a.dtype == DType::bf16) return int8_finish_tile_as<Dot, Bf16Weights<V>>(a, sum, m0, n, cols);
+  return int8_finish_tile_as<Dot, HalfWeights<V>>(a, sum, m0, n, cols);
 }
 
 // One tile, rows from m and outputs from n of block-row i, of which cols exist.
@@ -156,7 +201,7 @@ void int8_tile(const Int8Args& a, int64_t m0, int64_t i, int64_t n, int64_t cols
 template <class Dot, int NV>
 constexpr int int8_rows() {
   constexpr int rows = (Dot::Vec::registers - NV - Dot::spare) / NV;
-  return rows < 14 ? rows : 14;
+  return rows < kMostInt8Rows ? rows : kMostInt8Rows;
 }
 
 template <class Dot>
@@ -202,7 +247,7 @@ bool int8_write_tokens(const Int8Args& a, const TokenPart& part, int64_t m) {
     const auto value = [&](int64_t n, int64_t t) {
       const typename V::F scaled = V::mul(V::from_int32(z + n * part.tokens + t), V::set1(a.w_scales[part.n + n]));
       const typename V::F v = V::add(V::mul(scaled, V::load(x_scales + t)), V::set1(bias[n]));
-      return a.activation == Activation::none ? v : V::activate(v, a.activation);
+      return a.activation == Activation::none ? v : Out::activate(v, a.activation);
     };
     write_tokens<Out>(static_cast<Y*>(a.y) + m * a.N + part.n, a.N, part.rows, value);
     return true;
