@@ -327,7 +327,7 @@ def bench_linear(
 
     def measure(problem: dict) -> dict:
         roof = (problem["dtype"], problem["threads"])
-        by_kernel = backends.cpu_isas() and roof[0] not in ("w8a16", "e4m3")  # which plain PyTorch runs
+        by_kernel = backends.cpu_isas() and roof[0] not in ("w8a16", "e4m3")  # no kernels of their own
         if by_kernel and roof not in roofs:
             roofs[roof] = limits(getattr(torch, roof[0]), roof[1])
         return {"kind": "linear", **about, **problem, **_time_linear(problem, seconds, roofs.get(roof), peers)}

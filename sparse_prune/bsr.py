@@ -55,8 +55,8 @@ class Derived:
 
     key         says which values it was made from; None: nothing yet
     ready       ops.Ready, where a CPU kernel runs a layer; else None
-    prepacked   the values in the order that the CPU kernels read; on a GPU values and index as the CUDA C++ kernels read them; or
-                None
+    prepacked   the values in the order that the CPU kernels read, in the dtype of the last x where they run dequantized; on a GPU
+                values and index as the CUDA C++ kernels read them; or None
     plan        planner.Plan, or None where the sparse operator always runs
     dense       the dense weight by form (planner.DENSE_FORMS), made when the plan first asks for it: N * K elements of memory each
     """

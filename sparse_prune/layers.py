@@ -253,7 +253,7 @@ class SparseLinear(nn.Module):
         if self.values.is_inference():  # no version tells whether they were written
             self.refresh_()
         if derived:
-            self._current(self.values)
+            self._current(self.values, self.compute_dtype)
         return self
 
     def forward(self, x: Tensor, activation: Activation = "none", residual: Tensor | None = None) -> Tensor:
@@ -287,7 +287,7 @@ class SparseLinear(nn.Module):
         parameters, buffers = self._parameters, self._buffers
         same = (
             parameters["values"] is values
-            and (version is None or values._version == version)
+            and (version is None or values._version + (0 if scales is None else scales._version) == version)
             and (steps == backends.optimizer_steps or not values.requires_grad)
             and parameters["bias"] is bias
             and buffers["crow_indices"] is crow_indices
@@ -355,7 +355,7 @@ class SparseLinear(nn.Module):
             y = reference.bsr_linear(x, *bsr, self.out_features, bias, activation, residual)
         # In training a compiled graph would keep the values that it was traced with.
         elif not changing and not (compiling and self.training):
-            derived = self._current(own)
+            derived = self._current(own, own.dtype)
             # A compiled graph serves every M, so it holds the sparse operator; sparsify_(tokens=...) decides before it is made.
             if self.planned and not compiling:
                 form = ops.dense_form(derived, x.shape[0])
@@ -391,7 +391,7 @@ class SparseLinear(nn.Module):
         if shape[-1:] != (self.in_features,) or x.device != values.device or wrong_dtype:
             self._explain(x, values, bias, activation, residual)
         # In training a compiled graph would keep the values that it was traced with.
-        derived = None if torch.compiler.is_compiling() and self.training else self._current(values)
+        derived = None if torch.compiler.is_compiling() and self.training else self._current(values, x.dtype)
         if residual is not None:
             residual = residual.reshape(-1, self.out_features).contiguous()
         x, y = flatten_rows(x), None
@@ -405,19 +405,21 @@ class SparseLinear(nn.Module):
             y = operator(x, *bsr, prepacked, self.out_features, *rest)
         return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
 
-    def _current(self, values: Tensor) -> Derived:
-        """What is derived from the present values; under torch.compile and torch.export what an earlier call left."""
+    def _current(self, values: Tensor, dtype: torch.dtype) -> Derived:
+        """What is derived from the present values for x of that dtype; under torch.compile what an earlier call left."""
         if torch.compiler.is_compiling():
             if torch.compiler.is_dynamo_compiling():
-                self._derive()
-        elif self._derived.key != ops.values_key(values):
-            self._derived = ops.current(self._derived, self.packed)
+                self._derive(dtype)
+        elif self._derived.key != ops.derived_key(values, self._buffers.get("scales"), self._weight_only, dtype):
+            self._derived = ops.current(self._derived, self.packed, dtype)
         return self._derived
 
-    def _derive(self) -> bool:
+    def _derive(self, dtype: torch.dtype) -> bool:
         """While torch.compile traces, derive for real what the code will read; torch.export keeps what an earlier call left."""
-        if self._derived.key is None:
-            self._derived = ops.current(self._derived, self.packed)
+        prepacked = self._derived.prepacked
+        dequantizes = ops.runs_dequantized(self.values.dtype, self._weight_only)
+        if self._derived.key is None or (dequantizes and prepacked is not None and prepacked.dtype != dtype):
+            self._derived = ops.current(self._derived, self.packed, dtype)
         return True
 
     # torch.compiler.assume_constant_result, without the second that it takes to import torch._dynamo. A method, since a function's
@@ -425,7 +427,9 @@ class SparseLinear(nn.Module):
     _derive._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a mark on a function
 
     def backend_for(self, tokens: int) -> str:
-        """What a call without gradients runs for M = tokens: "cpu:ISA", "cuda", "triton", "reference", or "dense: why"."""
+        """What a call without gradients runs for M = tokens: "cpu:ISA", "cpu:dequantized", "cuda", "triton", "reference", or
+        "dense: why"; see sp.backend_for.
+        """
         values, shape = self.values, (self.out_features, self.in_features)
         rows, cols = grid_shape(shape, self.blocksize)
         density = values.shape[0] / (rows * cols)

@@ -118,6 +118,43 @@ def _reference_quantized(
     return linear(x, *index, values, scales, out_features, *epilogue, *x_scale).contiguous()
 
 
+def _dequantized_linear(
+    x, crow_indices, col_indices, values, scales, prepacked, out_features, bias, activation, residual, *x_scale
+):
+    """On a CPU, quantized blocks that have no kernel of their own: by that of the dtype of x, which prepacked has too."""
+    if prepacked is None or prepacked.dtype != x.dtype:
+        shape, blocksize = (out_features, x.shape[1]), (values.shape[1], values.shape[2])
+        prepacked = _dequantized_layout(BsrWeight(shape, blocksize, crow_indices, col_indices, values, scales), x.dtype)
+    spoilt = None
+    if x_scale:
+        q, x_scales = reference.quantize_rows(x, x_scale[0], values.dtype)
+        spoilt = x_scales.isnan()  # bool [M], rows that are NaN also where no block reads them
+        x = _e4m3_times(q, x_scales, x.dtype)  # [M, K]
+    index, epilogue = (crow_indices, col_indices), (bias, activation, residual)
+    y = torch.ops.sparse_prune.bsr_linear(x, *index, _blocks_of(prepacked, values), prepacked, out_features, *epilogue)
+    return y if spoilt is None else y.masked_fill_(spoilt[:, None], torch.nan)
+
+
+def _e4m3_times(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """q[M, K] of float8_e4m3fn times scales[M] in that dtype.
+
+    By q's bits, for PyTorch converts float8 one by one: moved to where float16 has exponent and mantissa they are a 256th of it.
+    """
+    bits = q.view(torch.int8).short()  # the sign spread over the upper byte
+    half = bits.bitwise_and(0x7F).bitwise_left_shift_(7).bitwise_or_(bits & -0x8000).view(torch.float16)
+    return half.float().mul_((scales * 256)[:, None]).to(dtype)
+
+
+def _dequantized_layout(packed: BsrWeight, dtype: torch.dtype) -> Tensor:
+    """Quantized blocks as the CPU kernels of that dtype read them."""
+    return torch.ops.sparse_prune.cpu_prepack(packed.dequantize(dtype).values)
+
+
+def _blocks_of(prepacked: Tensor, values: Tensor) -> Tensor:
+    """Where prepacked was made from quantized values: what has the shape that the kernels check, and no memory of its own."""
+    return prepacked.new_zeros(()).expand(values.shape)
+
+
 def _cuda_linear(x, crow_indices, col_indices, values, prepacked, out_features, bias, activation, residual):
     if prepacked is None:
         prepacked = backends.cuda_layout(crow_indices, col_indices, values, x.shape[1])
@@ -227,6 +264,9 @@ _REFERENCE: dict[str, Callable] = {
 }
 for _name, _function in _REFERENCE.items():
     _library.impl(_name, _function, "CompositeExplicitAutograd")
+if backends.cpu_isas():
+    for _name in ("bsr_linear_e4m3", "bsr_linear_w8a16"):
+        _library.impl(_name, _dequantized_linear, "CPU")
 backends.register_triton(_library, _REFERENCE, _on_gpu)
 tiles.install()
 
@@ -376,7 +416,7 @@ class Ready(NamedTuple):
 
     number: int
     values: Tensor
-    version: int | None  # None for those made under inference_mode, which have none
+    version: int | None  # of values and scales; None for those made under inference_mode, which have none
     steps: int
     epoch: int
     crow_indices: Tensor
@@ -399,16 +439,22 @@ class _Owner:
 
 def make_ready(packed: BsrWeight, derived: Derived, bias: Tensor | None) -> Ready | None:
     """The layer with that weight, what was derived from it and a bias, or None where only the long way runs it."""
-    values = packed.values
-    if derived.prepacked is None or not values.is_cpu:
+    values, scales = packed.values, packed.scales
+    if derived.prepacked is None or not values.is_cpu or values.dtype == torch.float8_e4m3fn:
+        return None
+    counted = [not t.is_inference() for t in (values, scales) if t is not None]  # writes, by PyTorch
+    if any(counted) and not all(counted):
         return None
     tensors = (packed.crow_indices, packed.col_indices)
     n, k = packed.shape
+    blocks, of_blocks = (_blocks_of(derived.prepacked, values), None) if packed.weight_only else (values, scales)
     with torch.no_grad():
-        number = torch.ops.sparse_prune.cpu_ready(*tensors, values, derived.prepacked, packed.scales, bias, n, k)
+        number = torch.ops.sparse_prune.cpu_ready(*tensors, blocks, derived.prepacked, of_blocks, bias, n, k)
     plan = derived.plan if derived.plan is not None and any(choice.dense for choice in derived.plan.choices) else None
-    seen = (None if values.is_inference() else values._version, backends.optimizer_steps, backends.epoch)
-    return Ready(number, values, *seen, *tensors, packed.scales, bias, plan, _Owner(number))
+    # Both only rise, so that their sum tells whether either did.
+    version = values._version + (0 if scales is None else scales._version) if all(counted) else None
+    seen = (version, backends.optimizer_steps, backends.epoch)
+    return Ready(number, values, *seen, *tensors, scales, bias, plan, _Owner(number))
 
 
 def _never_ready(*arguments: object) -> Tensor | None:
@@ -472,6 +518,8 @@ def backend_for(
 ) -> str:
     """The backend that bsr_linear runs: "cpu" (with its instruction set, "cpu:avx512"), "triton", "cuda", "reference" or "dense".
 
+    "cpu:dequantized" are the CPU kernels for the dtype of x, which run quantized weights that have none of their own.
+
     With a density of blocks and M (tokens) the planner is asked too, as under "auto" when no gradient of the weight is wanted: the
     answer is "dense: reason" where it expects dense to be faster for a weight of that shape (N, K; None: a large one). On a GPU
     it also chooses between "cuda" and "triton", by M.
@@ -491,8 +539,9 @@ def backend_for(
         if choice is not None and (choice.dense or choice.kernel):
             return f"dense: {choice.reason}" if choice.dense else choice.kernel
     rounds = "its kernels round x to int8 too, and this weight is weight_only" if weight_only else None
+    dequantizes = runs_dequantized(dtype, weight_only)
     reasons = {
-        "cpu": lambda: backends.cpu_unavailable(device, dtype) or rounds,
+        "cpu": lambda: backends.cpu_unavailable(device, torch.float32 if dequantizes else dtype),
         "triton": lambda: backends.triton_unavailable(device, dtype, blocksize),
         "cuda": lambda: backends.cuda_unavailable(device, dtype, blocksize) or rounds,
     }
@@ -501,7 +550,9 @@ def backend_for(
             continue
         reason = why_not()
         if reason is None:
-            return f"cpu:{backends.cpu_isa(dtype)}" if name == "cpu" else name
+            if name != "cpu":
+                return name
+            return "cpu:dequantized" if dequantizes else f"cpu:{backends.cpu_isa(dtype)}"
         if backend == name:
             raise SparsePruneError(
                 "backend", "a backend that can run here", repr(name), f"{reason}; backend='auto' uses plain PyTorch"
@@ -518,6 +569,11 @@ def show_config() -> None:
     print(f"{'on a GPU':<10} {planner.describe_gpu()}")
     if tiles.describe():
         print(f"{'tilings':<10} {tiles.describe()}")
+
+
+def runs_dequantized(dtype: torch.dtype, weight_only: bool) -> bool:
+    """Whether a CPU runs a quantized weight by the kernels for the dtype of x: it has those for int8 that round x too."""
+    return weight_only or dtype == torch.float8_e4m3fn
 
 
 def prepack(values: Tensor, crow_indices: Tensor) -> Tensor | None:
@@ -551,8 +607,8 @@ def bsr_linear(
     each row of x is rounded to the same dtype by its own scale max|x| / L, or by x_scale for all rows (what lies beyond +-L x_scale
     saturates), with L = 127 or 448 the dtype's largest number; products are summed in int32 or float32, and the rest is float32. A
     row of x with NaN or infinity gives a row of NaN. Where packed.weight_only, x stays as it is, products with the int8 numbers are
-    summed in float32 and then scaled. For inference: no gradients. The CPU kernels round x to int8; on a CPU the other two run by
-    plain PyTorch, which makes the weight dense on each call.
+    summed in float32 and then scaled. For inference: no gradients. A CPU has kernels for int8 beside x rounded to it; the other two
+    run by those for the dtype of x, to which the blocks, scales included, are brought once ("cpu:dequantized").
 
     Raises SparsePruneError for shapes, dtypes or devices that do not agree, and for a backend that cannot run here.
     """
@@ -564,7 +620,7 @@ def bsr_linear(
     bsr = (packed.crow_indices, packed.col_indices, packed.values)
     derived, form = None, "plain" if backend == "dense" else ""
     if not (torch.is_grad_enabled() and packed.values.requires_grad):
-        derived = packed.derived = current(packed.derived, packed)
+        derived = packed.derived = current(packed.derived, packed, x.dtype)
         if backend == "auto":
             form = dense_form(derived, rows.shape[0])
     prepacked = None if derived is None else derived.prepacked
@@ -616,7 +672,7 @@ def bsr_linear_glu(
     if one_kernel and (gate.values.dtype, gate.blocksize[0]) == (up.values.dtype, up.blocksize[0]):
         for i, packed in enumerate(weights):
             if not (torch.is_grad_enabled() and packed.values.requires_grad):
-                derived = packed.derived = current(packed.derived, packed)
+                derived = packed.derived = current(packed.derived, packed, x.dtype)
                 one_kernel = one_kernel and not (backend == "auto" and dense_form(derived, rows.shape[0]))
                 prepacked[i] = derived.prepacked
     else:
@@ -675,9 +731,9 @@ def flatten_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def current(derived: Derived, packed: BsrWeight) -> Derived:
-    """derived, or a new one if values (or the kernels that run here) are not those that it was made for."""
-    key = values_key(packed.values)
+def current(derived: Derived, packed: BsrWeight, dtype: torch.dtype) -> Derived:
+    """derived, or a new one if the weight (or the kernels that run here) is not that which it was made for. dtype: that of x."""
+    key = derived_key(packed.values, packed.scales, packed.weight_only, dtype)
     if derived.key == key:
         return derived
     values = packed.values.detach()
@@ -685,7 +741,12 @@ def current(derived: Derived, packed: BsrWeight) -> Derived:
     plan = planner.plan(values.device, values.dtype, packed.blocksize, packed.nnzb / (rows * cols), packed.shape)
     # Not under inference_mode, for a later call may want gradients of x.
     with torch.inference_mode(False), torch.no_grad():
-        derived = Derived(key, None if packed.weight_only else prepack(values, packed.crow_indices), plan)
+        if runs_dequantized(values.dtype, packed.weight_only):
+            runs = backends.cpu_unavailable(values.device, dtype) is None
+            prepacked = _dequantized_layout(packed, dtype) if runs else None
+        else:
+            prepacked = prepack(values, packed.crow_indices)
+        derived = Derived(key, prepacked, plan)
         if values.is_cuda and not packed.weight_only and "cuda" in _kernels_of(plan, values, packed, rows * cols):
             derived.prepacked = backends.cuda_layout(packed.crow_indices, packed.col_indices, values, packed.shape[1])
     return derived
@@ -703,6 +764,13 @@ def values_key(values: Tensor) -> tuple:
     version = 0 if values.is_inference() else values._version
     steps = backends.optimizer_steps if values.requires_grad else 0
     return backends.epoch, version, steps, values.data_ptr(), values.dtype, values.device
+
+
+def derived_key(values: Tensor, scales: Tensor | None, weight_only: bool, dtype: torch.dtype) -> tuple:
+    """values_key of all that current() makes things from."""
+    if scales is None or not runs_dequantized(values.dtype, weight_only):
+        return values_key(values)
+    return *values_key(values), values_key(scales), dtype
 
 
 def dense_form(derived: Derived, tokens: int) -> str:

@@ -95,7 +95,7 @@ def quantize_rows(x: Tensor, x_scale: float | None = None, dtype: torch.dtype = 
     tiny = torch.finfo(torch.float32).tiny  # its reciprocal is finite, and a row of zeros stays zeros
     highest = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])  # [M]
     scales = (highest / QUANTIZED[dtype]).clamp(min=tiny) if x_scale is None else torch.full_like(highest, x_scale)
-    finite = torch.isfinite(x).all(1)
+    finite = torch.isfinite(highest)
     q = round_to(torch.where(finite[:, None], x * scales.reciprocal()[:, None], 0.0), dtype)  # [M, K]
     return q, torch.where(finite, scales, torch.nan)
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sparse_prune as sp
-from sparse_prune import bsr, serialization
+from sparse_prune import backends, bsr, ops, reference, serialization
 from sparse_prune.masks import expand_mask, grid_shape
 
 E4M3 = torch.float8_e4m3fn
@@ -125,12 +125,9 @@ def test_what_does_not_go_together():
         sp.bsr_linear(x, dataclasses.replace(layer.packed, weight_only=True))
     with pytest.raises(sp.SparsePruneError, match="x_scale: expected None beside a weight_only weight, got 0.5"):
         sp.bsr_linear(x, layer.packed.quantize(weight_only=True), x_scale=0.5)
-    reasons = {"cpu": "round x to int8 too, and this weight is weight_only", "dense": "beside a quantized weight"}
-    for backend, reason in reasons.items():
+    for backend, reason in (("cuda", "."), ("dense", "beside a quantized weight")):
         with pytest.raises(sp.SparsePruneError, match=reason):
             sp.bsr_linear(x, layer.packed.quantize(weight_only=True), backend=backend)
-    with pytest.raises(sp.SparsePruneError, match="int8, not float8_e4m3fn"):
-        sp.bsr_linear(x, layer.packed.quantize(E4M3), backend="cpu")
 
 
 @schemes
@@ -226,12 +223,100 @@ def test_layer_is_the_quantized_product_and_survives_casts(scheme, bias, dtype):
         layer.weight_only = False
         assert not torch.equal(layer(x.to(dtype)), y), "x is rounded now"
         layer.weight_only = True
-    runs = "reference" if scheme != "int8" else sp.backend_for("cpu", torch.int8)
-    assert layer.backend_for(10) == runs
+    with_kernels = sp.backend_for("cpu", torch.int8) if scheme == "int8" else "cpu:dequantized"
+    assert layer.backend_for(10) == (with_kernels if backends.cpu_isas() else "reference")
     assert repr(layer).endswith(f"bias={bias}, {NAMES[scheme]})")
     dense = layer.to_dense()
     assert dense.weight.dtype == (dtype if bias else torch.float32)
     torch.testing.assert_close(dense.weight.float(), layer.weight, rtol=1e-2, atol=1e-6)
+
+
+needs_kernels = pytest.mark.skipif(not backends.cpu_isas(), reason=backends._reason or "built")
+dequantized = pytest.mark.parametrize("scheme", ["w8a16", "e4m3"])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@needs_kernels
+@dequantized
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("m", "shape", "blocksize"),
+    [
+        (0, (64, 64), (32, 32)),
+        (1, (100, 75), (16, 8)),
+        (5, (33, 31), (1, 1)),
+        (20, (96, 64), (32, 32)),
+        (67, (70, 50), (7, 5)),
+        (53, (250, 75), (16, 16)),
+    ],
+    ids=str,
+)
+def test_blocks_without_kernels_of_their_own_run_by_those_for_x(monkeypatch, scheme, dtype, m, shape, blocksize):
+    """By no more than twice PyTorch's error on the weight (and x) as that dtype holds them, all against float64."""
+    mask = torch.rand(grid_shape(shape, blocksize)) < 0.5
+    mask[len(mask) // 2] = False
+    packed = sp.BsrWeight.from_dense(torch.randn(shape), mask, blocksize).quantize(**SCHEMES[scheme])
+    x = torch.full((m, shape[1] + 3), torch.nan, dtype=dtype)[:, :-3].copy_(torch.randn(m, shape[1]))
+    bias, residual = torch.randn(shape[0]).to(dtype), torch.randn(m, shape[0]).to(dtype)
+    weight, rounded = packed.values.double(), x.double()
+    if scheme == "e4m3":
+        q, x_scales = reference.quantize_rows(x, None, E4M3)
+        rounded = q.double() * x_scales.double()[:, None]
+    weight = bsr.dense_from_bsr(packed.crow_indices, packed.col_indices, weight, shape, packed.scales.double())
+    for name in ("bsr_linear_w8a8", "bsr_linear_w8a16"):
+        monkeypatch.setattr(reference, name, lambda *_: pytest.fail("plain PyTorch ran"))
+    for backend in ("auto", "cpu"):
+        assert sp.backend_for("cpu", packed.values.dtype, backend, weight_only=packed.weight_only) == "cpu:dequantized"
+    for activation, b, r in (("none", None, None), ("gelu", bias, residual)):
+        exact, theirs = (
+            reference.ACTIVATIONS[activation](
+                F.linear(rounded.to(to), weight.to(to), None if b is None else b.to(to))
+            ).double()
+            + (0 if r is None else r.double())
+            for to in (torch.float64, dtype)
+        )
+        got = sp.bsr_linear(x, packed, b, activation, r)
+        assert got.dtype == dtype and got.shape == exact.shape and not got.isnan().any()
+        error, allowed = (got.double() - exact).norm(), (theirs.to(dtype).double() - exact).norm()
+        assert error <= 2 * max(allowed, torch.finfo(dtype).eps / 4 * exact.norm())
+        assert torch.equal(sp.bsr_linear(x, packed, b, activation, r, backend="cpu"), got)
+
+
+@needs_kernels
+@pytest.mark.parametrize("x_scale", [None, 0.02])
+def test_e4m3_rows_with_nan_and_infinity_are_nan_also_where_no_block_reads_them(x_scale):
+    mask = torch.tensor([[True, False], [False, False], [True, True]])
+    packed = sp.BsrWeight.from_dense(torch.randn(96, 64), mask, (32, 32)).quantize(E4M3)
+    x, plain = torch.randn(9, 64), torch.zeros(64)
+    x[2, 50], x[5, 1], x[7] = torch.nan, torch.inf, plain
+    got = sp.bsr_linear(x, packed, torch.ones(96), "relu", x_scale=x_scale)
+    bad = torch.zeros(9, dtype=torch.bool)
+    bad[[2, 5]] = True
+    assert got[bad].isnan().all() and not got[~bad].isnan().any() and (got[7] == 1).all()
+    expected = sp.bsr_linear(x, packed, torch.ones(96), "relu", backend="reference", x_scale=x_scale)
+    torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+@needs_kernels
+@dequantized
+def test_blocks_are_dequantized_once_for_a_dtype_of_x(monkeypatch, scheme):
+    made, make = [], ops._dequantized_layout
+    monkeypatch.setattr(ops, "_dequantized_layout", lambda packed, dtype: made.append(dtype) or make(packed, dtype))
+    layer = make_layer(bias=False).quantize_(**SCHEMES[scheme]).eval()
+    packed, x = layer.packed, torch.randn(4, 64)
+    with torch.no_grad():
+        for dtype in (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32):
+            assert torch.equal(layer(x.to(dtype)), sp.bsr_linear(x.to(dtype), packed))
+        assert made == [torch.bfloat16] * 2 + [torch.float32] * 2, "once by the layer, once by the weight"
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x.bfloat16()), layer(x.bfloat16())) and made[4:] == [torch.bfloat16]
+        layer.values.requires_grad_(False)
+        before = layer(x)
+        layer.scales.mul_(2)
+        torch.testing.assert_close(layer(x), 2 * before)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), 2 * before)
+    assert made[5:] == [torch.float32] * 2
 
 
 @schemes
