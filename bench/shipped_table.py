@@ -45,7 +45,7 @@ def main() -> None:
         planner.load_table(part)
         data = json.loads(part.read_text(encoding="utf-8"))
         about = about or data["machine"]
-        rows += data["rows"]
+        rows += data["rows"] + data["forms"]
     write_table(Path(planner.__file__).with_name("tuning.json"), about, rows)
 
 

@@ -299,7 +299,8 @@ class SparseLinear(nn.Module):
 
     def _run_dense(self, form: str, x: Tensor, activation: Activation, residual: Tensor | None) -> Tensor | None:
         """The dense product in that form, or None where the long way has to make its weight, or to say what is wrong."""
-        form = "plain" if torch.is_grad_enabled() else form
+        grads = torch.is_grad_enabled()
+        form = "plain" if grads else form
         weight, shape, bias = self._derived.dense.get(form), x.shape, self._parameters["bias"]
         if (
             weight is None
@@ -308,7 +309,8 @@ class SparseLinear(nn.Module):
             or not shape
             or shape[-1] != self.in_features
             or torch.is_autocast_enabled("cpu")
-            or ops.owes_gradient(x, self._parameters["values"], bias, residual)
+            or torch._C._are_functorch_transforms_active()
+            or (grads and ops.owes_gradient(x, self._parameters["values"], bias, residual))
         ):
             return None
         if residual is not None and residual.shape != (*shape[:-1], self.out_features):

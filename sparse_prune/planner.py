@@ -76,12 +76,24 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Forms:
+    """One measurement of the two dense products: plain = time of nn.Linear's own / time of oneDNN's with a reordered weight."""
+
+    isa: str
+    dtype: str
+    tokens: int
+    shape: tuple[int, int]  # (N, K)
+    plain: float
+
+
+@dataclass(frozen=True)
 class Table:
     """Measurements, where they come from, and on which machine they were made."""
 
     source: str
     machine: dict[str, Any]
     rows: tuple[Row, ...]
+    forms: tuple[Forms, ...] = ()
 
     @functools.cached_property
     def by_kind(self) -> dict[tuple[str, str], list[Row]]:
@@ -89,6 +101,16 @@ class Table:
         kinds: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
             kinds.setdefault((row.isa, row.dtype), []).append(row)
+        return kinds
+
+    @functools.cached_property
+    def plain_by_kind(self) -> dict[tuple[str, str], dict[int, list[tuple[float, float]]]]:
+        """For each instruction set and dtype, and M: logarithms of a weight's size and of Forms.plain."""
+        kinds: dict[tuple[str, str], dict[int, list[tuple[float, float]]]] = {}
+        for found in self.forms:
+            by_tokens = kinds.setdefault((found.isa, found.dtype), {})
+            size = math.log(math.prod(found.shape))
+            by_tokens.setdefault(found.tokens, []).append((size, math.log(found.plain)))
         return kinds
 
 
@@ -217,6 +239,7 @@ def _plan(
     block = _measured_block({row.blocksize for row in rows}, blocksize)
     rows = [row for row in rows if row.blocksize == block]
     measured = {kernel: _by_tokens([row for row in rows if row.kernel == kernel], density, shape) for kernel in kernels}
+    forms = _forms_of(table, rows[0], shape)
     choices = []
     for tokens in _between(sorted({row.tokens for row in rows})):
         expected = [_expected(lines, tokens) for lines in measured.values()]
@@ -226,7 +249,10 @@ def _plan(
             f"at density {density:.3f} ({row.isa}, {dtype}, {block[0]}x{block[1]} blocks; "
             f"break-even {row.break_even:.2f} near M = {row.tokens}; {table.source})"
         )
-        choices.append(Choice(tokens, row.dense if ratio > MARGIN else "", ratio, reason, row.kernel))
+        dense = row.dense
+        if forms:  # small weights at M = 1 are faster plain
+            dense = "plain" if _on_line(forms, math.log(tokens)) <= 0 else "prepacked"
+        choices.append(Choice(tokens, dense if ratio > MARGIN else "", ratio, reason, row.kernel))
     bounds = tuple(math.sqrt(a.tokens * b.tokens) for a, b in zip(choices, choices[1:], strict=False))
     return Plan(bounds, tuple(choices))
 
@@ -268,6 +294,13 @@ def _expected(lines: list[tuple[int, float, Row]], tokens: int) -> tuple[float, 
     low = lines[above - 1]
     part = math.log(tokens / low[0]) / math.log(high[0] / low[0])
     return low[1] + (high[1] - low[1]) * part, (low if part <= 0.5 else high)[2]
+
+
+def _forms_of(table: Table, row: Row, shape: tuple[int, int]) -> list[tuple[float, float]]:
+    """For each M at which the forms were compared: its logarithm, and that of Forms.plain on a line between sizes of weights."""
+    size = math.log(math.prod(shape))
+    measured = table.plain_by_kind.get((row.isa, row.dtype), {})
+    return [(math.log(tokens), _on_line(points, size)) for tokens, points in measured.items()]
 
 
 def _on_line(points: list[tuple[float, float]], at: float) -> float:
@@ -375,6 +408,7 @@ def load_table(path: str | Path) -> Table:
     try:
         densities = tuple(float(value) for value in data["densities"])
         rows = tuple(_row(entry, densities) for entry in data["rows"])
+        forms = tuple(_forms(entry) for entry in data.get("forms", ()))
         machine = dict(data["machine"])
     except (KeyError, TypeError, ValueError) as error:
         raise wrong(f"a damaged one ({type(error).__name__}: {error})") from None
@@ -382,7 +416,18 @@ def load_table(path: str | Path) -> Table:
         raise wrong("one without rows")
     shipped = {_SHIPPED_FILE: "shipped table", _SHIPPED_GPU_FILE: "shipped bounds, counted and not timed"}
     source = shipped.get(Path(path), f"table {path}")
-    return Table(source, machine, rows)
+    return Table(source, machine, rows, forms)
+
+
+def _forms(entry: dict) -> Forms:
+    k, n = entry["weight"]
+    numbers = (entry["M"], n, k)
+    if not all(type(number) is int and number > 0 for number in numbers):
+        raise ValueError(f"M and weight must be positive integers, not {numbers}")
+    plain = float(entry["plain"])
+    if not (math.isfinite(plain) and plain > 0):
+        raise ValueError(f"plain must be a positive number, not {plain}")
+    return Forms(entry["isa"], entry["dtype"], entry["M"], (n, k), plain)
 
 
 def _row(entry: dict, densities: tuple[float, ...]) -> Row:

@@ -28,7 +28,12 @@ DENSITIES = (0.1, 0.25, 0.5, 0.75, 1.0)
 SHAPES = ((384, 384), (768, 3072))  # (K, N): one that caches hold, one that they do not in float32
 BLOCKS = ((1, 1), (4, 4), (8, 8), (16, 16), (32, 32), (64, 64))
 TOKENS = (1, 16, 128, 512)
+# Beside them for low blocks: from 4 to 7 tokens on AVX-512 fills vectors with these (csrc/cpu/token_tile.h).
+LOW, FEW_TOKENS = 8, (2, 4, 8)
 QUICK_BLOCKS, QUICK_TOKENS = ((4, 4), (16, 16), (32, 32)), (1, 128)
+# Where the two forms of dense are compared: at few tokens the faster one changes with the size of the weight.
+FORM_SHAPES = ((256, 256), (384, 384), (512, 512), (768, 768), (1024, 1024), (768, 3072))
+FORM_TOKENS = (1, 2, 4, 8, 16, 128, 512)
 # A row that strays further than this from a straight line is measured again, and the best of so many tries counts.
 STRAY, TRIES = 0.1, 4
 # A candidate that takes this many times the dense one's time is not run again: its exact time decides nothing.
@@ -64,7 +69,10 @@ def tune(
     problems = list(_problems(quick, tuple(dtypes), isas))
 
     def measure(problem: dict) -> list[dict]:
-        return [problem | _measure(problem, threads, seconds)]
+        if "block" in problem:
+            return [problem | _measure(problem, threads, seconds)]
+        plain = _measure_forms(problem, seconds / 4)
+        return [] if plain is None else [problem | {"plain": float(f"{plain:.3g}")}]
 
     return make_table(out, about, DENSITIES, problems, measure, report)
 
@@ -80,6 +88,9 @@ def make_table(
     """The table at out of the rows that measure() gives of each problem, those of a run that was stopped taken from there."""
 
     def tell(problem: dict, rows: list[dict]) -> str:
+        if "block" not in problem:
+            plain = f"plain takes {rows[0]['plain']:.2f} of reordered" if rows else "plain alone"
+            return f"{problem['isa']} {problem['dtype']} dense M={problem['M']}: {plain}"
         block = "x".join(map(str, problem["block"]))
         ratios = ", ".join(f"{row.get('kernel', '')} {row['ratio'][0]:.2f}".strip() for row in rows) or "nothing runs"
         return f"{problem['isa']} {problem['dtype']} {block} M={problem['M']}: {ratios} of dense"
@@ -123,11 +134,15 @@ def measure_each(
 
 
 def write_table(out: Path, about: dict, rows: list[dict], densities: tuple[float, ...] = DENSITIES) -> None:
-    """The file that planner.load_table reads, one row a line."""
+    """The file that planner.load_table reads, one row a line; those of dense alone have no block."""
     head = json.dumps({"format": planner.FORMAT, "machine": about, "densities": list(densities)})
     with atomic_path(out) as temporary:
-        lines = ",\n".join(json.dumps(row) for row in rows)
-        temporary.write_text(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+        rows_of_blocks, forms = (
+            ",\n".join(json.dumps(row) for row in rows if ("block" in row) == of_blocks) for of_blocks in (True, False)
+        )
+        temporary.write_text(
+            f'{head[:-1]}, "rows": [\n{rows_of_blocks}\n], "forms": [\n{forms}\n]}}\n', encoding="utf-8"
+        )
 
 
 def _problems(quick: bool, dtypes: tuple[str, ...], isas: Iterable[str] | None) -> Iterator[dict]:
@@ -137,9 +152,13 @@ def _problems(quick: bool, dtypes: tuple[str, ...], isas: Iterable[str] | None) 
             with backends.force_isa(isa):
                 if backends.cpu_isa(DTYPES[dtype]) != isa:
                     continue  # this dtype stops at a lower instruction set, which has rows of its own
+            for k, n in FORM_SHAPES:
+                for m in FORM_TOKENS:
+                    yield {"isa": isa, "dtype": dtype, "M": m, "weight": [k, n]}
             for block in QUICK_BLOCKS if quick else BLOCKS:
                 for k, n in SHAPES:
-                    for m in QUICK_TOKENS if quick else TOKENS:
+                    few = FEW_TOKENS if max(block) <= LOW else ()
+                    for m in QUICK_TOKENS if quick else sorted(TOKENS + few):
                         if max(block) < 8 and m > 128:
                             continue  # slow to measure, and decided long before
                         yield {"isa": isa, "dtype": dtype, "block": list(block), "M": m, "weight": [k, n]}
@@ -189,6 +208,29 @@ def _measure(problem: dict, threads: tuple[int, ...], seconds: float) -> dict:
             _, form, ratio = min(tries)
             worst = [max(pair) for pair in zip(worst or ratio, ratio, strict=True)]
     return {"dense": form, "ratio": [float(f"{value:.3g}") for value in worst]}
+
+
+def _measure_forms(problem: dict, seconds: float) -> float | None:
+    """Time of the plain dense product over that with a reordered weight, None without the latter.
+
+    The mean of one and two threads, for a plan serves any number: with two the plain one is the slower from smaller weights on.
+    """
+    (k, n), dtype = problem["weight"], DTYPES[problem["dtype"]]
+    x = torch.randn(problem["M"], k).to(dtype)  # [M, K]
+    candidates: dict[str, Callable[[], Tensor]] = {}
+    for layer in ("first", "second"):  # two, since a model has others, whose weights come between two calls of one
+        linear = nn.Linear(k, n).to(dtype).eval().requires_grad_(False)
+        prepacked = prepacked_linear(linear, x)
+        if prepacked is None:
+            return None
+        candidates |= {f"{layer} plain": partial(linear, x), f"{layer} prepacked": prepacked}
+    ratios = []
+    with torch.inference_mode():
+        for count in (1, 2):
+            with thread_count(count):
+                times = interleaved_medians(candidates, seconds)
+                ratios += [times[f"{layer} plain"] / times[f"{layer} prepacked"] for layer in ("first", "second")]
+    return float(np.exp(np.log(ratios).mean()))
 
 
 def _stray(ratio: list[float]) -> float:

@@ -38,8 +38,11 @@ class Recorder(TorchDispatchMode):
         return "prepacked" if any("mkldnn._linear_pointwise" in name for name in self.names) else "plain"
 
 
-def write_table(path, ratio, dense="plain", **change):
-    """A table whose one row per dtype says the same at every M, unless ratio is {M: ratios}."""
+def write_table(path, ratio, dense="plain", forms=(), **change):
+    """A table whose one row per dtype says the same at every M, unless ratio is {M: ratios}.
+
+    forms: (M, K, N, time of plain over that of prepacked) of dense alone.
+    """
     by_tokens = ratio if isinstance(ratio, dict) else {1: ratio}
     rows = [
         {"isa": isa, "dtype": dtype, "block": [1, 1], "M": m, "weight": [K, N], "dense": dense, "ratio": list(ratios)}
@@ -48,7 +51,13 @@ def write_table(path, ratio, dense="plain", **change):
         for dtype in ("float32", "bfloat16")
         for m, ratios in by_tokens.items()
     ]
-    path.write_text(json.dumps({"format": 1, "machine": {"cpu": "a test"}, "densities": [0.1, 1.0], "rows": rows}))
+    alone = [
+        {"isa": isa, "dtype": "float32", "M": m, "weight": [k, n], "plain": plain}
+        for isa in backends.ISAS
+        for m, k, n, plain in forms
+    ]
+    table = {"format": 1, "machine": {"cpu": "a test"}, "densities": [0.1, 1.0], "rows": rows, "forms": alone}
+    path.write_text(json.dumps(table))
     return path
 
 
@@ -244,6 +253,25 @@ def test_sparsify_keeps_a_layer_dense_where_sparse_would_lose(tmp_path):
         sp.BlockSparseConfig(tokens=0)
 
 
+@needs_kernels
+def test_the_form_of_dense_follows_m_and_the_size_of_the_weight(tmp_path):
+    """On straight lines over logarithms: at M = 4 that of 64 x 64 is the root of 0.8, at M = 1 that of 120 x 120 0.83."""
+    forms = [(1, 64, 64, 0.4), (1, 256, 256, 2.0), (16, 64, 64, 2.0), (16, 256, 256, 8.0)]
+    path = write_table(tmp_path / "t.json", {1: (2, 2), 16: (2, 2)}, "prepacked", forms)
+    with planner.using_table(path):
+
+        def runs(dtype, side):
+            plan = planner.plan(torch.device("cpu"), dtype, (32, 32), 0.5, (side, side))
+            return {choice.tokens: choice.dense for choice in plan.choices}
+
+        for side, plain in {32: (1, 2, 4), 64: (1, 2, 4), 120: (1,), 150: (), 1000: ()}.items():
+            expected = {m: "plain" if m in plain else "prepacked" for m in (1, 2, 4, 8, 16)}
+            assert runs(torch.float32, side) == expected
+        assert set(runs(torch.bfloat16, 64).values()) == {"prepacked"}, "as the row says, where dense alone has none"
+    with planner.using_table(write_table(path, {1: (0.5, 0.5)}, "prepacked", forms)):
+        assert set(runs(torch.float32, 64).values()) == {""}
+
+
 def row(**change):
     fields = {
         "isa": "avx2",
@@ -284,7 +312,7 @@ def test_the_shipped_table_is_whole_and_makes_sense():
         ("portable", "float16"),
     } <= measured
     for found in table.rows:
-        assert found.blocksize in tuning.BLOCKS and found.tokens in tuning.TOKENS
+        assert found.blocksize in tuning.BLOCKS and found.tokens in tuning.TOKENS + tuning.FEW_TOKENS
         if found.blocksize == (32, 32) and found.tokens >= 128 and found.isa != "portable":
             assert found.ratio_at(0.1) < 0.7 < found.break_even, found
         if found.blocksize == (1, 1) and found.dtype == "float32":
@@ -293,6 +321,7 @@ def test_the_shipped_table_is_whole_and_makes_sense():
             assert found.ratio[0] < 1.1 * found.ratio[-1], found
 
 
+FORM = {"isa": "avx2", "dtype": "float32", "M": 1, "weight": [8, 8], "plain": 1}
 DAMAGED = {
     "not there": (None, "No such file"),
     "no JSON": ("{", "Expecting property name"),
@@ -306,6 +335,8 @@ DAMAGED = {
     "a ratio missing": ({"ratio": [1.0]}, "ratio must hold 2 positive numbers"),
     "NaN": ({"ratio": [1.0, float("nan")]}, "ratio must hold 2 positive numbers"),
     "a form unknown": ({"dense": "quick"}, "dense must be one of plain, prepacked, not 'quick'"),
+    "forms of M zero": ({"forms": [FORM | {"M": 0}]}, "M and weight must be positive integers"),
+    "forms in no time": ({"forms": [FORM | {"plain": 0}]}, "plain must be a positive number"),
     "densities falling": ({"densities": [0.5, 0.1]}, r"densities must rise within \(0, 1\]"),
 }
 
@@ -371,7 +402,8 @@ def test_what_the_own_table_lacks_is_looked_up_in_the_shipped_one(tmp_path):
 
 @needs_kernels
 def test_tune_measures_resumes_and_is_then_in_force(tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning, "SHAPES", ((32, 64),))
+    for name, value in {"SHAPES": ((32, 64),), "FORM_SHAPES": ((32, 64),), "FORM_TOKENS": (1, 4)}.items():
+        monkeypatch.setattr(tuning, name, value)
     out, steps, measured = tmp_path / "t.json", [], []
     arguments = dict(quick=True, dtypes=("float32",), seconds=0)
 
@@ -382,17 +414,20 @@ def test_tune_measures_resumes_and_is_then_in_force(tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         tuning.tune(out, report=stop, **arguments)
-    assert steps == [(1, 6), (2, 6), (3, 6)] and not out.exists()
+    assert steps == [(1, 8), (2, 8), (3, 8)] and not out.exists()
     real = tuning._measure
     monkeypatch.setattr(tuning, "_measure", lambda *a: measured.append(a) or real(*a))
     table = tuning.tune(out, **arguments)
-    assert len(measured) == 3, "the three rows that were finished are kept"
+    assert len(measured) == 5, "the rows that were finished are kept"
     assert [path.name for path in tmp_path.iterdir()] == ["t.json"]
     assert len(table.rows) == 6 and {row.isa for row in table.rows} == {backends.cpu_isa(torch.float32)}
     assert {row.blocksize for row in table.rows} == set(tuning.QUICK_BLOCKS)
     assert all(row.ratio[0] > 0 for row in table.rows) and table.machine["cpu"] == backends.cpu_name()
     tuning.tune(out, **arguments)
-    assert len(measured) == 9, "a finished table is measured again"
+    assert len(measured) == 11, "a finished table is measured again"
+    compared = [(form.isa, form.dtype, form.tokens, form.shape) for form in table.forms]
+    has_both = tuning.prepacked_linear(nn.Linear(32, 64), torch.zeros(1, 32)) is not None
+    assert compared == [(table.rows[0].isa, "float32", m, (64, 32)) for m in (1, 4) if has_both]
     with pytest.raises(sp.SparsePruneError, match="dtypes: expected names among"):
         tuning.tune(out, dtypes=("float8",))
     with pytest.raises(sp.SparsePruneError, match="name: expected an instruction set of this machine"):
