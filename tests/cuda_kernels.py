@@ -173,6 +173,11 @@ def wide_launch(at: Layout, m: int, tokens: int) -> LinearLaunch:
     return LinearLaunch(0, tokens, 0, inputs, 256, {128: 49152, 256: 98304}[tokens], -(-m // tokens) * at.tiles)
 
 
+def ragged(at: Layout, k: int) -> int:
+    """How many steps may have inputs past the end, as launch_linear passes it."""
+    return -(-at.block_cols // (32 if at.row == 16 else 64)) if k % at.block_cols else 0
+
+
 def entry(layout: Layout, launch: LinearLaunch, dtype: torch.dtype) -> str:
     """The name of the kernel that launch_linear runs."""
     if launch.skinny:
@@ -213,7 +218,7 @@ def linear(
         heads, count = heads.view(at.tiles, -1)[tiles].contiguous(), len(tiles)
         launch.blocks = launch.blocks // at.tiles * count
     vector = n % 8 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in (y, bias, residual))
-    tables, last = (heads, steps), [count, int(k % at.block_cols != 0)]
+    tables, last = (heads, steps), [count, ragged(at, k)]
     if launch.skinny:
         tables, last = (starts, pieces), [at.row // 16, at.order]
     code = program(ptx("kernels_sm80.cu", arch, patch), entry(at, launch, x.dtype))
@@ -267,7 +272,7 @@ def linear_w8a8(
     tables, last = (
         ((starts, pieces), [at.row // 16, at.order])
         if launch.skinny
-        else ((heads, steps), [at.tiles, int(pairs.shape[1] % at.block_cols != 0)])
+        else ((heads, steps), [at.tiles, ragged(at, pairs.shape[1])])
     )
     vector = n % 8 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in (y, bias, residual))
     name = entry(at, launch, x.dtype).replace(f"_{NAMES[x.dtype]}_", f"_{KINDS[of]}_{NAMES[x.dtype]}_")

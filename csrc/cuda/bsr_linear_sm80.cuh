@@ -3,7 +3,8 @@
 // A block of 8 warps makes 64 * kTokenTiles tokens x 128 outputs. The outputs are those of several block-rows ("rows" below, at most
 // 64 outputs each: a block-row of 128 is two rows) that share one walk over the union of their columns, 64 inputs a step (rows of 16:
 // 32). Each step copies x at those inputs; a warp reads and multiplies only the blocks that its rows have, so zeros cost neither bytes
-// nor multiplications.
+// nor multiplications. Steps go in turns of all stages, whose instructions are few; the last ones of a tile, which have nothing to copy
+// or inputs past the end, in a loop of their own.
 //
 // Warps w and w + 4 share a sub-core of the SM. They have the same tokens, the first the rows of group 0 and the second those of
 // group 1: every sub-core then multiplies every block once for its quarter of the tokens, and no mask can make one of them wait.
@@ -22,11 +23,15 @@ namespace sparse_prune::device {
 
 // A step of a tile as one thread reads it: there are four, for group 0 and 1 and within each for the first and the second column of a
 // pair of columns of 16 inputs, which are copied together.
-//   .x, .y   where in a row of x that column of the first and of the second pair begins, in bytes; of another one where there is none
-//   .z       which of the group's rows have weights there: bit kGroupRows * column + row; bits from 16 on: the other group's
-//   .w       rows of 16: number of the first of these weights' units; order: group, column, row
+//   .x, .y   number of that column of the first and of the second pair, of those of 16 inputs; of another one where there is none
+//   .z       which of the group's rows have weights there: bit 1 + kGroupRows * column + row (to test bit 0 takes two instructions).
+//            Rows of 16: from bit 17 on the other group's; else from 9 and 17 on those of the two steps that follow. From bit 25 on:
+//            how many steps of the tile follow, or 63.
+//   .w       rows of 16: number of the first of these weights' units; order: group, column, row. Else 1: see `behind`
 using Step = int4;
 constexpr int kStepThreads = 4;
+constexpr int kColumnBytes = 32;
+constexpr uint32_t kFollowing = 1u << 25;
 
 // A tile: where its steps begin, how many there are, where the weights of each group begin, in units (rows of 16: nothing), and its
 // rows (row v is outputs v * kRow ...), -1 for none.
@@ -52,10 +57,17 @@ struct Sm80Tile {
 template <int kValue>
 struct Number {
   static constexpr int value = kValue;
+  __device__ constexpr operator int() const { return kValue; }
 };
 
-// kTogether: columns of 16 inputs that a row has or lacks together, 2 where blocks are 32 wide or wider. ragged: some column may end
-// beyond K.
+// from + count * kEach: a product and sum of 64 bits, one instruction where a sum alone takes two, if no compiler knows count.
+template <int kEach, typename P>
+__device__ __forceinline__ const P* behind(const P* from, uint32_t count) {
+  return reinterpret_cast<const P*>(reinterpret_cast<const char*>(from) + static_cast<uint64_t>(count) * (kEach * sizeof(P)));
+}
+
+// kTogether: columns of 16 inputs that a row has or lacks together, 2 where blocks are 32 wide or wider. ragged: how many of a tile's
+// last steps may have columns that end beyond K.
 template <typename T, int kRow, int kTogether, int kTokenTiles, class Ending>
 __device__ __forceinline__ void bsr_linear_sm80(const T* __restrict__ x, const uint4* __restrict__ weights,
                                                 const Tile* __restrict__ tiles, const Step* __restrict__ steps,
@@ -94,35 +106,34 @@ __device__ __forceinline__ void bsr_linear_sm80(const T* __restrict__ x, const u
   const Step* step = steps + tile.first * kStepThreads + group * 2 + piece / 2;
   const char* x_from[kTokenTiles];  // in place of tokens past the end the last one is read
 #pragma unroll
-  for (int i = 0; i < kTokenTiles; ++i)
+  for (int i = 0; i < kTokenTiles; ++i) {
     x_from[i] = reinterpret_cast<const char*>(x + min(m0 + token + 64 * i, M - 1) * ldx) + piece % 2 * 16;
+    asm("" : "+l"(x_from[i]));  // or what it is made of would stay in registers beside it
+  }
   const uint32_t base = shared_address(shared);
   uint32_t x_to[kPairs];
 #pragma unroll
   for (int pair = 0; pair < kPairs; ++pair) x_to[pair] = base + token * kTokenBytes + ((pair * 4 + piece) ^ exchange(token)) * 16;
   const uint32_t w_to = base + Shape::kXBytes + thread * 16;
 
+  // to_end: with zeros for inputs past the end: weights there are zero, but NaN times zero is not.
   const int row_bytes = 2 * K - piece % 2 * 16;
-  auto load = [&](const Step& s, int stage) {
-    const uint32_t at[2] = {static_cast<uint32_t>(s.x), static_cast<uint32_t>(s.y)};
-    if (!ragged) {
+  auto load = [&](const Step& s, int stage, auto to_end) {
+    const uint32_t columns[2] = {static_cast<uint32_t>(s.x), static_cast<uint32_t>(s.y)};
 #pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair) {
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const int bytes = min(16, max(0, row_bytes - static_cast<int>(columns[pair]) * kColumnBytes));
 #pragma unroll
-        for (int i = 0; i < kTokenTiles; ++i)
-          copy_async(x_to[pair] + stage * Shape::kStageBytes + i * 64 * kTokenBytes, x_from[i] + at[pair]);
-      }
-    } else {  // the last inputs, and zeros: weights there are zero, but NaN times zero is not
-#pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair) {
-        const int bytes = min(16, max(0, row_bytes - static_cast<int>(at[pair])));
-#pragma unroll
-        for (int i = 0; i < kTokenTiles; ++i)
-          copy_async(x_to[pair] + stage * Shape::kStageBytes + i * 64 * kTokenBytes, x_from[i] + (bytes ? at[pair] : 0), bytes);
+      for (int i = 0; i < kTokenTiles; ++i) {
+        const uint32_t to = x_to[pair] + stage * Shape::kStageBytes + i * 64 * kTokenBytes;
+        if constexpr (!to_end)
+          copy_async(to, behind<kColumnBytes>(x_from[i], columns[pair]));
+        else
+          copy_async(to, behind<kColumnBytes>(x_from[i], bytes ? columns[pair] : 0), bytes);
       }
     }
     if constexpr (Shape::kStaged) {
-      const int pieces = __popc(s.z) * 32;
+      const int pieces = __popc(s.z & (kFollowing - 1)) * 32;
       const uint4* from = weights + static_cast<int64_t>(s.w) * 32 + thread;
       if (thread < pieces) copy_async(w_to + stage * Shape::kStageBytes, from);
       if (thread + 256 < pieces) copy_async(w_to + stage * Shape::kStageBytes + 4096, from + 256);
@@ -132,6 +143,7 @@ __device__ __forceinline__ void bsr_linear_sm80(const T* __restrict__ x, const u
   Sum<T> sums[kTokenTiles][kGroupRows][kUnits][2][4] = {};  // [tokens / 16, rows, outputs / 16, outputs / 8, fragment]
   uint4 w[kHeld];                                           // fragments of 16 inputs x 2 * 8 outputs
   const uint4* w_from = weights + static_cast<int64_t>(tile.units[group]) * 32 + lane;
+  const uint32_t one = Shape::kStaged ? 1 : step[0].w;
   if constexpr (!Shape::kStaged) {
 #pragma unroll
     for (int unit = 0; unit < kHeld; ++unit) w[unit] = load_read_only(w_from + unit * 32);
@@ -140,44 +152,57 @@ __device__ __forceinline__ void bsr_linear_sm80(const T* __restrict__ x, const u
   constexpr int kAhead = Shape::kStages - 1;
 #pragma unroll
   for (int s = 0; s < kAhead; ++s) {
-    if (s < count) load(step[s * kStepThreads], s);
+    if (s < count) load(step[s * kStepThreads], s, Number<1>());
     copies_commit();
   }
   // of the first column; others differ in the bits of 32 and 64
   const uint32_t a_from = base + (slice * 16 * kTokenTiles + lane % 16) * kTokenBytes + (lane / 16 ^ exchange(lane % 16)) * 16;
   Step ahead = step[kAhead * kStepThreads];
-  uint32_t next = step[0].z;
-  int left = count;
-  // One step; its stage is a constant. False after the last one.
-  auto run = [&](auto number) {
-    constexpr int kStage = decltype(number)::value, kAt = kStage * Shape::kStageBytes;
+  uint32_t next = step[0].z, rows = 0;
+  // One step. in_turn: one of a turn of all stages, each a constant, with a whole step to copy. The first of them looks up rows for all.
+  auto run = [&](auto stage, auto in_turn) {
+    constexpr bool kShared = in_turn && !Shape::kStaged, kAlike = in_turn && kTogether == 2 && kGroupRows == 2;
+    const int at = stage * Shape::kStageBytes;
+    // All lanes of a warp have the same: said so, branches need no bookkeeping of those that diverge.
+    if (!kShared || stage == 0) rows = __reduce_or_sync(~0u, next);
     copies_wait<Shape::kStages - 2>();
     __syncthreads();  // the copies of all threads have arrived, and all warps have left the stage that is filled next
-    if (left > kAhead) load(ahead, (kStage + kAhead) % Shape::kStages);
+    const int fill = stage + kAhead < Shape::kStages ? stage + kAhead : stage - 1;
+    if constexpr (in_turn) {
+      load(ahead, fill, Number<0>());
+    } else {
+      if (rows >= kAhead * kFollowing) load(ahead, fill, Number<1>());
+    }
     copies_commit();
-    --left;
-    // All lanes of a warp have the same: said so, branches need no bookkeeping of those that diverge.
-    const uint32_t rows = __reduce_or_sync(~0u, next);
-    step += kStepThreads;
-    ahead = step[kAhead * kStepThreads];
-    next = step[0].z;
-    uint32_t b = base + Shape::kXBytes + kAt + lane * 16;
+    const int first = kShared ? 8 * stage + 1 : 1;  // bit of rows
+    const Step* here = step + (in_turn ? stage : 0) * kStepThreads;
+    if constexpr (!kShared)
+      next = here[kStepThreads].z;
+    else if (stage == Shape::kStages - kAhead)
+      next = ahead.z;
+    ahead = here[(kAhead + 1) * kStepThreads];
+    uint32_t b = base + Shape::kXBytes + at + lane * 16;
     if constexpr (Shape::kStaged) {
-      if (group) b += __popc(rows >> 16) * (kUnits * 512);
+      if (group) b += __popc(rows >> 16 & 0x1ff) * (kUnits * 512);
     }
 #pragma unroll
     for (int column = 0; column < kColumns; column += kTogether) {
-      if (!(rows & ((1u << kGroupRows) - 1) << (kGroupRows * column))) continue;
+      const bool some = (rows & ((1u << kGroupRows) - 1) << (first + kGroupRows * column)) != 0;
+      if constexpr (kAlike) {
+        if (column == 0 && !some) break;  // in turns a group has both blocks of a step or none
+      } else {
+        if (!some) continue;
+      }
       uint32_t a[kLoaded][kTokenTiles][4];  // [columns, tokens / 16] fragments of 16 tokens x 16 inputs
       auto load_a = [&](int c) {
 #pragma unroll
-        for (int i = 0; i < kTokenTiles; ++i) load_matrix(a[c % kLoaded][i], (a_from ^ (column + c) * 32) + kAt + i * 16 * kTokenBytes);
+        for (int i = 0; i < kTokenTiles; ++i)
+          load_matrix(a[c % kLoaded][i], (a_from ^ (column + c) * kColumnBytes) + at + i * 16 * kTokenBytes);
       };
 #pragma unroll
       for (int c = 0; c < kLoaded; ++c) load_a(c);
-#pragma unroll
-      for (int row = 0; row < kGroupRows; ++row) {
-        if (kGroupRows > 1 && !(rows & 1u << (kGroupRows * column + row))) continue;
+      auto has = [&](int row) { return (rows & 1u << (first + kGroupRows * column + row)) != 0; };
+      auto multiply = [&](int row) {
 #pragma unroll
         for (int unit = 0; unit < kPiece; ++unit) {
           const int c = unit / kUnits;
@@ -192,14 +217,39 @@ __device__ __forceinline__ void bsr_linear_sm80(const T* __restrict__ x, const u
           if constexpr (!Shape::kStaged) v = load_read_only(w_from + (unit + kHeld) * 32);
         }
         b += kPiece * 512;
-        w_from += kPiece * 32;
+        w_from = behind<kPiece * 32>(w_from, one);
+      };
+      if constexpr (kGroupRows == 2) {
+        if (has(0)) {
+          multiply(0);
+          if (!has(1)) continue;
+        }
+        multiply(1);  // it has one of them
+      } else {
+#pragma unroll
+        for (int row = 0; row < kGroupRows; ++row)
+          if (kGroupRows == 1 || has(row)) multiply(row);
       }
     }
-    return left > 0;
   };
-  for (bool more = count > 0; more;) {
-    more = run(Number<0>()) && run(Number<1>()) && run(Number<2>());
-    if constexpr (Shape::kStages == 4) more = more && run(Number<3>());
+  const int least = Shape::kStages + kAhead + ragged;  // steps that are left where a turn begins, so that each of it has one to copy
+  uint32_t following = (least + (Shape::kStaged ? 0 : Shape::kStages - 1)) * kFollowing;
+  asm("" : "+r"(following));  // or each turn computes it again
+  for (bool turn = count >= least; turn; turn = rows >= following) {
+    run(Number<0>(), Number<1>());
+    run(Number<1>(), Number<1>());
+    run(Number<2>(), Number<1>());
+    if constexpr (Shape::kStages == 4) run(Number<3>(), Number<1>());
+    step = behind<Shape::kStages * kStepThreads>(step, one);
+  }
+  if (count > 0) {
+    int stage = 0;
+#pragma unroll 1
+    do {
+      run(stage, Number<0>());
+      stage = stage + 1 < Shape::kStages ? stage + 1 : 0;
+      step += kStepThreads;
+    } while (rows >= kFollowing);
   }
 
   // A loop that is not unrolled, over registers that move: the activation's code then stands here once, not kTokenTiles times.

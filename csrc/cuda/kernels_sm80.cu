@@ -81,7 +81,8 @@ const char* sparse_prune::launch_linear(const LinearProblem& p, void* stream) {
   const void *x_scales = p.x_scales, *scales = p.scales;  // behind the others, where a kernel takes them
   void* y = p.y;
   int M = p.M, N = p.N, K = p.K, tile_count = p.layout.tiles, row_units = p.layout.row / kUnit, activation = p.activation;
-  int ragged = p.layout.block_cols > 0 && p.K % p.layout.block_cols != 0;
+  const int step_inputs = p.layout.row == 16 ? 32 : 64;
+  int ragged = p.layout.block_cols > 0 && p.K % p.layout.block_cols != 0 ? (p.layout.block_cols + step_inputs - 1) / step_inputs : 0;
   int order = p.layout.order, vector = N % 8 == 0 && aligned(bias) && aligned(residual) && aligned(y);
   int64_t ldx = p.ldx;
   void* wide[] = {&x, &packed, &tiles, &steps, &bias, &residual, &y, &M, &N, &K, &ldx, &tile_count, &ragged, &activation,

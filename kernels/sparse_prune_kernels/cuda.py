@@ -107,6 +107,8 @@ def make_layout(
     numbers = order.repeat_interleave(parts, 1)  # [T, rows of a tile], block-rows
     blocks = slots[numbers].repeat_interleave(c // UNIT, 2)  # [T, rows of a tile, columns of 16 inputs]
     tile, column = (blocks >= 0).any(1).nonzero(as_tuple=True)  # [E] each: the columns of all unions
+    if row == c == 2 * UNIT:
+        tile, column = alike(tile, column, blocks)
     per_tile = torch.bincount(tile, minlength=len(order))  # [T]
     place = torch.arange(len(tile)) - (per_tile.cumsum(0) - per_tile)[tile]  # [E], within the tile
     wide = row == UNIT and 2 or 4  # columns of a step
@@ -137,11 +139,17 @@ def make_layout(
     bit = 1 << (group_rows * at[entry] + which % group_rows)
     rows_of.index_put_((step[entry], group), bit, accumulate=True)
     table = torch.zeros(len(columns), GROUPS, 2, 4, dtype=torch.int64)  # [steps, groups, halves of a pair, struct Step]
-    table[..., : wide // 2] = 2 * UNIT * columns.view(-1, 1, wide // 2, 2).mT
-    table[..., 2] = (rows_of + (rows_of.flip(1) << 16))[:, :, None]
+    table[..., : wide // 2] = columns.view(-1, 1, wide // 2, 2).mT
     if row == UNIT:
+        rows_of += rows_of.flip(1) << 16
         before = torch.bincount(step[entry], minlength=len(columns)).cumsum(0)  # [steps]
         table[1:, :, :, 3] = before[:-1, None, None]
+    else:
+        rows_of[:-2] += (rows_of[1:-1] << 8) + (rows_of[2:] << 16)
+        table[..., 3] = 1
+    following = (first + steps - 1).repeat_interleave(steps) - torch.arange(len(columns) - SPARE_STEPS)  # [steps]
+    table[..., 2] = 2 * rows_of[:, :, None]
+    table[:-SPARE_STEPS, ..., 2] += following.clamp(max=63)[:, None, None] << 25
     begin = torch.bincount(tile[entry] * GROUPS + group, minlength=GROUPS * len(order)).cumsum(0) * len(per_row)
     heads = torch.full((len(order), TILE_INTS), -1)
     heads[:, 0], heads[:, 1] = first, steps
@@ -154,6 +162,24 @@ def make_layout(
     sections = [whole_vectors(section.flatten()) for section in (heads, starts, pieces, table)]
     tables, device = torch.cat(sections).to(torch.int32), crow_indices.device
     return Layout(row, transposed, rows * parts, len(order), units.to(device), tables.to(device))
+
+
+def alike(tile: Tensor, column: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """[E] each: the columns of all unions, two of a block each, in an order in which a group has or lacks a step's four together.
+
+    Those that are left over come last, in two steps at most, and behind them the last block's, which may end beyond K.
+    """
+    group = (blocks[tile, :, column] >= 0).unflatten(1, (GROUPS, -1)).any(2).long()  # [E, groups]
+    kind = group[:, 0] + 2 * group[:, 1]  # [E]
+    kind[column >= blocks.shape[2] - 2] = 4
+    key = 5 * tile + kind
+    counts = torch.bincount(key, minlength=5 * len(blocks))
+    by_kind = key.argsort(stable=True)
+    rank = torch.empty_like(key)
+    rank[by_kind] = torch.arange(len(key)) - (counts.cumsum(0) - counts)[key[by_kind]]
+    kind[rank >= counts[key] // 4 * 4] = 4
+    order = (5 * tile + kind).argsort(stable=True)
+    return tile[order], column[order]
 
 
 def make_jobs(crow_indices: Tensor, col_indices: Tensor, block_columns: int, r: int, c: int) -> Tensor:
