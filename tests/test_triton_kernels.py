@@ -399,6 +399,13 @@ def test_triton_version_in_words(monkeypatch):
         assert support.triton_version().startswith(f"Triton {number}") and words in support.triton_version()
 
 
+def test_the_guide_names_the_triton_that_is_wanted_and_those_tested():
+    page = (Path(__file__).parents[1] / "docs/gpu-performance.md").read_text()
+    assert f"Triton {'.'.join(map(str, support.MIN_TRITON))} or younger" in page
+    first, last = support.TESTED_TRITON
+    assert f"Triton {first} (what CUDA builds of torch 2.13 pin) and {last} are tested" in page
+
+
 def test_prediction_is_what_the_text_counts():
     from sparse_prune_kernels.config import GPUS, predicted_cycles
 
