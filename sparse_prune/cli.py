@@ -674,6 +674,9 @@ def _linear_table(title: str, rows: list[dict]) -> Table:
 @bench_app.command("gpu-bounds")
 def bench_gpu_bounds(
     quick: Annotated[bool, typer.Option("--quick", help="two block sizes at density .2: a minute")] = False,
+    quantized: Annotated[
+        bool, typer.Option("--quantized", help="int8, e4m3 and w8a16 weights beside bfloat16, by Triton, instead")
+    ] = False,
     markdown: Annotated[Path | None, typer.Option(help="also write the tables to this Markdown file")] = None,
     table: Annotated[
         Path | None,
@@ -697,9 +700,12 @@ def bench_gpu_bounds(
         write_table(table, machine, found, gpu_bounds.DENSITIES)
         return
 
+    make, tables = gpu_bounds.gpu_bounds, gpu_bounds.markdown
+    if quantized:
+        make, tables = gpu_bounds.quantized_rows, gpu_bounds.quantized_markdown
     with _progress("from the start") as report:
-        rows = gpu_bounds.gpu_bounds(lambda done, of, text: report("bounds", done, of, text), quick)
-    text = gpu_bounds.markdown(rows)
+        rows = make(lambda done, of, text: report("bounds", done, of, text), quick)
+    text = tables(rows)
     console.print(text, markup=False, soft_wrap=True)
     if markdown is not None:
         markdown.parent.mkdir(parents=True, exist_ok=True)

@@ -214,17 +214,40 @@ def _cuda_sm90_row(m: int, packed: BsrWeight) -> dict[str, Any]:
     return _headline(row, 90, m, packed)
 
 
-def quantized_rows() -> list[dict[str, Any]]:
-    """Triton's rows for bfloat16 weights and for each way to quantize them that the GPU has ("scheme"), at a few problems."""
+def quantized_rows(
+    report: Callable[[int, int, str], None] = lambda done, of, text: None, quick: bool = False
+) -> list[dict[str, Any]]:
+    """Triton's rows for bfloat16 weights and for each way to quantize them that the GPU has ("scheme"), at density .2.
+
+    For the first and the last of PROBLEMS and three blocksizes; quick: for the first, and one.
+    """
     emulator, rows = _emulator(), []
-    for capability, m, block in itertools.product(CAPABILITIES, (16, 4096), BLOCKS[1:4]):
-        packed = weight_of((m, 4096, 4096), block, 0.2)
+    grid = itertools.product(
+        CAPABILITIES, PROBLEMS[:1] if quick else PROBLEMS[::2], BLOCKS[2:3] if quick else BLOCKS[1:4]
+    )
+    for done, (capability, problem, block) in enumerate(steps := list(grid), 1):
+        packed = weight_of(problem, block, 0.2)
         for scheme, arguments in {"bfloat16": None, **QUANTIZATIONS}.items():
             if scheme == "e4m3" and capability < 89:
                 continue
             weight = packed if arguments is None else packed.to(torch.float32).quantize(**arguments)
-            rows.append(_triton(emulator, capability, m, weight) | {"scheme": scheme})
+            rows.append(_triton(emulator, capability, problem[0], weight) | {"scheme": scheme})
+        report(done, len(steps), f"{NAMES[capability]} M={problem[0]} {block[0]}x{block[1]}")
     return rows
+
+
+def quantized_markdown(rows: list[dict[str, Any]]) -> str:
+    """quantized_rows as the table of docs/gpu-performance.md: the bound of bfloat16 over each other one, and its limit."""
+    bounds = {(row["m"], row["block"], row["gpu"], row["scheme"]): row for row in rows}
+    columns = [key for key in dict.fromkeys(key[2:] for key in bounds) if key[1] != "bfloat16"]
+    lines = ["| | " + " | ".join(" ".join(column) for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for m, block in dict.fromkeys(key[:2] for key in bounds):
+        cells = [f"M = {m}, {block}"]
+        for gpu, scheme in columns:
+            row = bounds[m, block, gpu, scheme]
+            cells.append(f"{bounds[m, block, gpu, 'bfloat16']['bound'] / row['bound']:.2f} ({row['limit']})")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def _triton(emulator, capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`sparse-prune bench gpu` where no GPU is: everything but the device, which a fake stands for."""
+"""`sparse-prune bench gpu` where no GPU is: everything but the device, which a fake stands for; and `bench gpu-bounds`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import json
 import re
 from types import SimpleNamespace
 
+import cuda_kernels
+import ptx_emulator
 import pytest
 import torch
+from triton_problems import needs_triton
 
-from sparse_prune import SparsePruneError, cli, gpu_bench, gpu_tuning, planner
+from sparse_prune import SparsePruneError, cli, gpu_bench, gpu_bounds, gpu_tuning, planner
 
 MACHINE = {"gpu": "NVIDIA Imagined 100-80GB", "torch": "2.x", "sparse_prune": "0"}
 TINY = {"shapes": ((64, 96),), "tokens": (1, 40), "densities": (0.25, 0.5), "blocksizes": ((16, 16), (32, 32))}
@@ -242,3 +245,31 @@ def test_tune_shows_products_and_gradients(tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 0, shown
     assert re.search(r"bf16\s.* 2\.00", shown) and re.search(r"bf16 gradient\s.* 2\.50", shown)
     assert re.search(r"sm_80 triton\s.* bf16\s.* 0\.40", shown), "the break-even density"
+
+
+@needs_triton
+@pytest.mark.skipif(ptx_emulator.unavailable() is not None, reason=str(ptx_emulator.unavailable()))
+@pytest.mark.parametrize("quantized", [False, True])
+def test_bounds_are_counted_without_a_gpu(quantized, tmp_path, monkeypatch, capsys):
+    """The command's tables of a small problem say what its rows hold."""
+    monkeypatch.setattr(gpu_bounds, "PROBLEMS", ((16, 256, 128),))
+    options = ["--quick", "--json", str(tmp_path / "rows.json"), "--markdown", str(tmp_path / "tables.md")]
+    monkeypatch.setattr("sys.argv", ["sparse-prune", "bench", "gpu-bounds", *options, *["--quantized"] * quantized])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    shown, text = capsys.readouterr().out, (tmp_path / "tables.md").read_text()
+    assert stopped.value.code == 0 and text.strip() in shown, shown
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert all(row["bound"] == row["clocks"][row["limit"]] == max(row["clocks"].values()) > 0 for row in rows)
+    assert {row["gpu"] for row in rows} == {"A100", "H100"}
+    if not quantized:
+        kernels = {"dense", "triton", "torch"} | ({"cuda"} if cuda_kernels.unavailable() is None else set())
+        assert {row["kernel"] for row in rows} == kernels and "## H100, M = 16, 256 -> 128: speed-up bound" in text
+        assert text.count("| 32x32 |") == text.count("| 64x64 |") == 2
+        return
+    head, _, line = text.splitlines()
+    assert head == "| | A100 int8 | A100 w8a16 | H100 int8 | H100 w8a16 | H100 e4m3 |"
+    bounds = {f"{row['gpu']} {row['scheme']}": row["bound"] for row in rows}
+    for name, cell in zip(head.split(" | ")[1:], line.strip("| ").split(" | ")[1:], strict=True):
+        name = name.strip("| ")
+        assert cell.startswith(f"{bounds[name.split()[0] + ' bfloat16'] / bounds[name]:.2f} ("), name
