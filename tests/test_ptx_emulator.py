@@ -116,7 +116,7 @@ def tma_ptx():
     return kernels.compiled(kernels.matmul_tma, signature, {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, 90)
 
 
-def run_tma(made, mode="late"):
+def run_tma(made, mode="late", seed=0):
     """As run_matmul, for a problem whose edges no box meets."""
     ptx, shared = made
     m, n, k = 240, 112, 272
@@ -132,7 +132,7 @@ def run_tma(made, mode="late"):
         (c, (64, 128)),
     ):  # Triton passes a descriptor as map, shape and strides
         args += [TensorMap(x, box, swizzle=128), *x.shape, *x.stride()]
-    counts = emulate(ptx, "matmul_tma", (2, 2), 128, [*args, m, n, k], shared_bytes=shared, mode=mode)
+    counts = emulate(ptx, "matmul_tma", (2, 2), 128, [*args, m, n, k], shared_bytes=shared, mode=mode, seed=seed)
     exact = a.double() @ b.double().T
     return c.double(), exact, exact.abs() * 2.0**-8 + 2.0**-12, counts
 
@@ -268,6 +268,8 @@ WRONG = None  # not an error, but a wrong result
 AMPERE = (80, "fp16", "fp16", (64, 32, 32), 4)
 WAIT_GROUP, RING = r"cp\.async\.wait_group\s+(\d+);", r"selp\.b32\s+(%r\d+), 0, (%r\d+), %p\d+;"
 EXPECT, INIT = r"expect_tx\S* _, \[%r\d+\], (\d+);", r"mbarrier\.init\S* \[%r\d+\], 1;"
+# Its last match: Triton before 3.9 has a barrier in front of the loop too.
+REFILL = r"bar\.sync\s+0;(?=(?:(?!bar\.sync|ldmatrix)[\s\S])*cp\.async\.cg)"
 ZERO_FILL = r"selp\.b32\s+(%r\d+), 16, 0, %p\d+;"
 PLANTED_80 = {
     "wait_group one too weak": (
@@ -278,7 +280,7 @@ PLANTED_80 = {
         replaced(r"(wait_group\s+\d+;[^;]*)bar\.sync\s+0;", r"\1"),
         r"ldmatrix.*a read .* (not ordered|may still be under way)",
     ),
-    "no barrier before refilling a stage": (replaced(r"bar\.sync\s+0;", "", 2), r"cp\.async.*race"),
+    "no barrier before refilling a stage": (replaced(REFILL, "", -1), r"cp\.async.*race"),
     "commit dropped": (replaced(r"cp\.async\.commit_group;", "", 1), "may still be under way"),
     "reads one stage for ever": (replaced(RING, r"mov.b32 \1, \2;"), "race|outside"),
     "fills one stage for ever": (replaced(RING, r"mov.b32 \1, 0;", 1), "race"),
@@ -337,10 +339,16 @@ def test_planted_bug_sm_80(bug, mode):
 def test_planted_bug_sm_90(bug, mode):
     edit, message = PLANTED_90[bug]
     ptx, shared = tma_ptx()
+
+    def run():
+        for seed in range(8 if mode == "random" else 1):  # a copy that nobody waits for may be there in time by chance
+            result = run_tma((edit(ptx), shared), mode, seed)
+        return result
+
     if (bug, mode) in HARMLESS:
-        run_tma((edit(ptx), shared), mode)
+        run()
     else:
-        check_planted(lambda: run_tma((edit(ptx), shared), mode), message)
+        check_planted(run, message)
 
 
 # ---- mistakes ----
