@@ -479,8 +479,9 @@ def fused_linear(
 def fused_glu(gate: nn.Module, up: nn.Module, x: Tensor, activation: Activation = "silu") -> Tensor:
     """act(gate(x)) * up(x), x [..., K] -> [..., N]: in one kernel where that pays, else step by step.
 
-    It does for two SparseLinear of one dtype with equally high blocks, in calls on a CPU that owe no gradient, unless the planner
-    runs either dense; not in the first call, which derives what later ones use. See bsr_linear_glu for one with gradients.
+    It does for two SparseLinear of one dtype with equally high blocks (int8: of one size), in calls on a CPU that owe no
+    gradient, unless the planner runs either dense; not in the first call, which derives what later ones use. See bsr_linear_glu
+    for one with gradients.
     """
     if type(gate) is SparseLinear and type(up) is SparseLinear and not is_compiling():
         of_gate, of_up = gate._ready(), up._ready()

@@ -415,15 +415,17 @@ AMX_PROBLEMS = [
 ]
 
 
-def amx_linear(amx, p, activation="none"):
+def amx_linear(amx, p, activation="none", into=None, pair=0):
+    """The product as C++ computes it; into: y, which is the residual too; pair: of csrc/cpu/kernels.h."""
     m, k = p.x.shape
-    got, prepacked = torch.full((m, p.n), torch.nan, dtype=torch.bfloat16), sparse.cpu_prepack(p.packed.values)
+    got = torch.full((m, p.n), torch.nan, dtype=torch.bfloat16) if into is None else into
+    residual, prepacked = p.residual if into is None else into, sparse.cpu_prepack(p.packed.values)
     crow, col, x, w, bias, res, y = (
-        ctypes.c_void_p(t.data_ptr()) for t in (*p.bsr[:2], p.x, prepacked, p.bias, p.residual, got)
+        ctypes.c_void_p(t.data_ptr()) for t in (*p.bsr[:2], p.x, prepacked, p.bias, residual, got)
     )
     sizes = [ctypes.c_int64(v) for v in (m, p.n, k, *p.packed.blocksize)]
     number = ACTIVATIONS.index(activation)
-    amx.amx_linear(*sizes, crow, col, x, ctypes.c_int64(p.x.stride(0)), w, bias, number, res, y)
+    amx.amx_linear(*sizes, crow, col, x, ctypes.c_int64(p.x.stride(0)), w, bias, number, res, y, pair)
     return got
 
 
@@ -434,6 +436,20 @@ def test_emulated_amx_matches_float64(amx, problem):
         assert_close(
             amx_linear(amx, p, activation), p.dense_linear(activation, torch.float64), p.dense_linear(activation)
         )
+
+
+@pytest.mark.parametrize("problem", AMX_PROBLEMS, ids=str)
+def test_emulated_amx_multiplies_each_row_of_a_pair_once(amx, problem):
+    """Tiles share rows where their number asks for it; in a pair's second product y is what it multiplies."""
+    gate, up = (Problem(*problem, torch.bfloat16) for _ in range(2))
+    up.x = gate.x
+    up.residual.zero_()
+    got = amx_linear(amx, gate, "silu", amx_linear(amx, up, pair=1), pair=2)
+    exact, dense = (
+        gate.dense_linear("silu", to, residual=False) * up.dense_linear("none", to, residual=False)
+        for to in (torch.float64, None)
+    )
+    assert_close(got, exact, dense)
 
 
 @pytest.mark.parametrize("n", [64, 1024])

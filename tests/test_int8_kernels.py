@@ -355,6 +355,28 @@ def test_public_call_names_the_argument(change, message):
         sp.bsr_linear(p.x, p.packed.dequantize(), x_scale=0.1)
 
 
+def amx_linear(amx, p, dtype, activation="none", into=None, pair=0):
+    """The product as C++ computes it; into: y, which is the residual too; pair: of csrc/cpu/kernels.h."""
+    m, n, (k, (r, c)) = len(p.x), p.n, (p.packed.shape[1], p.packed.blocksize)
+    derived = sparse.cpu_prepack_int8(p.packed.values, p.packed.crow_indices)
+    ldx = ((-(-k // c) * c + 3 + 63) // 64 | 1) * 64
+    q = torch.zeros(m, ldx, dtype=torch.uint8)
+    x_scales = torch.empty(m)
+    offsets = -(-(p.packed.nnzb * r * (-(-c // 4) * 4) + 128) // 64) * 64
+    got = torch.full((m, n), torch.nan, dtype=dtype) if into is None else into
+    residual = p.residual if into is None else into
+    crow, col, x, w, w_scales, rounded, scales, bias, res, y = (
+        ctypes.c_void_p(t.data_ptr())
+        for t in (*p.bsr[:2], p.x, derived, p.packed.scales, q, x_scales, p.bias, residual, got)
+    )
+    sizes = [ctypes.c_int64(v) for v in (m, n, k, r, c, p.x.stride(0), ldx, offsets)]
+    number = ACTIVATIONS.index(activation)
+    amx.amx_int8_linear(
+        DTYPES.index(dtype), *sizes, crow, col, x, w, w_scales, rounded, scales, bias, number, res, y, pair
+    )
+    return got
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "problem",
@@ -371,20 +393,12 @@ def test_public_call_names_the_argument(change, message):
 )
 def test_emulated_amx_matches_float64(amx, problem, dtype):
     p = Problem(*problem, dtype)
-    m, n, k, r, c, _ = problem
-    derived = sparse.cpu_prepack_int8(p.packed.values, p.packed.crow_indices)
-    ldx = ((-(-k // c) * c + 3 + 63) // 64 | 1) * 64
-    q = torch.zeros(m, ldx, dtype=torch.uint8)
-    x_scales = torch.empty(m)
-    offsets = -(-(p.packed.nnzb * r * (-(-c // 4) * 4) + 128) // 64) * 64
-    for number, activation in enumerate(ACTIVATIONS):
-        got = torch.full((m, n), torch.nan, dtype=dtype)
-        crow, col, x, w, w_scales, rounded, scales, bias, res, y = (
-            ctypes.c_void_p(t.data_ptr())
-            for t in (*p.bsr[:2], p.x, derived, p.packed.scales, q, x_scales, p.bias, p.residual, got)
-        )
-        sizes = [ctypes.c_int64(v) for v in (m, n, k, r, c, p.x.stride(0), ldx, offsets)]
-        amx.amx_int8_linear(
-            DTYPES.index(dtype), *sizes, crow, col, x, w, w_scales, rounded, scales, bias, number, res, y
-        )
-        assert_exact(got, p.exact(activation), dtype, activation)
+    for activation in ACTIVATIONS:
+        assert_exact(amx_linear(amx, p, dtype, activation), p.exact(activation), dtype, activation)
+    up = Problem(*problem, dtype)
+    up.x = p.x.copy_(torch.randn(p.x.shape))
+    up.residual.zero_()
+    second = amx_linear(amx, up, dtype, pair=1)
+    first, size = p.exact("silu", None, True, False)
+    expected, factor = (first * second.double(), size * second.double().abs()), second.double().abs()
+    assert_exact(amx_linear(amx, p, dtype, "silu", second, 2), expected, dtype, "silu", factor)

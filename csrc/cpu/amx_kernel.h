@@ -24,6 +24,7 @@ template <class Op>
 struct Unfinished {
   alignas(64) typename Op::Sum z[4][kTile * kTile];  // tile 2 * (its x) + (its weights): [16][16]
   int64_t m, n, cols, rows, second, done, total;
+  int64_t fresh;  // the first row that y does not have yet
   bool wide;
   int other;  // z[t ^ other] holds the other half of z[t]; 0: there is none
 };
@@ -61,14 +62,16 @@ inline void write_rows(const Op& op, Unfinished<Op>& u, int64_t count) {
   const typename Op::template Columns<NT> columns(op, u.n, u.cols);
   for (; count > 0 && u.done < u.total; --count, ++u.done) {
     const bool below = u.done >= u.rows;  // in the second tile of x
-    const int64_t row = below ? u.done - u.rows : u.done;
+    const int64_t row = below ? u.done - u.rows : u.done, at = u.m + row + (below ? u.second : 0);
+    if (at < u.fresh) continue;  // tiles may share rows, and what is a pair's residual would be multiplied twice
+    u.fresh = at + 1;
     typename Op::F sums[NT];  // [NT * 16]
     for (int v = 0; v < NT; ++v) {
       const int t = 2 * below + v;
       sums[v] = Op::load(u.z[t] + row * kTile);
       if (u.other) sums[v] = Op::add(sums[v], Op::load(u.z[t ^ u.other] + row * kTile));
     }
-    columns.write(u.m + row + (below ? u.second : 0), sums);
+    columns.write(at, sums);
   }
 }
 
@@ -93,9 +96,11 @@ inline void amx_step(const char* x, int64_t second, int64_t ldx, const char* w, 
   }
 }
 
-// Rows from m (at x), outputs from n of block-row i, of which cols exist. first: the weights are not in L1 yet.
+// Rows from m (at x), of which those before `fresh` are in y, outputs from n of block-row i, of which cols exist. first: the weights are
+// not in L1 yet.
 template <class Op, int MT, int NT>
-void amx_tile(const Op& op, const AmxShape& s, const char* x, int64_t i, bool first, int64_t m, int64_t n, int64_t cols, Unfinished<Op>& u) {
+void amx_tile(const Op& op, const AmxShape& s, const char* x, int64_t i, bool first, int64_t m, int64_t fresh, int64_t n, int64_t cols,
+              Unfinished<Op>& u) {
   const auto& a = op.a;
   constexpr int sets = MT * NT == 4 ? 1 : 2;
   tile_zero<0>();
@@ -136,7 +141,7 @@ void amx_tile(const Op& op, const AmxShape& s, const char* x, int64_t i, bool fi
   if (MT * NT > 1) tile_store<1>(u.z[1], 4 * kTile);
   if (MT * NT > 1) tile_store<2>(u.z[2], 4 * kTile);
   tile_store<3>(u.z[3], 4 * kTile);
-  u.m = m, u.n = n, u.cols = cols, u.rows = s.rows, u.second = s.second, u.done = 0, u.total = MT * s.rows;
+  u.m = m, u.n = n, u.cols = cols, u.rows = s.rows, u.second = s.second, u.done = 0, u.total = MT * s.rows, u.fresh = fresh;
   u.wide = NT == 2, u.other = sets == 2 && steps > 1 ? (MT == 1 ? 2 : 0) + (NT == 1 ? 1 : 0) : 0;
 }
 
@@ -166,10 +171,10 @@ void amx_range(const Op& op, const char* x, int64_t ldx, int64_t x_bytes, int64_
           for (int64_t next = p, m; next < panel_end;) {
             const bool tall = height > kTile && (height < 2 * kTile || panel_end - next > kTile);
             const int64_t most = tall ? s.second + s.rows : s.rows;
-            // The last tile begins early enough to be whole: rows that it shares with the one before come out the same again.
+            // The last tile begins early enough to be whole, and shares rows with the one before.
             m = next + most <= m1 ? next : m1 - most;
             auto tile = tall ? (wide ? amx_tile<Op, 2, 2> : amx_tile<Op, 2, 1>) : (wide ? amx_tile<Op, 1, 2> : amx_tile<Op, 1, 1>);
-            tile(op, s, x + (m - m0) * ldx, i, next == p, m, n, cols, u);
+            tile(op, s, x + (m - m0) * ldx, i, next == p, m, next, n, cols, u);
             next = m + most;
           }
         }
