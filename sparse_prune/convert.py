@@ -15,7 +15,7 @@ from .criteria import block_mask
 from .errors import SparsePruneError
 from .fuse import FuseResult, fuse_encoder_
 from .layers import SparseLinear
-from .linears import as_matrix, is_linear, linear_modules, matrix_shape
+from .linears import as_matrix, check_there, is_linear, linear_modules, matrix_shape
 from .masks import block_sum, check_blocksize, check_density, element_density, grid_shape
 
 # Called with each model that has just got sparse layers: how integrations, which stand above, mark a model as theirs.
@@ -228,6 +228,8 @@ def sparsify_(
         raise SparsePruneError(
             "masks", "names of nn.Linear modules of the model", unknown[0], "use Pruner.masks of the same model"
         )
+    for name, linear in linears.items():
+        check_there(name, linear.weight)
     shared = _shared_weights(model)
     rows: list[LayerReport] = []
     new: dict[nn.Module, nn.Module] = {}
@@ -263,6 +265,14 @@ def swap_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
         for name, child in parent._modules.items():
             if child is not None and child in new:
                 setattr(parent, name, new[child])
+    # In evaluation PyTorch's encoder layers would read the weights themselves, made dense on each call.
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and SparseLinear in map(type, module.children()):
+            module.activation_relu_or_gelu = 0  # what keeps a layer off that path, by PyTorch's own rules
+        elif isinstance(module, nn.TransformerEncoder) and any(
+            SparseLinear in map(type, layer.children()) for layer in module.layers
+        ):
+            module.use_nested_tensor = False
 
 
 def nonzero_masks(model: nn.Module, blocksize: tuple[int, int]) -> dict[str, Tensor]:

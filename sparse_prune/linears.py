@@ -7,6 +7,8 @@ from typing import TypeGuard
 
 from torch import Tensor, nn
 
+from .errors import SparsePruneError
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether module is transformers' Conv1D; imports nothing, since without transformers there is none."""
@@ -33,3 +35,11 @@ def matrix_shape(module: nn.Linear) -> tuple[int, int]:
     """(N, K): out_features, in_features."""
     rows, columns = module.weight.shape
     return (columns, rows) if is_conv1d(module) else (rows, columns)
+
+
+def check_there(name: str, weight: Tensor) -> None:
+    """Raise SparsePruneError where the weight of the layer of that name is on the meta device: there is nothing to prune."""
+    if weight.is_meta:
+        raise SparsePruneError(
+            f"{name}.weight", "numbers", "none, on the meta device", "load the model's weights first"
+        )

@@ -20,7 +20,7 @@ from .criteria import (
 )
 from .errors import SparsePruneError
 from .heads import HeadGroup, find_heads
-from .linears import as_matrix, is_conv1d, linear_modules, matrix_shape
+from .linears import as_matrix, check_there, is_conv1d, linear_modules, matrix_shape
 from .masks import block_sum, check_blocksize, check_density, element_density, expand_mask, grid_shape, top_mask
 from .schedules import Schedule
 
@@ -180,8 +180,8 @@ class Pruner:
     rows of every weight, scores and masks those, and only sums over blocks are gathered. Every rank must then call step() and
     state_dict() together; the state is the same on all ranks and does not depend on their number.
 
-    Raises SparsePruneError where nothing is left to prune, blocks do not fit, weights or gradients are not finite, or a layer is
-    frozen whose gradient the criterion needs.
+    Raises SparsePruneError where nothing is left to prune, blocks do not fit, weights or gradients are not finite, a weight is no
+    parameter (weight_norm and other parametrizations), or a layer is frozen whose gradient the criterion needs.
     """
 
     def __init__(
@@ -648,7 +648,14 @@ def _linear_modules(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool
             "filter_fn", f"at least one of {len(linears)} nn.Linear modules to pass", "none", "loosen the filter"
         )
     for name, module in chosen.values():
+        if "weight" not in module._parameters:  # what is written there is gone at the next call
+            got, remedy = (
+                "one that is computed on each call",
+                "take off weight_norm, prune or the like first, or leave it out by filter_fn",
+            )
+            raise SparsePruneError(f"{name}.weight", "a parameter", got, remedy)
         weight = module.weight.detach()
+        check_there(name, weight)
         if not torch.isfinite(weight.to_local() if _sharded(weight) else weight).all():
             raise SparsePruneError(
                 f"{name}.weight", "finite numbers", "NaN or infinity", "load or train the model again"

@@ -97,7 +97,8 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> Path:
     """Write model (with its SparseLinear layers packed) as a safetensors file, and return the file's path.
 
     path is a file name ending in .safetensors, or a directory, which gets `model.safetensors` and, for a Hugging Face model, a
-    `config.json` that says the checkpoint is packed. Raises SparsePruneError if the model has no SparseLinear.
+    `config.json` that says the checkpoint is packed. Raises SparsePruneError if the model has no SparseLinear, or a state that is
+    no tensor.
     """
     path, file = Path(path), weights_file(path)
     if not describe_layers(model):
@@ -106,12 +107,22 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> Path:
     aliases: dict[str, str] = {}
     owner: dict[object, str] = {}
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            remedy = "save it apart, and the model without its get_extra_state"
+            raise SparsePruneError(
+                f"model: {name}", "a tensor, as a safetensors file holds", type(tensor).__name__, remedy
+            )
         key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
         if key in owner:
             aliases[name] = owner[key]
         else:
             owner[key] = name
             tensors[name] = tensor.detach().contiguous()
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        if tensor.data_ptr() < end:  # a part of another: the file holds both whole
+            tensors[name] = tensor.clone()
+        end = max(end, tensor.data_ptr() + tensor.nbytes)
     metadata = layout_metadata(model)
     if aliases:
         metadata["aliases"] = json.dumps(aliases)
@@ -358,11 +369,11 @@ def _opened(file: Path, stack: contextlib.ExitStack) -> Any:
 
 
 def is_packed(path: str | os.PathLike) -> bool:
-    """Whether path (a file, or a directory with model.safetensors) is a packed checkpoint by its metadata.
+    """Whether path (a file, or a directory with model.safetensors or its shards) is a packed checkpoint by its metadata.
 
     Raises SparsePruneError where the file is damaged.
     """
-    file = weights_file(path)
+    file = weights_files(path)[0]
     if not file.is_file():
         return False
     with contextlib.ExitStack() as stack:
@@ -381,8 +392,11 @@ def load_packed(model: Model, path: str | os.PathLike, mmap: bool = False) -> Mo
 
     Raises SparsePruneError where the file is missing, damaged, of a newer version, or does not fit the model.
     """
-    file = weights_file(path)
-    tensors, metadata = read_tensors(file)
+    files = weights_files(path)
+    file = files[0] if len(files) == 1 else Path(path)
+    tensors, metadata = read_tensors(files[0])
+    for shard in files[1:]:
+        tensors |= read_tensors(shard)[0]
     check_version(metadata.get("sparse_prune"), str(file), metadata.get("sparse_prune", "other safetensors"))
     described = parse_layers(_metadata_json(file, metadata, "layers"), str(file))
     aliases = _metadata_json(file, metadata, "aliases")
@@ -448,6 +462,13 @@ def weights_file(path: str | os.PathLike) -> Path:
     """path itself if it names a .safetensors file, else the weights inside the directory."""
     path = Path(path)
     return path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
+
+
+def weights_files(path: str | os.PathLike) -> list[Path]:
+    """[weights_file(path)], or where a directory has shards in its place, these."""
+    file = weights_file(path)
+    shards = [] if file.is_file() else sorted(file.parent.glob(f"{file.stem}-*-of-*{file.suffix}"))
+    return shards or [file]
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

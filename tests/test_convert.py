@@ -137,3 +137,35 @@ def test_masks_for_a_module_that_is_not_there():
 def test_bad_config(change, message):
     with pytest.raises(sp.SparsePruneError, match=f"^{message}: expected"):
         sp.BlockSparseConfig(**change)
+
+
+@pytest.mark.parametrize("how", ["sparsify_", "load_packed"])
+def test_pytorchs_own_encoder_runs_its_sparse_layers_in_evaluation(how, tmp_path, monkeypatch):
+    def build() -> nn.Module:
+        return nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2).eval()
+
+    model = build()
+    sp.sparsify_(model, sp.BlockSparseConfig(blocksize=(16, 16), density=0.5))
+    if how == "load_packed":
+        model = sp.load_packed(build(), sp.save_packed(model, tmp_path / "m.safetensors"))
+    layers = [module for module in model.modules() if isinstance(module, sp.SparseLinear)]
+    x, padding = torch.randn(2, 9, 64), torch.zeros(2, 9, dtype=torch.bool)
+    padding[1, 6:] = True
+    calls = []
+    for layer in layers:
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(sp.SparseLinear, "weight", property(lambda layer: pytest.fail("made dense")))
+    for mask in (None, padding):
+        with torch.inference_mode():
+            model(x, src_key_padding_mask=mask)
+        assert len(calls) == len(layers) == 4
+        calls.clear()
+
+
+def test_a_model_on_the_meta_device_has_nothing_to_prune():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 64))
+    with pytest.raises(sp.SparsePruneError, match="0.weight: expected numbers, got none, on the meta device"):
+        sp.sparsify_(model, sp.BlockSparseConfig((16, 16)))
+    with pytest.raises(sp.SparsePruneError, match="0.weight: expected numbers, got none, on the meta device"):
+        sp.Pruner(model, sp.PruneConfig(blocksize=(16, 16)))

@@ -675,3 +675,19 @@ def test_a_frozen_layer_is_refused_where_its_gradient_is_needed():
 def test_fields_of_another_type_are_named(change):
     with pytest.raises(SparsePruneError, match=f"^{next(iter(change))}: expected"):
         PruneConfig(**change)
+
+
+@pytest.mark.parametrize("how", ["weight_norm", "the hook of before", "prune"])
+def test_a_weight_that_is_computed_is_refused(how):
+    import torch.nn.utils as utils
+    from torch.nn.utils import prune
+
+    wrap = {
+        "weight_norm": utils.parametrizations.weight_norm,
+        "the hook of before": lambda layer: utils.spectral_norm(layer),
+        "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    }[how]
+    model = nn.Sequential(wrap(nn.Linear(32, 32)), nn.Linear(32, 32))
+    with pytest.raises(SparsePruneError, match="0.weight: expected a parameter, got one that is computed on each call"):
+        Pruner(model, PruneConfig(criterion="magnitude", blocksize=(8, 8)))
+    Pruner(model, PruneConfig(criterion="magnitude", blocksize=(8, 8)), lambda name, _: name == "1")

@@ -411,3 +411,30 @@ def test_what_a_file_says_of_a_layer_is_read_back(how, said):
     for wrong in (f"{entry} ", f"{entry}, int4", "768x3072, 460 blocks of 32x64, float8_e4m3fn weight_only", "", "-1"):
         with pytest.raises(ValueError, match="is not|weight_only is True beside"):
             serialization.PackedLayer.parse(wrong)
+
+
+def test_a_tensor_that_is_a_part_of_another_is_stored_whole(tmp_path):
+    def build() -> nn.Module:
+        model = nn.Sequential(nn.Linear(64, 64))
+        model.register_buffer("table", torch.randn(8, 4))
+        model.register_buffer("head", model.table[:5])
+        return model
+
+    model = build()
+    sp.sparsify_(model, sp.BlockSparseConfig((16, 16)))
+    loaded = sp.load_packed(build(), sp.save_packed(model, tmp_path / "m.safetensors"))
+    assert torch.equal(loaded.table, model.table) and torch.equal(loaded.head, model.head)
+
+
+def test_a_state_that_is_no_tensor_is_refused(tmp_path):
+    class Counted(nn.Sequential):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+    model = Counted(nn.Linear(64, 64))
+    sp.sparsify_(model, sp.BlockSparseConfig((16, 16)))
+    with pytest.raises(
+        sp.SparsePruneError, match="_extra_state: expected a tensor, as a safetensors file holds, got dict"
+    ):
+        sp.save_packed(model, tmp_path / "m.safetensors")
+    assert not [*tmp_path.iterdir()]
