@@ -813,12 +813,17 @@ def bench_model(
     from . import benchmark_model
     from .benchmark import short
     from .peers import installed
-    from .tasks.models import encoder_filter, load_encoder, quiet
+    from .tasks.models import check_dense, encoder_filter, load_encoder, most_tokens, quiet
 
+    batches, lengths = _numbers(batch, int), _numbers(length, int)
+    check_dense(model)
     with quiet():
         net = load_encoder(model)
         twin = None if packed is None else load_encoder(packed)
-    batches, lengths = _numbers(batch, int), _numbers(length, int)
+    if max(lengths) > most_tokens(net):
+        raise SparsePruneError(
+            "--length", f"at most {most_tokens(net)} tokens, as the model", max(lengths), "shorten it"
+        )
     with _progress() as report:
         total, done = len(batches) * len(lengths), 0
 

@@ -37,6 +37,7 @@ from .charts import (
     times,
 )
 from .errors import SparsePruneError
+from .linears import is_linear, matrix_shape
 from .masks import check_mask, element_density, expand_mask
 from .serialization import atomic_path, read_json
 
@@ -130,7 +131,7 @@ def collect_heads(
     layers: dict[int, dict[str, Tensor]] = {}
     for name, module in model.named_modules():
         part, index = _attention_part(name), _layer_number(name)
-        if part is None or index is None or not hasattr(module, "in_features"):
+        if part is None or index is None or not (is_linear(module) or hasattr(module, "in_features")):
             continue
         shape = _weight_shape(model, name)
         if name in masks:
@@ -724,17 +725,18 @@ def _within_layer(name: str) -> str:
 
 
 def _attention_part(name: str) -> str | None:
-    """Which part of attention a linear layer is, by the names that Garlic, BERT and Llama and their kin give it."""
-    found = re.search(r"(?:^|\.)(?:(qkv)|(?:q_proj|q_lin|query)|(k_proj|k_lin|key)|(v_proj|v_lin|value))$", name)
+    """Which part of attention a linear layer is, by the names that Garlic, BERT, GPT-2 and Llama and their kin give it."""
+    found = re.search(r"(?:^|\.)(?:(qkv|c_attn)|(?:q_proj|q_lin|query)|(k_proj|k_lin|key)|(v_proj|v_lin|value))$", name)
     if found:
         return "qkv" if found[1] else "k" if found[2] else "v" if found[3] else "q"
-    return "out" if re.search(r"(?:attention\.out|attention\.output\.dense|o_proj|out_proj|out_lin)$", name) else None
+    out = r"(?:attention\.out|attention\.output\.dense|attn\.c_proj|o_proj|out_proj|out_lin)$"
+    return "out" if re.search(out, name) else None
 
 
 def _weight_shape(model: nn.Module, name: str) -> tuple[int, int]:
     try:
         module: Any = model.get_submodule(name)
-        return module.out_features, module.in_features
+        return matrix_shape(module) if is_linear(module) else (module.out_features, module.in_features)
     except AttributeError:
         raise SparsePruneError(
             f"masks[{name!r}]", "the name of a linear layer", "none in the model", "use Pruner.masks"

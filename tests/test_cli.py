@@ -235,6 +235,11 @@ MISTAKES = {
         ("bench", "model", "DENSE", "--block", "9999x2"),
         "block: expected at most the weight's",
     ),
+    "bench of a model beyond its positions": (
+        ("bench", "model", "DENSE", "--length", "64"),
+        "--length: expected at most 32 tokens, as the model, got 64",
+    ),
+    "bench of a packed model as the dense one": (("bench", "model", "PACKED"), "expected a dense model, got a packed"),
     "length to score at": (("eval", "DENSE", "--max-length", "0"), "max_length: expected a whole number of at least 3"),
     "a file where a directory should be": (
         ("train", "--out", "OTHER/x"),

@@ -1,6 +1,7 @@
 """train, prune and what is around them, on tiny models and little data."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("transformers")
+import transformers
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
@@ -20,6 +22,7 @@ from sparse_prune.models.garlic_config import GarlicConfig
 from sparse_prune.serialization import load_masks
 from sparse_prune.tasks import training
 from sparse_prune.tasks.ablation import AblationArgs
+from sparse_prune.tasks.analysis import running_text
 from sparse_prune.tasks.data import TagExample, TextExample, save_examples
 from sparse_prune.tasks.models import AUTO_MODELS, encoder_filter, load_model
 from sparse_prune.tasks.store import last_checkpoint
@@ -383,3 +386,99 @@ def test_a_packed_model_computes_what_the_pruned_one_does(files):
     with torch.inference_mode():
         first, second = (net(input_ids=ids).logits for net in nets)
     torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["roberta", "gpt2", "xlnet"])
+def test_other_families_take_the_same_path(files, family):
+    tokenizer = train_tokenizer([e.text for e in REVIEWS], min_count=1)
+    size = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = {
+        "roberta": lambda: transformers.RobertaConfig(**small, max_position_embeddings=12, **size),
+        "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=12, **size),
+        "xlnet": lambda: transformers.XLNetConfig(d_model=32, n_layer=2, n_head=2, d_inner=64, **size),
+    }[family]()
+    save_examples([TextExample(e.text * 4, e.label) for e in REVIEWS], files / "train.tsv")  # longer than the positions
+    transformers.AutoModel.from_config(config).save_pretrained(files / "m")
+    tokenizer.save_pretrained(files / "m")
+    tasks.train(tasks.TrainArgs(model=str(files / "m"), out=files / "d", **arguments(files)))
+    args = {"density": 0.5, "block": (16, 16), "curve": False, **arguments(files)}
+    metrics = tasks.prune(tasks.PruneArgs(model=files / "d", out=files / "p", **args))
+    assert metrics["sparse"]["density"] == pytest.approx(0.5, abs=0.05)
+    analysis = json.loads((files / "p" / "analysis.json").read_text(encoding="utf-8"))
+    lengths = {"roberta": 12 - tokenizer.pad_token_id - 1, "gpt2": 12, "xlnet": 16}
+    assert {row["length"] for row in analysis["latency"]} == {lengths[family]}
+    assert len(analysis.get("heads", [])) == (0 if family == "xlnet" else 4)
+
+
+def test_a_model_that_cannot_run_on_these_texts_is_refused_before_it_trains(files, bert):
+    settings = transformers.AutoConfig.from_pretrained(bert)
+    settings.vocab_size = 6
+    BertForSequenceClassification(settings).save_pretrained(bert)
+    with pytest.raises(SparsePruneError, match="model: expected a tokenizer of 6 tokens, .* got token"):
+        tasks.train(tasks.TrainArgs(model=str(bert), out=files / "d", **arguments(files)))
+    bart = transformers.BartConfig(
+        vocab_size=64, max_position_embeddings=32, encoder_layers=1, decoder_layers=1, d_model=16
+    )
+    transformers.AutoModel.from_config(bart).save_pretrained(bert)
+    with pytest.raises(SparsePruneError, match="expected an encoder, got BartForSequenceClassification, which decodes"):
+        tasks.train(tasks.TrainArgs(model=str(bert), out=files / "d", **arguments(files)))
+
+
+def test_the_loss_of_a_checkpoint_with_other_labels_is_left_behind(files, bert):
+    settings = json.loads((bert / "config.json").read_text())
+    (bert / "config.json").write_text(json.dumps(settings | {"problem_type": "multi_label_classification"}))
+    tasks.train(tasks.TrainArgs(model=str(bert), out=files / "d", **arguments(files)))
+    tasks.prune(tasks.PruneArgs(model=files / "d", out=files / "p", block=(16, 16), curve=False, **arguments(files)))
+
+
+def test_a_path_that_leads_nowhere_is_no_name_on_the_hub(files, monkeypatch):
+    (files / "runs").mkdir()
+    monkeypatch.chdir(files)
+    monkeypatch.setattr("sparse_prune.tasks.models.AutoTokenizer", None)  # what would ask the hub
+    with pytest.raises(SparsePruneError, match="runs/dens: expected a model directory, got no such directory"):
+        load_model("runs/dens", "sentiment")
+
+
+@pytest.mark.parametrize("form", ["shards", "bin", "bfloat16"])
+def test_pack_takes_what_save_pretrained_and_others_write(files, form):
+    tasks.train(tasks.TrainArgs(out=files / "d", **arguments(files)))
+    args = {"block": (16, 16), "curve": False, **arguments(files)}
+    tasks.prune(tasks.PruneArgs(model=files / "d", out=files / "p", **args))
+    source = files / "p" / "model.safetensors"
+    size, model = source.stat().st_size, load_model(files / "p", "sentiment")[0]
+    source.unlink()
+    if form == "shards":
+        model.save_pretrained(files / "p", max_shard_size="50KB")
+    elif form == "bin":
+        torch.save(model.state_dict(), files / "p" / "pytorch_model.bin")
+    else:
+        model.bfloat16().save_pretrained(files / "p")
+    result = tasks.pack(files / "p", files / "packed")
+    assert result.dense_bytes == pytest.approx(size / (2 if form == "bfloat16" else 1), rel=0.1)
+    assert result.packed_bytes == (files / "packed" / "model.safetensors").stat().st_size < result.dense_bytes
+    dtype = torch.bfloat16 if form == "bfloat16" else torch.float32
+    assert AUTO_MODELS["sentiment"].from_pretrained(files / "packed").dtype == dtype
+    score = tasks.evaluate(files / "packed", "sentiment", files / "eval.tsv")["score"]
+    packed = AUTO_MODELS["sentiment"].from_pretrained(files / "packed")
+    packed.save_pretrained(files / "sharded", max_shard_size="20KB")
+    shutil.copy(files / "packed" / "tokenizer.json", files / "sharded")
+    shutil.copy(files / "packed" / "tokenizer_config.json", files / "sharded")
+    assert len(list((files / "sharded").glob("*.safetensors"))) > 1
+    assert tasks.evaluate(files / "sharded", "sentiment", files / "eval.tsv")["score"] == score
+    assert tasks.pack(files / "sharded", files / "int8", dtype=torch.int8).rounded is not None
+    with pytest.raises(SparsePruneError, match="expected a dense model, got a packed one"):
+        tasks.prune(tasks.PruneArgs(model=files / "sharded", out=files / "q", **args))
+
+
+def test_words_are_shown_with_spaces_and_characters_without():
+    shown = {
+        "Anna Bob saw Paris": ["Anna", "Bob", "saw", "Paris"],
+        "江泽民在北京": list("江泽民在北京"),
+        "NBA": list("NBA"),
+        "看NBA比赛": list("看NBA比赛"),
+        "a dog ,狗": ["a", "dog", ",", "狗"],
+        "": [],
+    }
+    for text, tokens in shown.items():
+        assert running_text(tokens) == text

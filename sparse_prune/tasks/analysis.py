@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import time
+import unicodedata
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -145,15 +147,24 @@ def _told(prediction: str | list[str], example: Example) -> str:
     if isinstance(prediction, str):
         return prediction
     assert isinstance(example, TagExample)
-    entities: list[list[str]] = []
+    entities: list[tuple[list[str], str]] = []
     for token, tag in zip(example.tokens, prediction, strict=True):
         if tag == "O":
-            entities.append(["", ""])
+            entities.append(([], ""))
         elif tag[0] == "B" or not entities or entities[-1][1] != tag[2:]:
-            entities.append([token, tag[2:]])
+            entities.append(([token], tag[2:]))
         else:
-            entities[-1][0] += token
-    return ", ".join(f"{text} {kind}" for text, kind in entities if kind) or "none"
+            entities[-1][0].append(token)
+    return ", ".join(f"{running_text(tokens)} {kind}" for tokens, kind in entities if kind) or "none"
+
+
+def running_text(tokens: Sequence[str]) -> str:
+    """Tokens as a reader writes them: words with spaces between, single characters without, as in Chinese corpora."""
+    parts = [*tokens[:1]]
+    for before, token in pairwise(tokens):
+        wide = any(unicodedata.east_asian_width(character) in "WF" for character in (before[-1], token[0]))
+        parts.append(token if wide or len(before) == len(token) == 1 else f" {token}")
+    return "".join(parts)
 
 
 def _examples(
@@ -164,7 +175,7 @@ def _examples(
     pairs = zip(some, *(predict(net, tokenizer, some, max_length) for net in (dense, sparse)), strict=True)
     rows = [
         {
-            "text": example.text if isinstance(example, TextExample) else "".join(example.tokens),
+            "text": example.text if isinstance(example, TextExample) else running_text(example.tokens),
             "label": example.label if isinstance(example, TextExample) else _told(list(example.tags), example),
             "dense": _told(before, example),
             "sparse": _told(after, example),
@@ -215,7 +226,7 @@ def full_batch(tokenizer, examples: Sequence[Example], batch: int, length: int) 
     stream: list[int] = []
     while len(stream) < batch * length:
         for example in examples:
-            text = example.text if isinstance(example, TextExample) else "".join(example.tokens)
+            text = example.text if isinstance(example, TextExample) else running_text(example.tokens)
             stream += tokenizer(text, truncation=True, max_length=length)["input_ids"]
             if len(stream) >= batch * length:
                 break

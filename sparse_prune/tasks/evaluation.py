@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..distill import IGNORED_LABEL
 from .data import Example, TagExample, TextExample, bio_problem, by_kind
 from .encoding import Collator, EncodedSet, LengthBatches, encode
+from .models import check_ids
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def predict(
     blank: list[Example] = [TextExample(e.text, labels[0]) for e in texts]
     blank += [TagExample(e.tokens, (labels[0],) * len(e.tokens)) for e in sentences]
     data = encode(tokenizer, blank, labels, max_length)
+    check_ids(model, data.rows, tokenizer.pad_token_id)
     rows = predict_rows(model, data, tokenizer.pad_token_id, batch_size, autocast=autocast)
     if texts:
         return [labels[row] for row in rows]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,16 +64,21 @@ def new_garlic(task: str, examples: Sequence[Example], max_length: int, settings
     return AUTO_MODELS[task].from_config(config), tokenizer
 
 
-def load_model(name: str | Path, task: str, labels: Sequence[str] | None = None) -> tuple[PreTrainedModel, Any]:
+def load_model(
+    name: str | Path, task: str, labels: Sequence[str] | None = None, dtype: torch.dtype | str = torch.float32
+) -> tuple[PreTrainedModel, Any]:
     """A model with the task's head, and its tokenizer, from a directory (dense or packed) or a name on the Hugging Face hub.
 
     labels   the classes of the head; None takes them from the model's config, which must then have been trained for the task
+    dtype    of the parameters; "auto" for that of the checkpoint
 
     Raises SparsePruneError where nothing can be loaded, or the model was trained for the other task.
     """
     source, auto = str(name), AUTO_MODELS[check_task(task)]
     # A path that leads nowhere is no name on the hub, where asking takes a minute if there is no network.
-    if Path(source).exists() or source.startswith((".", "~", "/")) or source.count("/") > 1:
+    parent = Path(source).parent
+    named = Path(source).exists() or (parent != Path() and parent.is_dir())
+    if named or source.startswith((".", "~", "/")) or source.count("/") > 1:
         check_model_dir(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -84,16 +90,22 @@ def load_model(name: str | Path, task: str, labels: Sequence[str] | None = None)
             )
         if is_packed(source):  # our own reader names the tensor that is wrong; transformers' does not
             del config.quantization_config
-            model = load_packed(auto.from_config(config), source).eval()
+            own = (config.dtype or torch.float32) if dtype == "auto" else dtype
+            model = load_packed(auto.from_config(config, dtype=own), source).eval()
         else:
             options = {} if labels is None else {**_label_settings(labels), "ignore_mismatched_sizes": True}
-            model = auto.from_pretrained(source, dtype=torch.float32, **options)
+            model = auto.from_pretrained(source, dtype=dtype, **options)
+            model.config.problem_type = None  # the loss of a single label, whatever the checkpoint was trained with
     except SparsePruneError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         told = " ".join(str(error).split())[:200]
         expected = "garlic, a model directory or a name on the Hugging Face hub"
         raise SparsePruneError("model", expected, f"{source} ({told})", "check the path or name") from None
+    if getattr(config, "is_encoder_decoder", False) and hasattr(model.base_model, "decoder"):
+        raise SparsePruneError(
+            "model", "an encoder", f"{type(model).__name__}, which decodes too", "choose another model"
+        )
     if not tokenizer.is_fast:
         raise SparsePruneError(
             "model", "a model with a fast tokenizer", type(tokenizer).__name__, "choose another model"
@@ -175,10 +187,33 @@ def encoder_filter(model: nn.Module) -> Callable[[str, nn.Module], bool]:
     return inside
 
 
+def most_tokens(model: nn.Module) -> float:
+    """How many tokens a row the model has positions for; infinity where it counts none."""
+    config: Any = model.config
+    most = getattr(config, "max_position_embeddings", None) or -1
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count from behind the padding's position.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            most = module.num_embeddings - module.padding_idx - 1
+    return most if most > 0 else math.inf  # XLNet has -1
+
+
 def max_length_of(model: PreTrainedModel, tokenizer, wanted: int) -> int:
     """wanted, or less where the model or its tokenizer cannot take as many tokens."""
-    limits = [wanted, getattr(model.config, "max_position_embeddings", wanted) or wanted, tokenizer.model_max_length]
-    return int(min(limits))
+    return int(min(wanted, most_tokens(model), tokenizer.model_max_length))
+
+
+def check_ids(model: PreTrainedModel, rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> None:
+    """Raise SparsePruneError where a row of rows, or its padding, has a token that the model has no embedding for."""
+    largest = max((max(row["input_ids"], default=0) for row in rows), default=0)
+    if max(largest, pad_token_id) >= model.config.vocab_size:
+        expected, got = f"a tokenizer of {model.config.vocab_size} tokens", f"token {max(largest, pad_token_id)}"
+        raise SparsePruneError(
+            "model",
+            f"{expected}, as many as its embeddings",
+            got,
+            "save the model with the tokenizer it was trained with",
+        )
 
 
 def native_bf16() -> bool:

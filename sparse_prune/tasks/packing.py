@@ -14,7 +14,16 @@ from ..convert import BlockSparseConfig, QuantizeResult, SparsifyResult, nonzero
 from ..errors import SparsePruneError
 from ..linears import linear_modules, matrix_shape
 from ..masks import element_density, suggest_blocksize
-from ..serialization import MASKS_NAME, WEIGHTS_NAME, atomic_dir, is_packed, load_masks, read_json, save_packed
+from ..serialization import (
+    MASKS_NAME,
+    WEIGHTS_NAME,
+    atomic_dir,
+    is_packed,
+    load_masks,
+    read_json,
+    save_packed,
+    weights_files,
+)
 from .data import TASKS
 from .models import check_model_dir, encoder_filter, load_model, quiet, task_of
 from .store import check_out, record
@@ -51,15 +60,17 @@ def pack(
     """Write the packed twin of a pruned model directory to out, with config and tokenizer; dtype rounds its blocks (quantize_).
 
     The masks are those in masks.safetensors; without that file, blocks that are zero throughout in the encoder's layers, of
-    blocksize (None: the size that most of these layers' zeros form). Raises SparsePruneError where the directory is not a model, is
-    packed already (unless to be rounded), or has nothing to pack.
+    blocksize (None: the size that most of these layers' zeros form). What is not rounded keeps its dtype. Raises SparsePruneError
+    where the directory is not a model, is packed already (unless to be rounded), or has nothing to pack.
     """
     source, out = Path(model_dir), Path(out)
     packed = is_packed(source)
     if packed and dtype is None:
         raise SparsePruneError(str(source), "a dense, pruned model", "a packed one", "use it as it is")
     check_out(out, source)
-    model, tokenizer = load_model(source, _task_of(source))
+    model, tokenizer = load_model(source, _task_of(source), dtype="auto")
+    files = [file for file in weights_files(source) if file.is_file()] or [*source.glob("pytorch_model*.bin")]
+    before = sum(file.stat().st_size for file in files)
     layers = None if packed else _sparsified(model, source, blocksize)
     rounded = None if dtype is None else quantize_(model, dtype=dtype, weight_only=weight_only)
     with atomic_dir(out) as temporary:
@@ -67,7 +78,7 @@ def pack(
         tokenizer.save_pretrained(temporary)
         packed_bytes = (temporary / WEIGHTS_NAME).stat().st_size
         record(temporary, "pack", {})
-    return PackResult(layers, rounded, (source / WEIGHTS_NAME).stat().st_size, packed_bytes)
+    return PackResult(layers, rounded, before, packed_bytes)
 
 
 def pack_(model: nn.Module, masks: Mapping[str, Tensor], blocksize: tuple[int, int]) -> SparsifyResult:

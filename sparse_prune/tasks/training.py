@@ -43,6 +43,7 @@ from .models import (
     GARLIC,
     check_dense,
     check_finite,
+    check_ids,
     check_model_dir,
     encoder_filter,
     labels_of,
@@ -412,6 +413,7 @@ def _fit(
     labels = label_names(model)
     length = max_length_of(model, tokenizer, args.max_length)
     data = encode(tokenizer, parts["train"], labels, length)
+    check_ids(model, data.rows, tokenizer.pad_token_id)
     batch_size = args.batch_size or recipe.batch_size
     batches = LengthBatches(data.lengths, batch_size, args.seed)
     steps = recipe.steps(args.epochs, len(batches))
