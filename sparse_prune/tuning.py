@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import backends, planner
-from .benchmark import DTYPES, interleaved_medians, machine, random_mask, thread_count
+from .benchmark import DTYPES, check_seconds, interleaved_medians, machine, random_mask, thread_count
 from .errors import SparsePruneError
 from .layers import SparseLinear
 from .serialization import atomic_path
@@ -55,8 +55,9 @@ def tune(
     threads the thread counts (none: PyTorch's present one), of which the worst ratio counts; seconds is spent on each row;
     report(phase, step, of, text) is called after each row.
 
-    Raises SparsePruneError where no CPU kernel runs, or for an unknown dtype or instruction set.
+    Raises SparsePruneError where no CPU kernel runs, for an unknown dtype or instruction set, and for seconds below 0.
     """
+    check_seconds(seconds)
     if not backends.cpu_isas():
         reason = backends.cpu_unavailable(torch.device("cpu"), torch.float32)
         raise SparsePruneError("tune", "the C++ kernels, to measure them", "none", str(reason))

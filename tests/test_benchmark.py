@@ -176,3 +176,10 @@ def test_an_engine_that_does_not_start_is_told(peers):
         benchmark.engines(peers),
     ):
         pass
+
+
+def test_a_picture_gets_the_directory_that_it_is_to_lie_in(tmp_path):
+    pytest.importorskip("matplotlib")
+    problems = benchmark.linear_problems([(64, 64)], [4], [0.5], [(16, 16)], ["float32"], [1])
+    benchmark.plot_linear(benchmark.bench_linear(problems, 0), tmp_path / "a" / "b.png")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.png"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -195,6 +196,16 @@ MISTAKES = {
     "recipe": (("train", "--recipe", "nowhere.yaml", "--out", "o"), "--recipe: expected a YAML file, got nothing"),
     "recipe option": (("train", "--recipe", "RECIPE", "--out", "o"), "options out of batch-size, epochs, "),
     "recipe value": (("prune", "--recipe", "LIST", "--model", "DENSE", "--out", "o"), "density: expected one value"),
+    "recipe of yes": (
+        ("prune", "--recipe", "YES", "--model", "DENSE", "--out", "o"),
+        "density: expected a value, got True",
+    ),
+    "recipe of maybe": (("train", "--recipe", "MAYBE", "--out", "o"), "full: expected true or false, got 'maybe'"),
+    "the working directory": (("train", "--out", "."), "got the working directory"),
+    "no time to tune": (
+        ("tune", "--seconds", "-1", "--out", "o"),
+        "seconds: expected a finite number from 0 on, got -1",
+    ),
     "model": (("prune", "--model", "nowhere", "--out", "o"), "nowhere: expected a model directory"),
     "pack a dense model": (("pack", "DENSE", "--out", "o"), "expected a pruned model, got no block of 32x32 zeros"),
     "pack nothing": (("pack", "nowhere", "--out", "o"), "expected a model directory"),
@@ -224,15 +235,15 @@ MISTAKES = {
     "bench of padding": (("bench", "linear", "--block", "999999x2"), "block: expected at most the weight's 3072x768"),
     "bench of no time": (("bench", "linear", "--seconds", "-1"), "seconds: expected a finite number from 0 on, got -1"),
     "bench by nobody": (
-        ("bench", "model", "DENSE", "--threads", "0"),
+        ("bench", "model", "DENSE", "--length", "16", "--threads", "0"),
         "threads: expected a count of at least 1, got 0",
     ),
     "bench of a model for no time": (
-        ("bench", "model", "DENSE", "--seconds", "nan"),
+        ("bench", "model", "DENSE", "--length", "16", "--seconds", "nan"),
         "seconds: expected a finite number",
     ),
     "bench of a padded model": (
-        ("bench", "model", "DENSE", "--block", "9999x2"),
+        ("bench", "model", "DENSE", "--length", "16", "--block", "9999x2"),
         "block: expected at most the weight's",
     ),
     "bench of a model beyond its positions": (
@@ -283,7 +294,10 @@ def test_mistakes_are_one_sentence_and_exit_code_2(case, run, reviews, places, t
     recipe, listing = tmp_path / "recipe.yaml", tmp_path / "list.yaml"
     recipe.write_text("density: 0.2\n")  # which train has not
     listing.write_text("density: [0.1, 0.2]\n")
-    here = {**places, "OTHER": other, "RECIPE": recipe, "LIST": listing}
+    yes, maybe = tmp_path / "yes.yaml", tmp_path / "maybe.yaml"
+    yes.write_text("density: yes\n")
+    maybe.write_text("full: maybe\n")
+    here = {**places, "OTHER": other, "RECIPE": recipe, "LIST": listing, "YES": yes, "MAYBE": maybe}
     arguments = [str(other / "x") if argument == "OTHER/x" else here.get(argument, argument) for argument in arguments]
     if arguments[0] in ("train", "prune") and "--train" not in arguments:
         arguments += ["--train", reviews, "--eval", reviews]
@@ -412,3 +426,26 @@ def test_int8_from_a_pruned_and_from_a_packed_model(run, reviews, dense, tmp_pat
     ):
         code, text = run("pack", tmp_path / "packed", *options, "--out", tmp_path / "never")
         assert code == 2 and message in " ".join(text.split())
+
+
+def test_home_is_known_where_no_shell_tells_it(run, reviews, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    shutil.copy(reviews, tmp_path / "home" / "reviews.tsv")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text("train: ~/reviews.tsv\neval: ~/reviews.tsv\n")
+    code, text = run("train", "--recipe=r.yaml", "--out=~/dense", *TINY)
+    assert code == 0, text
+    assert (tmp_path / "home" / "dense" / "config.json").is_file() and not (tmp_path / "~").exists()
+
+
+def test_version(run):
+    assert run("--version") == (0, f"sparse-prune {sp.__version__}\n")
+
+
+def test_a_baseline_that_cannot_be_kept_is_told_before_the_work(run, reviews, tmp_path, monkeypatch):
+    module = importlib.import_module("sparse_prune.tasks.baseline")  # a function of that name hides it
+    monkeypatch.setattr(module, "load_examples", lambda *_: pytest.fail("at work"))
+    (tmp_path / "file").touch()
+    code, text = run("baseline", "--train", reviews, "--eval", reviews, "--out", tmp_path / "file")
+    assert code == 2 and "file: expected a path that can be used" in text

@@ -438,3 +438,20 @@ def test_a_state_that_is_no_tensor_is_refused(tmp_path):
     ):
         sp.save_packed(model, tmp_path / "m.safetensors")
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk/run")  # which is not there yet
+    (tmp_path / "page").symlink_to("disk/page.html")
+    for text in ("first", "second"):
+        with serialization.atomic_dir(tmp_path / "out") as temporary:
+            (temporary / "f").write_text(text)
+        with serialization.atomic_path(tmp_path / "page") as temporary:
+            temporary.write_text(text)
+        assert (tmp_path / "disk" / "run" / "f").read_text() == (tmp_path / "disk" / "page.html").read_text() == text
+        assert (tmp_path / "out").is_symlink() and (tmp_path / "page").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["page.html", "run"]
+    with pytest.raises(IsADirectoryError) as told, serialization.atomic_path(tmp_path / "disk"):
+        pytest.fail("a directory to write to")
+    assert told.value.filename == str(tmp_path / "disk")

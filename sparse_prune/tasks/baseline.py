@@ -65,6 +65,7 @@ def baseline(args: BaselineArgs, report: Report | None = None) -> dict:
     known = read_json(path) if path.is_file() else {}
     if known.get("fingerprint") == mark:
         return known["result"]
+    path.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     train = builtin(task).train if args.train is None else load_examples(task, args.train)
     test = builtin(task).test if args.eval is None else load_examples(task, args.eval)
@@ -95,7 +96,6 @@ def baseline(args: BaselineArgs, report: Report | None = None) -> dict:
         for name, predictions in predicted.items()
     ]
     result = {"task": task, "examples": len(test), "rows": rows, "seconds": time.perf_counter() - started}
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"fingerprint": mark, "result": result})
     return result
 

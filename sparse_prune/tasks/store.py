@@ -65,11 +65,17 @@ def finished(out: Path, mark: str) -> dict | None:
 
 
 def check_out(out: Path, source: str | Path | None = None) -> None:
-    """Raise SparsePruneError unless out may be replaced: it is absent, empty, or has an earlier run, and is not source."""
+    """Raise SparsePruneError unless out may be replaced: it is absent, empty, or has an earlier run, and is not source.
+
+    Neither the working directory nor where a disk is mounted (a container's volume) can be replaced.
+    """
     if source is not None and out.exists() and out.resolve() == Path(source).resolve():
         raise SparsePruneError(
             "out", "another directory than the model's, which it would replace", str(out), "choose another --out"
         )
+    if out.is_dir() and (out.resolve() == Path.cwd() or out.is_mount()):
+        got = "a disk's mount point" if out.is_mount() else "the working directory"
+        raise SparsePruneError("out", "a directory that can be replaced", f"{got}, {out}", "choose one inside it")
     if out.is_dir() and (not any(out.iterdir()) or (out / RUN_NAME).is_file()):
         return
     if out.exists():
