@@ -310,8 +310,16 @@ def _headline(metrics: dict, analysis: dict) -> dict[str, Any]:
     elif whole:
         bars.append(_bar("size (MB)", whole[0] / 1e6, whole[1] / 1e6, three))
 
+    supports = [int(row["support"]) for row in analysis.get("per_class") or []]
+    held_out = sum(supports)
     tone, verdict = _verdict(metric, change, TOLERANCE[key], speed)
-    held_out = sum(int(row["support"]) for row in analysis.get("per_class") or [])
+    if held_out and key == "accuracy" and before <= max(supports) / held_out:
+        tone, verdict = (
+            "bad",
+            "The dense model is right no more often than one that always names the largest class: train it first.",
+        )
+    elif key == "f1" and before == 0:
+        tone, verdict = "bad", "The dense model finds nothing: train it first."
     error = 100 * math.sqrt(max(before * (1 - before), 0) / held_out) if held_out and key == "accuracy" else None
     tiles = [
         (metric, percent1(after), f"dense {percent1(before)}"),
@@ -519,7 +527,7 @@ def _curve_section(analysis: dict, head: dict) -> dict[str, Any] | None:
         speeds = [(point["density"], point["speed"]) for point in timed]
         drawn = {"reference": (1.0, "dense"), "labels": "{:.1f}×", "zero": True}
         charts.append(line_chart("speed-up over dense", [("sparse", speeds)], **drawn, **options))
-    return {"said": said, "charts": charts}
+    return {"said": said, "charts": charts, "between": len(points) > 2}
 
 
 def _latency_section(analysis: dict, head: dict) -> dict[str, Any]:

@@ -317,6 +317,28 @@ def test_verdict_is_honest(tmp_path, sparse, said):
     assert all(phrase in words for phrase in said)
 
 
+def test_a_dense_model_that_has_learnt_nothing_is_told(tmp_path):
+    classes = [{"name": name, "support": n, "dense": 0.5, "sparse": 0.5} for name, n in (("neg", 60), ("pos", 40))]
+    directory = make_run(tmp_path / "a", per_class=classes)
+    write(
+        directory / "metrics.json",
+        {"task": "sentiment", "dense": {"accuracy": 0.6}, "sparse": {"accuracy": 0.6, "density": 0.2}},
+    )
+    words = read_page(directory).words()
+    assert "no more often than one that always names the largest class" in words and "It paid off" not in words
+    directory = make_run(tmp_path / "b", "ner")
+    write(directory / "metrics.json", {"task": "ner", "dense": {"f1": 0.0}, "sparse": {"f1": 0.0, "density": 0.2}})
+    words = read_page(directory).words()
+    assert "The dense model finds nothing" in words and "It paid off" not in words
+
+
+def test_what_is_between_the_ends_of_the_curve_is_explained_where_there_is_something(tmp_path):
+    points = [{"density": d, "score": 0.85, "latency_ms": 50.0} for d in (0.2, 0.5, 1.0)]
+    told = "Points between the ends were scored while pruning passed them"
+    assert told in read_page(make_run(tmp_path / "three", curve=points)).words()
+    assert told not in read_page(make_run(tmp_path / "two", curve=points[::2])).words()
+
+
 def test_curve_without_any_point_worth_it(tmp_path):
     slow = [{"density": d, "score": s, "latency_ms": ms} for d, s, ms in [(0.2, 0.85, 99.0), (1.0, 0.8516, 88.1)]]
     assert "No pruned point is both" in read_page(make_run(tmp_path / "slow", curve=slow)).words()

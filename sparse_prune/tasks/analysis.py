@@ -23,7 +23,7 @@ from .data import Example, TagExample, TextExample, by_kind
 from .evaluation import Score, label_names, predict
 from .models import native_bf16
 
-TITLES = {"sentiment": "Sentiment of reviews", "ner": "People, places and organisations"}
+TITLES = {"sentiment": "Sentiment analysis", "ner": "Named entities"}
 SHOWN_EXAMPLES = 8
 TIMED_SECONDS = 3.0  # for each batch and dtype
 
