@@ -196,6 +196,18 @@ def test_a_finished_run_is_not_repeated_but_a_changed_one_is(files, monkeypatch)
     assert fits == [1, 1]
 
 
+def test_a_run_on_weights_of_another_form_is_repeated_when_they_change(files, bert, monkeypatch):
+    model = BertForSequenceClassification.from_pretrained(bert)
+    (bert / "model.safetensors").unlink()
+    first = tasks.TrainArgs(model=str(bert), out=files / "d", **arguments(files))
+    torch.save(model.state_dict(), bert / "pytorch_model.bin")
+    tasks.train(first)
+    torch.save({name: 2 * value for name, value in model.state_dict().items()}, bert / "pytorch_model.bin")
+    monkeypatch.setattr(training, "_fit", lambda *_, **__: pytest.fail("run again"))
+    with pytest.raises(pytest.fail.Exception, match="run again"):
+        tasks.train(first)
+
+
 def test_density_1_is_legal_and_a_pruned_model_can_be_pruned_further(files):
     args = dict(block=(16, 16), curve=False, **arguments(files))
     trained = tasks.train(tasks.TrainArgs(out=files / "dense", **arguments(files)))

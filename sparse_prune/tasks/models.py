@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,9 +100,11 @@ def load_model(
     except SparsePruneError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        told = " ".join(str(error).split())[:200]
+        told = textwrap.shorten(str(error), 200, placeholder=" ...")
         expected = "garlic, a model directory or a name on the Hugging Face hub"
-        raise SparsePruneError("model", expected, f"{source} ({told})", "check the path or name") from None
+        raise SparsePruneError(
+            "model", expected, f"{source} ({told})", "check the path, or the name and the network"
+        ) from None
     if getattr(config, "is_encoder_decoder", False) and hasattr(model.base_model, "decoder"):
         raise SparsePruneError(
             "model", "an encoder", f"{type(model).__name__}, which decodes too", "choose another model"
@@ -148,7 +151,7 @@ def load_encoder(name: str | Path) -> nn.Module:
     try:
         return check_finite(source, auto.from_pretrained(source, dtype=torch.float32).base_model.eval())
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        told = " ".join(str(error).split())[:200]
+        told = textwrap.shorten(str(error), 200, placeholder=" ...")
         raise SparsePruneError("model", "a Hugging Face encoder", f"{source} ({told})", "check the path") from None
 
 

@@ -40,7 +40,9 @@ def _digest(path: Path) -> str | None:
     """Digest of a file, or of the weights and settings in a model directory; None where there is no such path (a hub name)."""
     if path.is_dir():
         names = sorted(
-            p for p in path.iterdir() if p.suffix in (".json", ".safetensors", ".txt") and p.name != RUN_NAME
+            p
+            for p in path.iterdir()
+            if p.suffix in (".json", ".safetensors", ".txt", ".bin", ".model") and p.name != RUN_NAME
         )
     elif path.is_file():
         names = [path]
@@ -73,8 +75,9 @@ def check_out(out: Path, source: str | Path | None = None) -> None:
         raise SparsePruneError(
             "out", "another directory than the model's, which it would replace", str(out), "choose another --out"
         )
-    if out.is_dir() and (out.resolve() == Path.cwd() or out.is_mount()):
-        got = "a disk's mount point" if out.is_mount() else "the working directory"
+    place = out.resolve()
+    if out.is_dir() and (place == Path.cwd() or place.is_mount()):
+        got = "a disk's mount point" if place.is_mount() else "the working directory"
         raise SparsePruneError("out", "a directory that can be replaced", f"{got}, {out}", "choose one inside it")
     if out.is_dir() and (not any(out.iterdir()) or (out / RUN_NAME).is_file()):
         return
