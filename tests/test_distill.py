@@ -79,6 +79,7 @@ def test_hidden_by_hand():
     assert hidden_loss([torch.zeros(1, 1, 2)], [teacher]).item() == pytest.approx(1.0)
     assert hidden_loss([torch.tensor([[[3.0, 3.0]]])], [teacher]).item() == pytest.approx(1 / 25)
     assert hidden_loss([teacher], [teacher]).item() == 0.0
+    assert hidden_loss([torch.zeros(1, 1, 2)], [torch.zeros(1, 1, 2)]).item() == 0.0
 
 
 def test_bfloat16_is_computed_in_float32():

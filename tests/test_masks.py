@@ -56,8 +56,9 @@ def test_bad_blocksize(blocksize):
 def test_block_that_cannot_fit():
     assert masks.check_blocksize((8, 8), (8, 8)) == (8, 8)
     assert masks.check_blocksize((64, 8), (32, 32)) == (64, 8)
-    with pytest.raises(SparsePruneError, match=r"fits a weight of shape \(8, 8\)"):
-        masks.check_blocksize((16, 16), (8, 8))
+    for too_large in ((16, 16), (16, 8), (8, 16)):
+        with pytest.raises(SparsePruneError, match=r"fits a weight of shape \(8, 8\)"):
+            masks.check_blocksize(too_large, (8, 8))
 
 
 @pytest.mark.parametrize("mask", [torch.ones(2, 2), torch.ones(3, 2, dtype=torch.bool), [[True]]])

@@ -51,6 +51,7 @@ def test_never_rises_and_stays_between(kind, density, span, warmup, cooldown, ro
     assert all(b <= a + 1e-12 for a, b in zip(values, values[1:], strict=False))
     assert values[0] == 1.0 and values[-1] == density and min(values) >= density - 1e-12
     assert all(0.0 <= schedule.progress_at(step) <= 1.0 + 1e-9 for step in range(schedule.total_steps + 1))
+    assert schedule.progress_at(schedule.total_steps) == 1.0  # at density 1 too, where nothing has to fall
 
 
 @pytest.mark.parametrize(
