@@ -56,6 +56,11 @@ def test_bytes_count_values_and_indices():
     assert packed.nbytes == 64 * 64 * 2 + (3 + 4) * 4
 
 
+def test_weights_too_small_for_a_scale_round_to_zero():
+    packed = BsrWeight.from_dense(torch.full((4, 4), 1e-50, dtype=torch.float64), torch.ones(1, 1).bool(), (4, 4))
+    assert not packed.quantize().to_dense().any()
+
+
 def test_to_casts_values_only():
     packed = packed_weight().to(torch.bfloat16)
     assert packed.values.dtype == torch.bfloat16 and packed.crow_indices.dtype == torch.int32

@@ -188,6 +188,13 @@ def test_reasons_for_no_gpu(monkeypatch):
             gpu_bench.require_gpu()
 
 
+def test_what_may_pass_as_a_peers_rounding_is_wrong_of_ours(monkeypatch):
+    ours = gpu_bench._ours
+    monkeypatch.setattr(gpu_bench, "_ours", lambda *a: (lambda run: lambda: 1.012 * run().double())(ours(*a)))
+    for row in rows_of({"dense": 30.0, "floor": 2.0}):
+        assert set(row["wrong"]) == {"cpu", "reference"} and "best" not in row
+
+
 def test_the_whole_command_on_a_fake_gpu(tmp_path, monkeypatch, capsys):
     us = {"dense": 30.0, "cpu": 10.0, "reference": 20.0, "floor": 2.0}
     monkeypatch.setattr(gpu_bench, "require_gpu", lambda: None)

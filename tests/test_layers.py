@@ -33,6 +33,7 @@ def test_drop_in(bias):
     assert torch.equal(layer.weight, linear.weight)
     assert torch.equal(layer.to_dense().weight, linear.weight)
     torch.testing.assert_close(layer.to_dense()(x), linear(x))
+    assert layer.to_dense().training and not layer.eval().to_dense().training
     assert (layer.in_features, layer.out_features) == (64, 96)
     assert layer.density == mask.float().mean()
     assert f"blocksize=32x32, density={layer.density:.3f}, bias={bias}" in repr(layer)

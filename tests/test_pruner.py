@@ -141,6 +141,13 @@ def test_floor(floor):
     assert pruner.density() == pytest.approx(0.2, abs=0.001)
 
 
+def test_each_layer_keeps_a_block_at_densities_that_have_none_for_it():
+    model = network()
+    pruner = Pruner(model, PruneConfig("magnitude", density=0.002, floor=0.0, blocksize=(2, 2), **ONE_SHOT))
+    pruner.step()
+    assert [int(mask.sum()) for mask in pruner.masks.values()] == [1, 1]
+
+
 def test_global_density_counts_elements_where_rows_differ_in_length():
     model = nn.Sequential(nn.Linear(400, 50), nn.Linear(50, 400))
     pruner = Pruner(model, PruneConfig("random", granularity="row", density=0.3, **ONE_SHOT))

@@ -306,6 +306,8 @@ def test_metrics_alone_make_a_page(tmp_path):
         ({"latency_ms": 88.0}, ["no faster", "kept, but not faster on this machine"]),
         ({"accuracy": 0.7}, ["accuracy −15.2 points", "but it lost more accuracy than the 1.5 points"]),
         ({"accuracy": 0.7, "latency_ms": 880.0}, ["10.0× slower", "Neither as accurate nor faster"]),
+        ({"accuracy": 0.8346}, ["accuracy −1.7 points", "but it lost more accuracy than the 1.5 points"]),
+        ({"accuracy": 0.8376}, ["accuracy −1.4 points", "It paid off"]),
         ({"accuracy": 0.9}, ["accuracy +4.8 points", "It paid off"]),
         ({"accuracy": 0.8516}, ["accuracy unchanged", "It paid off"]),
     ],

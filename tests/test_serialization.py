@@ -29,6 +29,8 @@ def packed_model():
 def test_round_trip_is_exact(packed_model, tmp_path, target):
     file = sp.save_packed(packed_model, tmp_path / target)
     assert file.is_file() and serialization.is_packed(tmp_path / target)
+    (tmp_path / "plain").touch()
+    assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode, "whoever may read other files may read this"
     loaded = sp.load_packed(build(), tmp_path / target)
     x = torch.randn(5, 64)
     assert torch.equal(loaded(x), packed_model(x))
