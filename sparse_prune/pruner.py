@@ -227,6 +227,7 @@ class Pruner:
         Call it after optimizer.step() and before zero_grad(); where a GradScaler skips an optimizer step, skip this too. Saliency
         uses the weights after the optimizer's step. Raises SparsePruneError for missing gradients, NaN and infinity.
         """
+        self._follow()
         self.steps += 1
         if not self.done:
             density = self._timetable.density_at(self.steps)
@@ -261,6 +262,7 @@ class Pruner:
     @torch.no_grad()
     def apply_(self) -> None:
         """Set every pruned weight to exactly 0."""
+        self._follow()
         for name, dropped in self._dropped.items():
             self._own(name, self._modules[name].weight).masked_fill_(dropped, 0)
 
@@ -310,6 +312,7 @@ class Pruner:
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Go on from a state_dict of a Pruner with the same model and config; raises SparsePruneError where they do not fit."""
+        self._follow()
         expected = {key: tuple(value.shape) for key, value in self._kept.items()}
         try:
             got = {key: tuple(value.shape) for key, value in state["kept"].items()}
@@ -341,6 +344,15 @@ class Pruner:
         self.apply_()
         if self.done:
             self.remove_hooks(optimizer=False)
+
+    def _follow(self) -> None:
+        """Bring what is kept here to where the model is now: Hugging Face's Trainer moves a model to the GPU that it is given."""
+        for key, unit in self._units.items():
+            device = self._modules[unit.members[0].name].weight.device
+            self._kept[key], self._saliency[key] = self._kept[key].to(device), self._saliency[key].to(device)
+        for tensors in (self._memory, self._dropped, self._square_sum, self._seen):
+            for name, tensor in tensors.items():
+                tensors[name] = tensor.to(self._modules[name].weight.device)
 
     def reduce_saliency(self, saliency: dict[str, Tensor]) -> dict[str, Tensor]:
         """Mean over the ranks of torch.distributed, where that is initialised; the one place to override for another layout."""
@@ -475,6 +487,7 @@ class Pruner:
         def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if module.training:
                 rows = at_least_float32(inputs[0]).reshape(-1, inputs[0].shape[-1])  # [M, K]
+                self._seen[name] = self._seen[name].to(rows.device)
                 self._seen[name][:-1] += rows.square().sum(0)
                 self._seen[name][-1] += rows.shape[0]
 

@@ -698,3 +698,22 @@ def test_a_weight_that_is_computed_is_refused(how):
     with pytest.raises(SparsePruneError, match="0.weight: expected a parameter, got one that is computed on each call"):
         Pruner(model, PruneConfig(criterion="magnitude", blocksize=(8, 8)))
     Pruner(model, PruneConfig(criterion="magnitude", blocksize=(8, 8)), lambda name, _: name == "1")
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda"])
+def test_a_model_may_be_moved_after_its_pruner_was_made(criterion):
+    """As the Trainer does where there is a GPU. The meta device stands for it: what is left on the CPU cannot meet its tensors."""
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), torch.randn(4, 32)
+    config = PruneConfig(criterion=criterion, blocksize=(8, 8), total_steps=4, warmup=0, cooldown=2, update_every=1)
+    pruner = Pruner(model, config)
+    model(x)
+    pruner.step()
+    assert pruner.density() < 1 and pruner._memory
+    model.to("meta")
+    model(x.to("meta"))
+    pruner.apply_()
+    kept = [pruner._kept, pruner._saliency, pruner._memory, pruner._dropped, pruner._square_sum, pruner._seen]
+    assert {tensor.device.type for tensors in kept for tensor in tensors.values()} == {"meta"}
+    assert (
+        {mask.device.type for mask in pruner.masks.values()} == {"meta"} == {p.device.type for p in model.parameters()}
+    )

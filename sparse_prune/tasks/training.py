@@ -522,8 +522,17 @@ class _Watch(NamedTuple):
             packed = copy.deepcopy(model).eval()
             pack_(packed, pruner.masks, pruner.config.blocksize)
             nets["packed"] = packed.base_model
-        inputs = full_batch(self.tokenizer, self.examples, 16, self.length)
-        calls = {name: partial(net, **inputs) for name, net in nets.items()}
+        device = next(model.parameters()).device
+        inputs = {
+            key: value.to(device) for key, value in full_batch(self.tokenizer, self.examples, 16, self.length).items()
+        }
+
+        def call(net: nn.Module) -> None:
+            net(**inputs)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        calls = {name: partial(call, net) for name, net in nets.items()}
         with torch.inference_mode():
             times = {name: 1e3 * seconds for name, seconds in interleaved_medians(calls, seconds=0.5).items()}
         dense = times["dense"]
