@@ -192,6 +192,9 @@ class Pruner:
         heads: Sequence[HeadGroup] | None = None,
     ) -> None:
         self.model, self.config = model, config or PruneConfig()
+        if not isinstance(self.config, PruneConfig):
+            remedy = "pass for example PruneConfig(density=0.2)"
+            raise SparsePruneError("config", "a PruneConfig", repr(config)[:60], remedy)
         self.steps, self.done = 0, False
         self._timetable = self.config.timetable
         self._criterion = CRITERIA[self.config.criterion]
@@ -210,7 +213,7 @@ class Pruner:
         self._square_sum: dict[str, Tensor] = {}
         self._seen: dict[str, Tensor] = {}
         self._handles: list = []
-        self._optimizer_handle: RemovableHandle | None = None
+        self._optimizer_handles: list[RemovableHandle] = []
         if self.config.criterion == "random":
             self._saliency = self._unit_saliency(torch.Generator().manual_seed(self.config.seed))
         if "activation_norm" in self._criterion.needs:
@@ -246,7 +249,10 @@ class Pruner:
         self.apply_()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Pruner:
-        """Re-apply the masks to weights and momentum at the end of every optimizer.step(); returns self."""
+        """Re-apply the masks to weights and momentum at the end of every optimizer.step(); returns self.
+
+        Where several optimizers share the model, call it once for each.
+        """
 
         def after_step(stepped: torch.optim.Optimizer, args: object, kwargs: object) -> None:
             self.apply_()
@@ -256,7 +262,7 @@ class Pruner:
                     if isinstance(value, Tensor) and value.shape == self._modules[name].weight.shape:
                         self._own(name, value).masked_fill_(dropped, 0)
 
-        self._optimizer_handle = optimizer.register_step_post_hook(after_step)
+        self._optimizer_handles.append(optimizer.register_step_post_hook(after_step))
         return self
 
     @torch.no_grad()
@@ -361,13 +367,11 @@ class Pruner:
         return {key: value / torch.distributed.get_world_size() for key, value in _summed(saliency).items()}
 
     def remove_hooks(self, optimizer: bool = True) -> None:
-        """Take the hooks off the model, and off the attached optimizer too unless optimizer=False."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        if optimizer and self._optimizer_handle is not None:
-            self._optimizer_handle.remove()
-            self._optimizer_handle = None
+        """Take the hooks off the model, and off the attached optimizers too unless optimizer=False."""
+        for handles in (self._handles, self._optimizer_handles) if optimizer else (self._handles,):
+            for handle in handles:
+                handle.remove()
+            handles.clear()
 
     def _accumulate(self, due: bool) -> None:
         """Fold this step's saliency into the running one; criteria without gradients are only computed when due, random never."""

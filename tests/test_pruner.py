@@ -717,3 +717,19 @@ def test_a_model_may_be_moved_after_its_pruner_was_made(criterion):
     assert (
         {mask.device.type for mask in pruner.masks.values()} == {"meta"} == {p.device.type for p in model.parameters()}
     )
+
+
+def test_hooks_come_off_every_optimizer():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    pruner = Pruner(model, PruneConfig(criterion="magnitude", blocksize=(8, 8)))
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in model]
+    for optimizer in optimizers:
+        pruner.attach(optimizer)
+    assert [len(optimizer._optimizer_step_post_hooks) for optimizer in optimizers] == [1, 1]
+    pruner.remove_hooks()
+    assert [len(optimizer._optimizer_step_post_hooks) for optimizer in optimizers] == [0, 0]
+
+
+def test_another_kind_of_config_is_named():
+    with pytest.raises(SparsePruneError, match="config: expected a PruneConfig, got .*density"):
+        Pruner(nn.Sequential(nn.Linear(32, 32)), {"density": 0.2})
