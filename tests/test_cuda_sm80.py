@@ -152,12 +152,62 @@ def test_epilogues(activation, extras):
     check((5, 45, 70, 16, 32, 0.5), BF16, activation, extras)
 
 
-def test_nan_of_one_token_stays_with_it():
-    packed, x, *_ = make_problem(20, 64, 64, 32, 32, 1.0, BF16)
-    x[3, 5] = torch.nan
-    weight = layout_of(packed).pack(packed.values)
-    y, _ = cuda_kernels.linear(x, weight, tuple(packed.values.shape), 64, activation="relu")
-    assert y[3].isnan().all() and not y[[i for i in range(20) if i != 3]].isnan().any()
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "dx"])
+@pytest.mark.parametrize("tokens", [None, 128, 256])
+@pytest.mark.parametrize("side, dtype", [(16, F16), (32, BF16), (32, F16), (64, BF16)], ids=str)
+def test_what_is_not_finite_stays_with_who_reads_it(side, dtype, tokens, transposed):
+    """In x (or dy) it reaches the outputs of its token whose block-row keeps its column, in W its output; nothing else changes."""
+    from sparse_prune_kernels.cuda import make_layout
+
+    packed, x, _, dy = make_problem(20, 7 * side - 3, 9 * side, side, side, 0.5, dtype)
+    rows, mask, (n, k) = (
+        (dy, packed.block_mask().T, packed.shape[::-1]) if transposed else (x, packed.block_mask(), packed.shape)
+    )
+    layout = make_layout(packed.crow_indices, packed.col_indices, 9, side, side, transposed=transposed)
+
+    def product(rows, values):
+        return cuda_kernels.linear(
+            cuda_kernels.aligned(rows), layout.pack(values), tuple(values.shape), n, tokens=tokens
+        )[0]
+
+    clean, block = product(rows, packed.values), int(packed.col_indices[0])
+    first = int(packed.block_mask()[:, block].nonzero()[0])  # block 0 is block-row first, block-column block
+    out, at = (block * side + 7, first * side + 5) if transposed else (first * side + 5, block * side + 7)
+    for number in (torch.nan, torch.inf):
+        spoilt, values = rows.clone(), packed.values.clone()
+        spoilt[3, at], values[0, 5, 7] = number, number
+        reached = torch.zeros(20, n, dtype=torch.bool)
+        reached[3] = mask[:, at // side].repeat_interleave(side)[:n]
+        in_w = torch.zeros(20, n, dtype=torch.bool)
+        in_w[:, out] = True
+        for y, where in ((product(spoilt, packed.values), reached), (product(rows, values), in_w)):
+            assert not y[where].isfinite().any() and torch.equal(y[~where], clean[~where])
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("side", [16, 32])
+def test_what_is_not_finite_stays_with_its_output_or_input_in_dw(side, dtype):
+    from sparse_prune_kernels.cuda import make_jobs
+
+    packed, x, _, dy = make_problem(20, 7 * side, 9 * side, side, side, 0.5, dtype)
+    jobs = make_jobs(packed.crow_indices, packed.col_indices, 9, side, side)
+
+    def gradient(dy, x):
+        return cuda_kernels.sdd(
+            cuda_kernels.aligned(dy, 8), cuda_kernels.aligned(x, 16), jobs, tuple(packed.values.shape)
+        )[0]
+
+    clean, block = gradient(dy, x), int(packed.col_indices[0])
+    first = int(packed.block_mask()[:, block].nonzero()[0])
+    of_row = torch.repeat_interleave(torch.arange(7), packed.crow_indices.diff().long()) == first  # [nnzb]
+    for number in (torch.nan, torch.inf):
+        spoilt_dy, spoilt_x = dy.clone(), x.clone()
+        spoilt_dy[3, first * side + 5], spoilt_x[3, block * side + 7] = number, number
+        outputs, inputs = torch.zeros_like(clean, dtype=torch.bool), torch.zeros_like(clean, dtype=torch.bool)
+        outputs[of_row, 5] = True
+        inputs[packed.col_indices == block, :, 7] = True
+        for dvalues, where in ((gradient(spoilt_dy, x), outputs), (gradient(dy, spoilt_x), inputs)):
+            assert not dvalues[where].isfinite().any() and torch.equal(dvalues[~where], clean[~where])
 
 
 @pytest.mark.parametrize("k", [1024, 1000])

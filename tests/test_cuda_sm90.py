@@ -122,16 +122,16 @@ def test_work_is_what_was_predicted(block):
     assert counts.kinds["store_global"] == m * n // 128  # 128 outputs an instruction: a sector of 16 for each of 8 rows
 
 
-def poisoned(block, value, **options):
+def poisoned(block, value, dtype=BF16, **options):
     """y where x holds value at a block-column that block-row 0 lacks and row 1 has; what y should be; PyTorch's of zeros there."""
     generator = torch.Generator().manual_seed(0)
     r, c = block
     n, k = 2 * r - 5, 6 * c - 3
     mask = torch.rand(2, 6, generator=generator) < 0.6
     mask[0, 2], mask[1, 2] = False, True
-    weight = torch.randn(n, k, generator=generator).bfloat16()
+    weight = torch.randn(n, k, generator=generator).to(dtype)
     packed = sp.BsrWeight.from_dense(weight, mask, block)
-    x, bias = torch.randn(140, k, generator=generator).bfloat16(), torch.randn(n, generator=generator).bfloat16()
+    x, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in ((140, k), (n,)))
     x[7, 2 * c + 1], x[130, 3 * c - 1] = value, -value
     x = cuda_kernels.aligned(x)
     y, *_ = product(x, packed, bias, tokens=128, clusters=1, **options)
@@ -142,9 +142,11 @@ def poisoned(block, value, **options):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("block", [(16, 16), (32, 32), (64, 64), (16, 128)], ids=str)
-def test_what_is_not_finite_reaches_only_rows_that_keep_its_column(block, value):
-    y, exact, dense = poisoned(block, value)
+@pytest.mark.parametrize(
+    "block, dtype", [((16, 16), BF16), ((32, 32), BF16), ((32, 32), F16), ((64, 64), BF16), ((16, 128), BF16)], ids=str
+)
+def test_what_is_not_finite_reaches_only_rows_that_keep_its_column(block, dtype, value):
+    y, exact, dense = poisoned(block, value, dtype)
     assert exact[7, : block[0]].isfinite().all() and not exact[7].isfinite().all()
     assert torch.equal(y.isfinite(), exact.isfinite())
     assert_as_good_as_torch(*(part.nan_to_num(0, 0, 0) for part in (y, exact, dense)))

@@ -172,11 +172,22 @@ def test_gradients(problem, capability):
 
 # Few rows and many, merged block-rows on wgmma and mma.sync, and (sm_80, 32x32, M = 300) the kernel that skips.
 @pytest.mark.parametrize(
-    "m, side, capability", [(5, 32, 80), (33, 32, 90), (300, 32, 80), (300, 16, 90), (300, 64, 90)]
+    "m, side, capability, dtype",
+    [
+        (5, 32, 80, BF16),
+        (33, 32, 90, BF16),
+        (300, 32, 80, BF16),
+        (300, 16, 90, BF16),
+        (300, 64, 90, BF16),
+        (300, 32, 80, F16),
+        (33, 32, 90, F16),
+        (33, 32, 80, F32),
+    ],
+    ids=str,
 )
-def test_nan_and_infinity_stay_with_their_token_or_their_output(m, side, capability):
+def test_nan_and_infinity_stay_with_their_token_or_their_output(m, side, capability, dtype):
     """In x they reach the outputs that read them and perhaps others of their token, in W only their output."""
-    packed, x, bias, residual = make_problem(m, 9 * side - 5, 5 * side, side, side, 0.4, BF16)
+    packed, x, bias, residual = make_problem(m, 9 * side - 5, 5 * side, side, side, 0.4, dtype)
     extras = (bias, residual, "relu", capability)
     clean, _ = product(x, packed, *extras)
     for number in (torch.nan, torch.inf):
@@ -201,6 +212,42 @@ def test_nan_and_infinity_stay_with_their_token_or_their_output(m, side, capabil
         others = torch.arange(y.shape[1]) != row
         assert torch.equal(y[:, others], clean[:, others])
         assert not (y[:, row].isfinite() & (y[:, row] != residual[:, row])).any()
+
+
+@pytest.mark.parametrize("m, capability, dtype", [(33, 80, F32), (300, 80, F16), (300, 90, BF16)], ids=str)
+def test_nan_and_infinity_in_gradients(m, capability, dtype):
+    """In dy they reach dx of their token and dW of their output, in x dW of their input, in W dx of theirs."""
+    from sparse_prune_kernels import launch
+    from sparse_prune_kernels.config import sdd_config
+
+    packed, x, _, dy = make_problem(m, 9 * 32, 5 * 32, 32, 32, 0.4, dtype)
+    crow, col, values = arrays(packed)
+    row_of, size = launch.row_of_blocks(crow, len(col)), x.element_size()
+    row, column = int(row_of[0]), int(col[0])
+
+    def gradients(dy, x, weight):
+        dvalues = torch.full_like(values, torch.nan)
+        run([launch.sdd_call(dy, x, row_of, col, dvalues, sdd_config(32, 32, size, capability), "ieee")], capability)
+        return product(dy, weight, None, None, "none", capability, transposed=True)[0], dvalues
+
+    clean = gradients(dy, x, packed)
+    for number in (torch.nan, torch.inf):
+        bad_dy, bad_x, bad_values = dy.clone(), x.clone(), values.clone()
+        bad_dy[3, 32 * row + 5] = bad_x[3, 32 * column + 7] = bad_values[0, 5, 7] = number
+        dx, dvalues = gradients(bad_dy, x, packed)
+        reads, others = packed.block_mask()[row].repeat_interleave(32), torch.arange(m) != 3
+        assert not dx[3][reads].isfinite().any() and torch.equal(dx[others], clean[0][others])
+        of_row, output = row_of == row, torch.arange(32) == 5
+        assert not dvalues[of_row][:, output].isfinite().any() and torch.equal(dvalues[~of_row], clean[1][~of_row])
+        assert torch.equal(dvalues[:, ~output], clean[1][:, ~output])
+        _, dvalues = gradients(dy, bad_x, packed)
+        of_column, inputs = col == column, torch.arange(32) == 7
+        assert not dvalues[of_column][..., inputs].isfinite().any()
+        assert torch.equal(dvalues[~of_column], clean[1][~of_column])
+        assert torch.equal(dvalues[..., ~inputs], clean[1][..., ~inputs])
+        dx, _ = gradients(dy, x, dataclasses.replace(packed, values=bad_values))
+        others = torch.arange(dx.shape[1]) != 32 * column + 7
+        assert not dx[:, ~others].isfinite().any() and torch.equal(dx[:, others], clean[0][:, others])
 
 
 @pytest.mark.parametrize("capability", [80, 90, 120])
