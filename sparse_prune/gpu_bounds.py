@@ -175,7 +175,7 @@ def cuda_row(capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
         steps = at.pieces / at.rows / (launch.threads / 32) / (8 if launch.tokens == 16 else 2 / launch.units)
     else:
         scale = -(-m // launch.tokens) * layout.tiles / programs
-        stages = 4 if (layout.row, launch.tokens) == (16, 256) else 3
+        stages = 4 if layout.row == 16 else 3
         steps = float(heads[:, 1].float().mean())
     registers = kernels.registers("kernels_sm80.cu", arch)[kernels.entry(at, launch, torch.bfloat16)]
     made = SimpleNamespace(registers=registers, shared=launch.shared_bytes)

@@ -170,7 +170,8 @@ def linear_launch(
 def wide_launch(at: Layout, m: int, tokens: int) -> LinearLaunch:
     """The launch of the kernel for many tokens, in blocks of so many, whatever the launcher would choose."""
     inputs = 16 if at.row == 16 or at.block_cols == 16 or (at.row, tokens) == (64, 128) else 32
-    return LinearLaunch(0, tokens, 0, inputs, 256, {128: 49152, 256: 98304}[tokens], -(-m // tokens) * at.tiles)
+    shared = 4 * (tokens + 128) * 64 if at.row == 16 else 3 * tokens * 128
+    return LinearLaunch(0, tokens, 0, inputs, 256, shared, -(-m // tokens) * at.tiles)
 
 
 def ragged(at: Layout, k: int) -> int:

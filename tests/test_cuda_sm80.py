@@ -540,6 +540,7 @@ def test_work_is_what_the_documentation_counts(block):
 PROMISED = [
     ((16, 4096, 4096), (16, 16), 0.1, "speedup_bound", 8.0),
     ((16, 4096, 4096), (64, 64), 0.1, "speedup_bound", 8.0),
+    ((512, 768, 3072), (16, 16), 0.2, "e_bound", 0.5),  # Triton: 0.42
     ((4096, 4096, 4096), (16, 16), 0.2, "e_bound", 0.6),
     ((4096, 4096, 4096), (32, 32), 0.2, "e_bound", 0.85),
     ((4096, 4096, 4096), (64, 64), 0.2, "e_bound", 0.945),  # 512 blocks are 4.74 of 5 turns of 108 SMs: .948

@@ -46,8 +46,9 @@ struct Sm80Tile {
   static constexpr int kBlockM = 64 * kTokenTiles;
   static constexpr bool kStaged = kRow == 16;  // weights pass through shared memory
   static constexpr int kColumns = kStaged ? 2 : 4;
-  // 256 tokens: one block an SM, whose copies two or three stages cover. 128 tokens: two blocks an SM. Both in 100 KB (8.6, 8.9, 12.0).
-  static constexpr int kStages = kStaged && kTokenTiles == 4 ? 4 : 3;
+  // 256 tokens: one block an SM, whose copies two or three stages cover, in 100 KB (8.6, 8.9, 12.0). 128 tokens: two blocks an SM, there
+  // one with rows of 16.
+  static constexpr int kStages = kStaged ? 4 : 3;
   static constexpr int kTokenBytes = kColumns * 32;
   static constexpr int kXBytes = kBlockM * kTokenBytes;
   static constexpr int kStageBytes = kXBytes + (kStaged ? kTileOutputs * kTokenBytes : 0);

@@ -69,7 +69,7 @@ LinearLaunch linear_launch(int64_t M, const Layout& layout, int sms, int most_to
   launch.inputs = layout.row == 16 || layout.block_cols == 16 || (layout.row == 64 && launch.tokens == 128) ? 16 : 32;
   launch.threads = 256;
   // As Sm80Tile has it: 64 inputs of x; or 32, and of the outputs of a tile.
-  launch.shared_bytes = layout.row > 16 ? 3 * launch.tokens * 128 : (launch.tokens == 256 ? 4 : 3) * (launch.tokens + kTileOutputs) * 64;
+  launch.shared_bytes = layout.row > 16 ? 3 * launch.tokens * 128 : 4 * (launch.tokens + kTileOutputs) * 64;
   launch.blocks = ceil_div(M, launch.tokens) * layout.tiles;
   return launch;
 }
