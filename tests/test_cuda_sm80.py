@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import cuda_kernels
@@ -307,21 +308,32 @@ BUGS = {
 }
 
 
+def turns_red(*runs):
+    """Whether one of these checks fails, as one must where a bug is planted."""
+    for run in runs:
+        try:
+            run()
+        except (AssertionError, ptx_emulator.EmulationError):
+            return True
+    return False
+
+
+def checks(few_tokens, patch):
+    """What a bug in the kernel for few tokens, or for many, turns red."""
+    first = (13, 300, 500, 32, 16, 0.4) if few_tokens else (260, 300, 500, 32, 16, 0.9)
+    problems = (first, (7, 165, 70, 16, 32, 0.5), (130, 128, 1024, 32, 16, 0.4))
+    options = {"tokens": None if few_tokens else 128, "patch": patch}
+    return [partial(check, problem, mode=mode, **options) for problem in problems for mode in ("late", "early")]
+
+
+@pytest.mark.parametrize("few_tokens", [False, True])
+def test_without_a_bug_all_is_green(few_tokens):
+    assert not turns_red(*checks(few_tokens, FEW))
+
+
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bugs_are_caught(bug):
-    """Each of them turns one of these red, which are green without it."""
-    problems = [(260, 300, 500, 32, 16, 0.9), (7, 165, 70, 16, 32, 0.5), (130, 128, 1024, 32, 16, 0.4)]
-    if "skinny" in BUGS[bug][0]:
-        problems[0] = (13, 300, 500, 32, 16, 0.4)
-    for patch in (FEW, (*FEW, BUGS[bug])):
-        failed = False
-        for problem in problems:
-            for mode in ("late", "early"):
-                try:
-                    check(problem, tokens=None if "skinny" in BUGS[bug][0] else 128, mode=mode, patch=patch)
-                except (AssertionError, ptx_emulator.EmulationError):
-                    failed = True
-        assert failed == (patch != FEW)
+    assert turns_red(*checks("skinny" in BUGS[bug][0], (*FEW, BUGS[bug])))
 
 
 SDD_BUGS = {
@@ -343,17 +355,12 @@ SDD_BUGS = {
 }
 
 
-@pytest.mark.parametrize("bug", SDD_BUGS)
+@pytest.mark.parametrize("bug", [None, *SDD_BUGS])
 def test_planted_bugs_in_sdd_are_caught(bug):
-    for patch in ((), (("bsr_sdd_sm80.cuh", *SDD_BUGS[bug]),)):
-        failed = False
-        for problem in ((530, 300, 500, 16, 32, 0.4), (300, 130, 200, 64, 16, 0.5)):
-            for mode in ("late", "early"):
-                try:
-                    check_sdd(problem, mode=mode, patch=patch)
-                except (AssertionError, ptx_emulator.EmulationError):
-                    failed = True
-        assert failed == bool(patch)
+    patch = () if bug is None else (("bsr_sdd_sm80.cuh", *SDD_BUGS[bug]),)
+    problems = ((530, 300, 500, 16, 32, 0.4), (300, 130, 200, 64, 16, 0.5))
+    runs = (partial(check_sdd, problem, mode=mode, patch=patch) for problem in problems for mode in ("late", "early"))
+    assert turns_red(*runs) == (bug is not None)
 
 
 # (M, N, K, R, C, density); blocks of 8-bit weights have 32 inputs or more.
@@ -440,17 +447,13 @@ E4M3_BUGS = {
 }
 
 
-@pytest.mark.parametrize("bug", E4M3_BUGS)
+@pytest.mark.parametrize("bug", [None, *E4M3_BUGS])
 def test_planted_bugs_in_e4m3_are_caught(bug):
-    few = few_of_8_bits("e4m3", "32, 32, 128")
-    for patch in (few, (*few, E4M3_BUGS[bug])):
-        failed = False
-        try:
-            check_rounding(BF16, None, E4M3, "sm_89", patch=patch)
-            check_w8a8((130, 128, 320, 32, 64, 0.4), tokens=128, of=E4M3, arch="sm_89", patch=patch)
-        except (AssertionError, ptx_emulator.EmulationError):
-            failed = True
-        assert failed == (patch != few)
+    patch = (*few_of_8_bits("e4m3", "32, 32, 128"), *([] if bug is None else [E4M3_BUGS[bug]]))
+    options = {"of": E4M3, "arch": "sm_89", "patch": patch}
+    rounding = partial(check_rounding, BF16, None, **options)
+    product = partial(check_w8a8, (130, 128, 320, 32, 64, 0.4), tokens=128, **options)
+    assert turns_red(rounding, product) == (bug is not None)
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_120"])
@@ -491,18 +494,12 @@ INT8_BUGS = {
 }
 
 
-@pytest.mark.parametrize("bug", INT8_BUGS)
+@pytest.mark.parametrize("bug", [None, *INT8_BUGS])
 def test_planted_bugs_in_int8_are_caught(bug):
-    few = few_of_8_bits("int8", "16, 16, 128")
-    for patch in (few, (*few, INT8_BUGS[bug])):
-        failed = False
-        for problem in ((130, 45, 1111, 16, 32, 0.5), (65, 96, 64, 16, 32, 0.5)):
-            try:
-                check_rounding(BF16, None, patch=patch)
-                check_w8a8(problem, tokens=128, patch=patch)
-            except (AssertionError, ptx_emulator.EmulationError):
-                failed = True
-        assert failed == (patch != few)
+    patch = (*few_of_8_bits("int8", "16, 16, 128"), *([] if bug is None else [INT8_BUGS[bug]]))
+    problems = ((130, 45, 1111, 16, 32, 0.5), (65, 96, 64, 16, 32, 0.5))
+    products = (partial(check_w8a8, problem, tokens=128, patch=patch) for problem in problems)
+    assert turns_red(partial(check_rounding, BF16, None, patch=patch), *products) == (bug is not None)
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_120"])
