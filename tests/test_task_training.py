@@ -494,3 +494,18 @@ def test_words_are_shown_with_spaces_and_characters_without():
     }
     for text, tokens in shown.items():
         assert running_text(tokens) == text
+
+
+def test_the_best_checkpoint_may_not_take_the_place_of_the_pruned_model(files, bert):
+    model = BertForSequenceClassification.from_pretrained(bert)
+    pruner = training.Pruner(model, training.PruneConfig(blocksize=(16, 16), total_steps=4))
+    each = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    best = TrainingArguments(str(files / "w"), max_steps=4, load_best_model_at_end=True, use_cpu=True, **each)
+    data = [{"input_ids": [1, 2, 3], "labels": 0}] * 4
+    trainer = transformers.Trainer(
+        model, best, train_dataset=data, eval_dataset=data, callbacks=[bridge.PruningCallback(pruner)]
+    )
+    with pytest.raises(
+        SparsePruneError, match="load_best_model_at_end: expected False while a Pruner prunes, got True"
+    ):
+        trainer.train()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..distill import DistillConfig, distillation_loss, hidden_loss
+from ..errors import SparsePruneError
 from ..pruner import Pruner
 
 PRUNER_STATE_NAME = "pruner.pt"
@@ -28,10 +29,16 @@ class PruningCallback(TrainerCallback):
         self.pruner, self.resume_from = pruner, resume_from
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
-        """Resume masks and accumulated saliency; the Trainer has just loaded the weights."""
+        """Resume masks and accumulated saliency; the Trainer has just loaded the weights.
+
+        Raises SparsePruneError where the Trainer is to end with its best checkpoint: that may be one with other masks.
+        """
+        if args.load_best_model_at_end:
+            remedy = "leave it out: the best checkpoint may be from before the last block went"
+            raise SparsePruneError("load_best_model_at_end", "False while a Pruner prunes", True, remedy)
         if self.resume_from:
             path = Path(self.resume_from) / PRUNER_STATE_NAME
-            self.pruner.load_state_dict(torch.load(path, weights_only=True))
+            self.pruner.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
         """After the optimizer has stepped and before gradients are zeroed."""
