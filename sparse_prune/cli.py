@@ -751,7 +751,7 @@ def bench_gpu_bounds(
     console.print(text, markup=False, soft_wrap=True)
     if markdown is not None:
         markdown.parent.mkdir(parents=True, exist_ok=True)
-        markdown.write_text(text)
+        markdown.write_text(text, encoding="utf-8")
     _write_json(json_file, rows)
 
 

@@ -420,6 +420,8 @@ def test_int8_from_a_pruned_and_from_a_packed_model(run, reviews, dense, tmp_pat
         assert code == 0 and "packed checkpoint, version 3" in " ".join(text.split()) and shown in text
         code, text = run("eval", tmp_path / name, "--eval", reviews)
         assert code == 0 and "accuracy" in text, text
+    code, text = run("pack", out, "--e4m3", "--out", tmp_path / "never")
+    assert code == 2 and "expected blocks in floating point, got ones that are rounded" in " ".join(text.split()), text
     for options, message in (
         (["--int8", "--e4m3"], "expected one of --int8 and"),
         (["--weight-only"], "--int8 beside it"),

@@ -73,6 +73,9 @@ def pack(
     before = sum(file.stat().st_size for file in files)
     layers = None if packed else _sparsified(model, source, blocksize)
     rounded = None if dtype is None else quantize_(model, dtype=dtype, weight_only=weight_only)
+    if rounded is not None and not rounded.converted:
+        got, remedy = "ones that are rounded already", "pack the pruned model that they come from"
+        raise SparsePruneError(str(source), "blocks in floating point", got, remedy)
     with atomic_dir(out) as temporary:
         save_packed(model, temporary)
         tokenizer.save_pretrained(temporary)
