@@ -62,7 +62,7 @@ bool is_bfloat16(const Tensor& t, const char* name) {
 void* stream_of(int32_t device) {
   STD_TORCH_CHECK(current_stream() != nullptr, "this torch was built without CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(current_stream()(device, &stream));
+  TORCH_ERROR_CODE_CHECK(current_stream()(device, &stream));
   return stream;
 }
 
