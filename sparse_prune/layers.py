@@ -297,6 +297,12 @@ class SparseLinear(nn.Module):
         )
         return ready if same else None
 
+    def _make_ready(self, derived: Derived) -> ops.Ready | None:
+        """_ready() for the calls to come: made where there is none, or something was replaced; None where it cannot be."""
+        if self._ready() is None:
+            derived.ready = ops.make_ready(self.packed, derived, self.bias)
+        return derived.ready
+
     def _run_dense(self, form: str, x: Tensor, activation: Activation, residual: Tensor | None) -> Tensor | None:
         """The dense product in that form, or None where the long way has to make its weight, or to say what is wrong."""
         grads = torch.is_grad_enabled()
@@ -323,11 +329,10 @@ class SparseLinear(nn.Module):
         """The kernel on rows x[M, K], past torch.library's autograd in Python, or None where that has to run."""
         if ops.owes_gradient(x, self.values, self.bias, residual):
             return None
-        if self._ready() is None:
-            derived.ready = ops.make_ready(self.packed, derived, self.bias)
-        if derived.ready is None:
+        ready = self._make_ready(derived)
+        if ready is None:
             return None
-        return run_ready(x, derived.ready.number, ACTIVATION_NUMBERS.get(activation, -1), residual, True)
+        return run_ready(x, ready.number, ACTIVATION_NUMBERS.get(activation, -1), residual, True)
 
     def _forward_any(self, x: Tensor, activation: Activation, residual: Tensor | None) -> Tensor:
         parameters, buffers = self._parameters, self._buffers
@@ -362,11 +367,8 @@ class SparseLinear(nn.Module):
             if self.planned and not compiling:
                 form = ops.dense_form(derived, x.shape[0])
                 if form:
-                    weight = derived.dense.get(form)
-                    if weight is None:
-                        weight = ops.dense_weight(derived, form, self.packed.to_dense)
-                    if self._ready() is None:
-                        derived.ready = ops.make_ready(self.packed, derived, self.bias)
+                    weight = ops.dense_weight(derived, form, lambda: self.packed.to_dense())
+                    self._make_ready(derived)
                     y = ops.dense_linear(weight, form, x, bias, activation, residual)
                     return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
             prepacked = derived.prepacked
