@@ -65,7 +65,7 @@ LinearLaunch linear_launch(int64_t M, const Layout& layout, int sms, int most_to
   auto cost = [&](int64_t tokens, int percent) { return ceil_div(ceil_div(M, tokens) * layout.tiles, sms) * tokens * percent; };
   LinearLaunch launch = {};
   launch.tokens = most_tokens == 256 && cost(256, 100) <= cost(128, layout.row == 64 ? 110 : 140) ? 256 : 128;
-  // Rows of 64 and 128 tokens lack two registers for more.
+  // Rows of 64 and 128 tokens would need every register for more.
   launch.inputs = layout.row == 16 || layout.block_cols == 16 || (layout.row == 64 && launch.tokens == 128) ? 16 : 32;
   launch.threads = 256;
   // As Sm80Tile has it: 64 inputs of x; or 32, and of the outputs of a tile.
