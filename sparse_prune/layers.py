@@ -421,7 +421,7 @@ class SparseLinear(nn.Module):
     def _derive(self, dtype: torch.dtype) -> bool:
         """While torch.compile traces, derive for real what the code will read; torch.export keeps what an earlier call left."""
         prepacked = self._derived.prepacked
-        dequantizes = ops.runs_dequantized(self.values.dtype, self._weight_only)
+        dequantizes = ops.runs_dequantized(self.values.device, self.values.dtype, self._weight_only)
         if self._derived.key is None or (dequantizes and prepacked is not None and prepacked.dtype != dtype):
             self._derived = ops.current(self._derived, self.packed, dtype)
         return True

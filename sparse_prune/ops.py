@@ -539,7 +539,7 @@ def backend_for(
         if choice is not None and (choice.dense or choice.kernel):
             return f"dense: {choice.reason}" if choice.dense else choice.kernel
     rounds = "its kernels round x to int8 too, and this weight is weight_only" if weight_only else None
-    dequantizes = runs_dequantized(dtype, weight_only)
+    dequantizes = runs_dequantized(device, dtype, weight_only)
     reasons = {
         "cpu": lambda: backends.cpu_unavailable(device, torch.float32 if dequantizes else dtype),
         "triton": lambda: backends.triton_unavailable(device, dtype, blocksize),
@@ -571,9 +571,9 @@ def show_config() -> None:
         print(f"{'tilings':<10} {tiles.describe()}")
 
 
-def runs_dequantized(dtype: torch.dtype, weight_only: bool) -> bool:
-    """Whether a CPU runs a quantized weight by the kernels for the dtype of x: it has those for int8 that round x too."""
-    return weight_only or dtype == torch.float8_e4m3fn
+def runs_dequantized(device: torch.device, dtype: torch.dtype, weight_only: bool) -> bool:
+    """Whether a quantized weight runs by the kernels for the dtype of x: a CPU has those for int8 that round x too."""
+    return device.type == "cpu" and (weight_only or dtype == torch.float8_e4m3fn)
 
 
 def prepack(values: Tensor, crow_indices: Tensor) -> Tensor | None:
@@ -741,7 +741,7 @@ def current(derived: Derived, packed: BsrWeight, dtype: torch.dtype) -> Derived:
     plan = planner.plan(values.device, values.dtype, packed.blocksize, packed.nnzb / (rows * cols), packed.shape)
     # Not under inference_mode, for a later call may want gradients of x.
     with torch.inference_mode(False), torch.no_grad():
-        if runs_dequantized(values.dtype, packed.weight_only):
+        if runs_dequantized(values.device, values.dtype, packed.weight_only):
             runs = backends.cpu_unavailable(values.device, dtype) is None
             prepacked = _dequantized_layout(packed, dtype) if runs else None
         else:
@@ -768,7 +768,7 @@ def values_key(values: Tensor) -> tuple:
 
 def derived_key(values: Tensor, scales: Tensor | None, weight_only: bool, dtype: torch.dtype) -> tuple:
     """values_key of all that current() makes things from."""
-    if scales is None or not runs_dequantized(values.dtype, weight_only):
+    if scales is None or not runs_dequantized(values.device, values.dtype, weight_only):
         return values_key(values)
     return *values_key(values), values_key(scales), dtype
 

@@ -187,6 +187,7 @@ def emulated(monkeypatch, request):
     monkeypatch.setattr(backends, "cuda_unavailable", lambda *_: None)
     monkeypatch.setattr(backends, "cuda_sm90_unavailable", lambda _: None if hopper else "no Hopper")
     monkeypatch.setattr(ops, "prepack", lambda *_: None)  # the CPU kernels' layout
+    monkeypatch.setattr(ops, "runs_dequantized", lambda *_: False)  # as a CPU does
     yield calls
     scope._destroy()
 
