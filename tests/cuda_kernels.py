@@ -40,11 +40,13 @@ def cache_folder() -> Path:
 def ptx(source: str, arch: str, patch: tuple[tuple[str, str, str], ...] = ()) -> str:
     """PTX of csrc/cuda/`source` for arch such as "sm_80"; kept in the user's cache, by content.
 
-    patch: (file, text, text in its place), to plant bugs.
+    patch: (file, text, text in its place), to plant bugs. Raises LookupError where that text is not there once, and RuntimeError
+    where nvcc fails: neither is what a test takes for a bug that was caught.
     """
     files = {path.name: path.read_text() for path in sorted(CSRC.iterdir())}
     for file, old, new in patch:
-        assert files[file].count(old) == 1, f"{file} has {files[file].count(old)} times {old!r}"
+        if files[file].count(old) != 1:
+            raise LookupError(f"{file} has {files[file].count(old)} times {old!r}")
         files[file] = files[file].replace(old, new)
     command = ["nvcc", *FLAGS, f"-arch={arch}", "-ptx", source, "-o"]
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
@@ -55,7 +57,8 @@ def ptx(source: str, arch: str, patch: tuple[tuple[str, str, str], ...] = ()) ->
         for name, text in files.items():
             (cache / name).write_text(text)
         done = subprocess.run([*command, f"{os.getpid()}.ptx"], cwd=cache, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        if done.returncode:
+            raise RuntimeError(done.stderr)
         os.replace(cache / f"{os.getpid()}.ptx", cache / "out.ptx")
     return (cache / "out.ptx").read_text()
 

@@ -290,7 +290,7 @@ BUGS = {
     "outputs past the end are written": ("epilogue.cuh", "if (n + i < N) y", "y"),
     "group 1 reads group 0's weights": (
         "bsr_linear_sm80.cuh",
-        "if (group) b += __popc(rows >> 16) * (kUnits * 512);",
+        "if (group) b += __popc(rows >> 16 & 0x1ff) * (kUnits * 512);",
         "",
     ),
     "sums are added before all are there": ("bsr_linear_skinny.cuh", "__syncthreads();\n", "\n"),
