@@ -470,19 +470,26 @@ void sdd_tile(const typename Fmt::X* dy, int64_t ld_dy, const typename Fmt::Wt* 
   using V = typename Fmt::Vec;
   using F = typename V::F;
   F acc[MR][NV];  // [MR][NV * W]
+  SPARSE_PRUNE_UNROLL
   for (int m = 0; m < MR; ++m)
+    SPARSE_PRUNE_UNROLL
     for (int v = 0; v < NV; ++v) acc[m][v] = V::zero();
   for (int64_t k = 0; k < steps; ++k) {
     F b[NV][1];
+    SPARSE_PRUNE_UNROLL
     for (int v = 0; v < NV; ++v) Fmt::weights(x + v * V::W * Fmt::step, b[v]);
+    SPARSE_PRUNE_UNROLL
     for (int m = 0; m < MR; ++m) {
       const F a = Fmt::broadcast(dy + m * Fmt::step, 0);
+      SPARSE_PRUNE_UNROLL
       for (int v = 0; v < NV; ++v) acc[m][v] = Fmt::multiply_add(a, b[v][0], acc[m][v]);
     }
     x += ldx;
     dy += ld_dy;
   }
+  SPARSE_PRUNE_UNROLL
   for (int m = 0; m < MR; ++m)
+    SPARSE_PRUNE_UNROLL
     for (int v = 0; v < NV; ++v) {
       typename V::Elem* to = total + (m * NV + v) * V::W;
       V::store(to, V::add(V::load(to), acc[m][v]));
@@ -493,26 +500,38 @@ void sdd_tile(const typename Fmt::X* dy, int64_t ld_dy, const typename Fmt::Wt* 
 template <class Panel, class Out>
 void sdd_range(const SddArgs& a, int64_t i0, int64_t i1) {
   using V = typename Panel::Vec;
-  // 8 rows and 2 vectors leave registers for loads; sums are closed every 512 tokens, as a blocked matmul does, to keep their error.
+  // 8 rows and 2 vectors leave registers for loads.
   constexpr int MR = V::registers >= 32 ? 8 : 4, NV = 2;
-  constexpr int64_t chunk = 512 / Panel::step;
+  constexpr int64_t width = NV * V::W, tile = MR * width;
+  // All tiles of a block take the same few tokens before the next ones, for those of both panels to stay in 24 KiB of L1 meanwhile. A
+  // tile's sums are closed with them, at least every 512 tokens, which also keeps their error.
+  constexpr int64_t token_bytes = sizeof(typename Panel::X), most = 512 / Panel::step;
+  const int64_t fit = (24 << 10) / ((a.R + a.C) * Panel::step * token_bytes) / 8 * 8;
+  const int64_t chunk = fit > most ? most : (fit < 32 ? 32 : fit);
   const int64_t steps = (a.M + Panel::step - 1) / Panel::step;
   const int64_t ld_dy = a.R * Panel::step, ldx = a.C * Panel::step;
   const auto* dy_panels = static_cast<const typename Panel::X*>(a.dy_panels);
   const auto* x_panels = static_cast<const typename Panel::Wt*>(a.x_panels);
   auto* out = static_cast<typename Out::Y*>(a.dvalues);
+  const int64_t tiles = (a.R + MR - 1) / MR * ((a.C + width - 1) / width);
+  auto* sums = static_cast<typename V::Elem*>(thread_scratch(sizeof(typename V::Elem) * tiles * tile));  // [tiles][MR][width]
   for (int64_t i = i0; i < i1; ++i) {
     for (int64_t e = a.crow[i]; e < a.crow[i + 1]; ++e) {
       const auto* dy = dy_panels + i * steps * ld_dy;             // [steps][R][step]
       const auto* x = x_panels + a.col[e] * steps * ldx;          // [steps][C][step]
-      for (int64_t r = 0; r < a.R; r += MR)
-        for (int64_t c = 0; c < a.C; c += NV * V::W) {
-          alignas(64) typename V::Elem total[MR * NV * V::W] = {};
-          for (int64_t k = 0; k < steps; k += chunk)
+      for (int64_t j = 0; j < tiles * tile; j += V::W) V::store(sums + j, V::zero());
+      for (int64_t k = 0; k < steps; k += chunk) {
+        typename V::Elem* to = sums;
+        for (int64_t r = 0; r < a.R; r += MR)
+          for (int64_t c = 0; c < a.C; c += width, to += tile)
             sdd_tile<Panel, MR, NV>(dy + k * ld_dy + r * Panel::step, ld_dy, x + k * ldx + c * Panel::step, ldx,
-                                    steps - k < chunk ? steps - k : chunk, total);
-          const int64_t rows = a.R - r < MR ? a.R - r : MR, cols = a.C - c < NV * V::W ? a.C - c : NV * V::W;
-          finish<Out>(total, NV * V::W, nullptr, nullptr, out + e * a.R * a.C + r * a.C + c, {rows, cols, a.C, Activation::none});
+                                    steps - k < chunk ? steps - k : chunk, to);
+      }
+      const typename V::Elem* from = sums;
+      for (int64_t r = 0; r < a.R; r += MR)
+        for (int64_t c = 0; c < a.C; c += width, from += tile) {
+          const int64_t rows = a.R - r < MR ? a.R - r : MR, cols = a.C - c < width ? a.C - c : width;
+          finish<Out>(from, width, nullptr, nullptr, out + e * a.R * a.C + r * a.C + c, {rows, cols, a.C, Activation::none});
         }
     }
   }
