@@ -22,6 +22,7 @@ LAYERS = [
     ("convert", "serialization", "report", "charts", "benchmark", "benchmark_model", "peers", "tuning"),
     ("fuse",),
     ("layers", "pruner", "distill"),
+    ("masked",),
     ("ops",),
     ("tiles",),
     ("planner",),
