@@ -128,7 +128,7 @@ struct SignTrick {
   static inline B broadcast(const uint8_t* x) {
     int32_t group;
     memcpy(&group, x, sizeof group);
-    const __m256i q = _mm256_set1_epi32(group ^ static_cast<int32_t>(0x80808080u));
+    const __m256i q = _mm256_xor_si256(_mm256_set1_epi32(group), _mm256_set1_epi8(static_cast<char>(0x80)));
     return {q, _mm256_abs_epi8(q)};
   }
   static inline I dot(I acc, B x, I w) {

@@ -11,7 +11,7 @@ constexpr int kMostInt8Rows = 14;  // of a tile
 template <class Dot, int MR, int NV>
 inline void int8_step(const uint8_t* x, int64_t ldx, const int8_t* w, typename Dot::I (&acc)[MR][NV]) {
   constexpr int64_t bytes = Dot::Vec::W * kInt8Step;
-  for (int64_t j = 0; j < NV * bytes; j += 64) prefetch(w + 3072 + j);  // across the 4 KiB pages where hardware stops
+  for (int64_t j = 0; j < NV * bytes; j += 64) prefetch_weights<typename Dot::Vec>(w + 3072 + j);  // across the 4 KiB pages where hardware stops
   typename Dot::I b[NV];  // [NV][W][4]
   SPARSE_PRUNE_UNROLL
   for (int v = 0; v < NV; ++v) b[v] = Dot::weights(w + v * bytes);

@@ -143,6 +143,13 @@ void finish(const typename Fmt::Vec::Elem* z, int64_t ldz, const typename Fmt::Y
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch_to_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
+// Processors without 512-bit vectors have 32 KiB of L1, often shared with another hardware thread: weights fetched far ahead would push out
+// the x of the tile, which is all that is used again from there.
+template <class V>
+inline void prefetch_weights(const void* p) {
+  V::registers >= 32 ? prefetch(p) : prefetch_to_l2(p);
+}
+
 template <class Fmt, int NV>
 inline void load_bias(const Place<Fmt>& at, typename Fmt::F (&bias)[NV]) {
   SPARSE_PRUNE_UNROLL
@@ -180,7 +187,7 @@ inline void tile_step(const typename Fmt::X* x, int64_t ldx, const typename Fmt:
   // Weights stream from L2, L3 or memory; the hardware's prefetcher stops at each 4 KiB page, this one does not. 8 KiB are 200 ns of
   // products of 8 rows: from memory, 3 KiB came too late.
   constexpr int64_t ahead = 8192 / sizeof(typename Fmt::Wt), line = 64 / sizeof(typename Fmt::Wt);
-  for (int64_t j = 0; j < NV * Fmt::Vec::W * Fmt::step; j += line) prefetch(w + ahead + j);
+  for (int64_t j = 0; j < NV * Fmt::Vec::W * Fmt::step; j += line) prefetch_weights<typename Fmt::Vec>(w + ahead + j);
   F b[NV][Fmt::parts];
   SPARSE_PRUNE_UNROLL
   for (int v = 0; v < NV; ++v) Fmt::weights(w + v * Fmt::Vec::W * Fmt::step, b[v]);
@@ -204,7 +211,8 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
   // An FMA takes 4 cycles and one or two start per cycle: few accumulators need several independent sums.
   constexpr int KU = MR * NV >= 8 ? 1 : (MR * NV >= 4 ? 2 : 4);
   constexpr int step = Fmt::step;
-  constexpr int unrolled = KU == 1 && NV > 1 ? 2 : KU;  // steps: wide tiles leave the loop's own instructions too little room
+  // Steps: wide tiles leave the loop's own instructions too little room. Two of pairs would want more addresses than 16 registers hold.
+  constexpr int unrolled = KU == 1 && NV > 1 && (Fmt::parts == 1 || V::registers >= 32) ? 2 : KU;
   constexpr int64_t x_line = 64 / sizeof(typename Fmt::X);
   F acc[KU][MR][NV];  // [KU][MR][NV * W]
   SPARSE_PRUNE_UNROLL
@@ -218,6 +226,8 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
   constexpr bool in_parts = sizeof(typename Fmt::Y) == sizeof(typename V::Elem);
   constexpr int64_t part = 256;
   alignas(64) typename V::Elem z[MR * NV * V::W];                   // [MR][NV * W], what was closed
+  // Held in registers they would be spilled: 12 loads and 12 stores for each tile, of which most never close a sum.
+  if constexpr (in_parts && V::registers < 32) __asm__ volatile("" : : "r"(z) : "memory");
   bool closed = false;
   int64_t open = 0;                                                 // inputs summed since the last closing
   const int64_t ldw = a.R * step;                                   // weights of one step
@@ -362,14 +372,17 @@ struct Parts {
 // are often a multiple of 4 KiB apart.
 template <class Kind, class Run>
 void for_each_tile(const LinearArgs& a, int64_t weight_bytes, int64_t m0, int64_t m1, int64_t i0, int64_t i1, const Run& run) {
-  constexpr int W = Kind::W, widest = Kind::registers >= 32 ? 4 : 2;
+  constexpr int W = Kind::W;
+  constexpr bool many = Kind::registers >= 32;
   static constexpr Strip<Kind, 1> one;
   static constexpr Strip<Kind, 2> two;
-  static constexpr Strip<Kind, widest> wide;
-  const bool has_wide = widest == 4 && a.R >= 4 * W;
+  static constexpr Strip<Kind, 4> wide;
+  // In 16 registers strips of four vectors leave room for one or two rows of x, whose weights then stream from memory in longer pieces.
+  const bool has_wide = a.R >= 4 * W && (many || m1 - m0 <= wide.most);
   // Panels are whole tiles high, of the strips that R is made of, and nearly equal.
-  // Four tiles a panel: the blocks of a row are then found, and the branches that follow their number learnt, once for all four.
-  const Parts panels(m1 - m0, 4 * (has_wide || widest == 2 ? wide.most : two.most));
+  // Four tiles a panel: the blocks of a row are then found, and the branches that follow their number learnt, once for all four. With
+  // 16 registers one: its x stays in 32 KiB of L1 over a group of block-rows, and its few rows of y are streams that hardware follows.
+  const Parts panels(m1 - m0, (many ? 4 : 1) * (has_wide ? wide.most : two.most));
   for (int64_t g0 = i0, g1; g0 < i1; g0 = g1) {
     g1 = group_end(a, g0, i1, weight_bytes);
     for (int64_t p = 0, from = 0, high; p < panels.count; ++p, from += high) {
