@@ -16,7 +16,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -88,12 +88,17 @@ class Forms:
 
 @dataclass(frozen=True)
 class Table:
-    """Measurements, where they come from, and on which machine they were made."""
+    """Measurements, where they come from, and on which machine they were made; machines[isa] is another one for that set."""
 
     source: str
     machine: dict[str, Any]
     rows: tuple[Row, ...]
     forms: tuple[Forms, ...] = ()
+    machines: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def processor(self, isa: str) -> str:
+        """The processor that measured the rows of an instruction set."""
+        return str(self.machines.get(isa, self.machine).get("cpu", "an unnamed processor"))
 
     @functools.cached_property
     def by_kind(self) -> dict[tuple[str, str], list[Row]]:
@@ -361,9 +366,15 @@ def describe() -> str:
     if table is None:
         return f"off ({VARIABLE}={OFF}): the sparse kernels always run"
     measured = {(row.isa, row.dtype) for row in table.rows}
-    text = f"{table.source}, {len(table.rows)} rows, measured on {table.machine.get('cpu', 'an unnamed processor')}"
     names = [name for name in ("float32", "bfloat16", "float16") if backends.cpu_isas()]
-    lacks = [name for name in names if (backends.cpu_isa(getattr(torch, name)), name) not in measured]
+    runs = {name: backends.cpu_isa(getattr(torch, name)) for name in names}
+    # What runs here and has rows: others' rows may come from another processor.
+    isas = {isa for name, isa in runs.items() if (isa, name) in measured}
+    by = sorted({table.processor(isa) for isa in isas or {isa for isa, _ in measured}})
+    text = f"{table.source}, {len(table.rows)} rows, "
+    text += f"those for {', '.join(sorted(isas))} " if table.machines and isas else ""
+    text += f"measured on {' and '.join(by)}"
+    lacks = [name for name, isa in runs.items() if (isa, name) not in measured]
     if lacks:
         text += f"; not measured for {', '.join(lacks)} on this instruction set"
     return text if table.source != "shipped table" else text + "; `sparse-prune tune` measures this machine"
@@ -410,13 +421,14 @@ def load_table(path: str | Path) -> Table:
         rows = tuple(_row(entry, densities) for entry in data["rows"])
         forms = tuple(_forms(entry) for entry in data.get("forms", ()))
         machine = dict(data["machine"])
+        machines = {isa: dict(about) for isa, about in dict(data.get("machines", {})).items()}
     except (KeyError, TypeError, ValueError) as error:
         raise wrong(f"a damaged one ({type(error).__name__}: {error})") from None
     if not rows:
         raise wrong("one without rows")
     shipped = {_SHIPPED_FILE: "shipped table", _SHIPPED_GPU_FILE: "shipped bounds, counted and not timed"}
     source = shipped.get(Path(path), f"table {path}")
-    return Table(source, machine, rows, forms)
+    return Table(source, machine, rows, forms, machines)
 
 
 def _forms(entry: dict) -> Forms:

@@ -134,9 +134,19 @@ def measure_each(
     return found
 
 
-def write_table(out: Path, about: dict, rows: list[dict], densities: tuple[float, ...] = DENSITIES) -> None:
-    """The file that planner.load_table reads, one row a line; those of dense alone have no block."""
-    head = json.dumps({"format": planner.FORMAT, "machine": about, "densities": list(densities)})
+def write_table(
+    out: Path,
+    about: dict,
+    rows: list[dict],
+    densities: tuple[float, ...] = DENSITIES,
+    machines: dict[str, dict] | None = None,
+) -> None:
+    """The file that planner.load_table reads, one row a line; those of dense alone have no block.
+
+    machines: those of instruction sets that another machine than `about` measured.
+    """
+    origin = {"machine": about} | ({"machines": machines} if machines else {})
+    head = json.dumps({"format": planner.FORMAT} | origin | {"densities": list(densities)})
     with atomic_path(out) as temporary:
         rows_of_blocks, forms = (
             ",\n".join(json.dumps(row) for row in rows if ("block" in row) == of_blocks) for of_blocks in (True, False)

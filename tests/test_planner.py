@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -390,6 +392,50 @@ def test_where_tables_come_from(tmp_path, monkeypatch):
     finally:
         monkeypatch.undo()
         planner.refresh()
+
+
+@needs_kernels
+def test_the_processor_that_measured_the_rows_in_force_is_named(tmp_path):
+    path, isa = write_table(tmp_path / "t.json", (0.5, 0.5)), backends.cpu_isa(torch.float32)
+    with planner.using_table(path):
+        assert "14 rows, measured on a test" in planner.describe(), "a table without machines, as tune writes it"
+    data = json.loads(path.read_text())
+    others = {other: {"cpu": f"a processor of {other}"} for other in backends.ISAS}
+    path.write_text(json.dumps(data | {"machines": others}))
+    here = {isa, backends.cpu_isa(torch.bfloat16)}
+    with planner.using_table(path):
+        described = planner.describe()
+    by = described.partition("measured on ")[2].partition(";")[0].split(" and ")
+    assert sorted(by) == sorted(f"a processor of {other}" for other in here), "and none whose rows do not run here"
+    path.write_text(json.dumps(data | {"machines": {"avx2": 3}}))
+    with pytest.raises(sp.SparsePruneError, match="a damaged one"):
+        planner.use_table(path)
+
+
+def test_the_shipped_table_keeps_what_another_machine_measured():
+    path = Path(__file__).parents[1] / "bench" / "shipped_table.py"
+    spec = importlib.util.spec_from_file_location("shipped_table", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def row(isa, name):
+        return {"isa": isa, "name": name}
+
+    old = {
+        "machine": {"cpu": "big"},
+        "rows": [row("avx512", 1), row("avx2", 2)],
+        "forms": [row("avx2", 3), row("portable", 4)],
+    }
+    new = {"machine": {"cpu": "small"}, "rows": [row("avx2", 5)], "forms": []}
+    about, rows, machines = module.merged(old, {"avx2": new})
+    assert about == {"cpu": "big"} and machines == {"avx2": {"cpu": "small"}}
+    assert [entry["name"] for entry in rows] == [1, 5, 4]
+    again = {"machine": about, "machines": machines, "rows": rows, "forms": []}
+    assert module.merged(again, {"portable": new | {"rows": [row("portable", 6)]}})[1:] == (
+        [row("avx512", 1), row("avx2", 5), row("portable", 6)],
+        {"avx2": {"cpu": "small"}, "portable": {"cpu": "small"}},
+    )
 
 
 @needs_kernels
