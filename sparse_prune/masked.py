@@ -64,9 +64,8 @@ class _Linear(torch.autograd.Function):
         index = (kept.crow_indices, kept.col_indices)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dx = dweight = None
-        if (
-            needs_x
-        ):  # the blocks are copied once more: kept from forward, gradients of gradients would not reach the weight
+        if needs_x:
+            # The blocks are copied once more: kept from forward, gradients of gradients would not reach the weight.
             values = kept.of(weight).to(x.dtype)  # [nnzb, R, C]
             dx = torch.ops.sparse_prune.bsr_linear_dx(dy, *index, values, weight.shape[1])
         if needs_weight and ctx.whole:

@@ -395,8 +395,9 @@ class Pruner:
         """Have the layers for which that pays skip what is pruned, by the masks as they are."""
         if not self.config.skip_pruned or self.config.granularity != "block":
             return
-        # What may still return is scored by its gradient, where the criterion asks for one.
-        whole = not self.done and self.config.regrow and "grad" in self._criterion.needs
+        # What may still return is scored by its gradient, where the criterion asks for one; the article's rule takes the largest.
+        scored = self.config.regrow and "grad" in self._criterion.needs
+        whole = not self.done and (scored or self.config.alpha is not None)
         sizes = self.blocksizes
         for name, mask in self.masks.items():
             module = self._modules[name]

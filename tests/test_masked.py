@@ -126,6 +126,29 @@ def test_a_pruning_run_is_that_of_dense_products(criterion, regrow, monkeypatch)
 
 
 @needs_kernels
+@pytest.mark.parametrize("regrow", [True, False])
+def test_the_articles_rule_sees_the_largest_gradient_of_all_weights(regrow, monkeypatch):
+    """Its threshold is alpha * max|grad| over pruned weights too, though its criterion is |w|."""
+    found = {}
+    for skip in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 128))
+        config = PruneConfig(
+            "threshold", alpha=1.0, blocksize=(16, 16), total_steps=4, warmup=0, regrow=regrow, skip_pruned=skip
+        )
+        pruner = Pruner(model, config)
+        with torch.no_grad():
+            pruner._choose({key: torch.arange(len(kept)) % 4 == 0 for key, kept in pruner._kept.items()})
+            pruner.apply_()
+        seen = runs(monkeypatch)
+        x = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
+        model(x).square().sum().backward()
+        assert seen == [True] * skip
+        found[skip] = model[0].weight.grad
+    torch.testing.assert_close(found[True], found[False])
+
+
+@needs_kernels
 def test_off_by_config_or_after_remove_hooks(monkeypatch):
     seen = runs(monkeypatch)
     train(False, "taylor", True)
