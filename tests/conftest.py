@@ -6,6 +6,8 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hypothesis
@@ -35,19 +37,50 @@ def _poisoned_memory():
 
 
 @pytest.fixture(scope="session")
-def amx(tmp_path_factory):
-    """The AMX kernels with their tiles emulated in plain C++: the functions of amx_harness.cpp."""
+def harness(tmp_path_factory):
+    """The functions of amx_harness.cpp, by the name of what runs their tiles: emulated (plain C++) or native (tile instructions).
+
+    What the processor lacks of AMX and AVX512-BF16 is carried out by trap.cpp. Kernels are compiled as setup.py compiles them.
+    """
     from sparse_prune import backends
 
-    if "avx512_bf16" not in backends.cpu_isas():
-        pytest.skip("the AMX kernels leave few rows to avx512_bf16, which this processor or build lacks")
+    if sys.platform != "linux" or "avx512" not in backends.cpu_isas():
+        pytest.skip("the AMX and AVX512-BF16 kernels need AVX-512, and their traps Linux: not this processor or build")
     compiler = (os.environ.get("CXX") or "c++").split()
     if not shutil.which(compiler[0]):
         pytest.skip("no C++ compiler")
-    tests = Path(__file__).parent
-    library = tmp_path_factory.mktemp("amx") / "amx.so"
-    names = ("activation_tables", "amx_bf16", "amx_int8", "avx512_bf16", "avx512_bf16_int8", "scratch")
-    sources = [tests / "amx_harness.cpp", *(tests.parent / "csrc" / "cpu" / f"{name}.cpp" for name in names)]
-    flags = ["-std=c++20", "-O1", "-w", "-ffp-contract=off", "-fPIC", "-shared", "-DSPARSE_PRUNE_EMULATE_AMX"]
-    subprocess.run([*compiler, *flags, "-o", library, *sources], check=True)
-    return ctypes.CDLL(str(library))
+    tests, folder = Path(__file__).parent, tmp_path_factory.mktemp("harness")
+    kernels = tests.parent / "csrc" / "cpu"
+    shipped = ["-O3", "-fno-math-errno", "-ffp-contract=off"]
+    emulated = [*shipped, "-DSPARSE_PRUNE_EMULATE_AMX"]
+
+    def compile_one(name, source, flags):
+        command = [*compiler, "-std=c++20", "-w", "-fPIC", *flags, "-c", source, "-o", folder / f"{name}.o"]
+        subprocess.run(command, check=True)
+
+    def link(name, parts):
+        subprocess.run(
+            [*compiler, "-shared", "-o", folder / f"{name}.so", *(folder / f"{p}.o" for p in parts)], check=True
+        )
+        return ctypes.CDLL(str(folder / f"{name}.so"))
+
+    common = ("avx512_bf16_int8", "avx512_bf16", "activation_tables", "scratch")  # what takes longest first
+    jobs = [(name, kernels / f"{name}.cpp", shipped) for name in common]
+    for name in ("amx_bf16", "amx_int8"):
+        jobs += [(name, kernels / f"{name}.cpp", shipped), (f"{name}_emulated", kernels / f"{name}.cpp", emulated)]
+    jobs += [("door", tests / "amx_harness.cpp", ["-O1"]), ("trap", tests / "trap.cpp", ["-O3", "-mavx2", "-mfma"])]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda job: compile_one(*job), jobs))
+    trap = link("trap", ["trap"])
+    trap.trap_install()
+    libraries = {
+        "emulated": link("emulated", ["door", *common, "amx_bf16_emulated", "amx_int8_emulated"]),
+        "native": link("native", ["door", *common, "amx_bf16", "amx_int8"]),
+    }
+    return {**libraries, "trap": trap}
+
+
+@pytest.fixture(params=["emulated", "native"])
+def amx(harness, request):
+    """The harness with its tiles emulated, then with tile instructions."""
+    return harness[request.param]

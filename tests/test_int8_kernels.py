@@ -1,4 +1,4 @@
-"""int8 products, every instruction set in turn, against float64: the sums must be exact; AMX with emulated tiles as well."""
+"""int8 products, every instruction set in turn, against float64: the sums must be exact; AMX on any processor with VNNI."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ RUNS = {  # instruction set allowed -> the one that has int8 kernels
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = list(reference.ACTIVATIONS)
+needs_vnni = pytest.mark.skipif("avx512_vnni" not in ISAS, reason="this processor or build has no VNNI")
 
 # M, N, K, R, C, density of blocks: M of 0 and 1, cut edges, odd and rectangular blocks, no and all blocks, strips of 16 to 64.
 PROBLEMS = [
@@ -355,8 +356,8 @@ def test_public_call_names_the_argument(change, message):
         sp.bsr_linear(p.x, p.packed.dequantize(), x_scale=0.1)
 
 
-def amx_linear(amx, p, dtype, activation="none", into=None, pair=0):
-    """The product as C++ computes it; into: y, which is the residual too; pair: of csrc/cpu/kernels.h."""
+def harness_linear(library, p, dtype, activation="none", into=None, pair=0, tiles=1):
+    """The product by AMX, or with tiles = 0 by AVX512-BF16; into: y, which is the residual too; pair: of csrc/cpu/kernels.h."""
     m, n, (k, (r, c)) = len(p.x), p.n, (p.packed.shape[1], p.packed.blocksize)
     derived = sparse.cpu_prepack_int8(p.packed.values, p.packed.crow_indices)
     ldx = ((-(-k // c) * c + 3 + 63) // 64 | 1) * 64
@@ -366,17 +367,17 @@ def amx_linear(amx, p, dtype, activation="none", into=None, pair=0):
     got = torch.full((m, n), torch.nan, dtype=dtype) if into is None else into
     residual = p.residual if into is None else into
     crow, col, x, w, w_scales, rounded, scales, bias, res, y = (
-        ctypes.c_void_p(t.data_ptr())
+        ctypes.c_void_p(None if t is None else t.data_ptr())
         for t in (*p.bsr[:2], p.x, derived, p.packed.scales, q, x_scales, p.bias, residual, got)
     )
     sizes = [ctypes.c_int64(v) for v in (m, n, k, r, c, p.x.stride(0), ldx, offsets)]
     number = ACTIVATIONS.index(activation)
-    amx.amx_int8_linear(
-        DTYPES.index(dtype), *sizes, crow, col, x, w, w_scales, rounded, scales, bias, number, res, y, pair
-    )
+    numbers = tiles, DTYPES.index(dtype)
+    library.int8_linear(*numbers, *sizes, crow, col, x, w, w_scales, rounded, scales, bias, number, res, y, pair)
     return got
 
 
+@needs_vnni
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "problem",
@@ -391,14 +392,14 @@ def amx_linear(amx, p, dtype, activation="none", into=None, pair=0):
     ],
     ids=str,
 )
-def test_emulated_amx_matches_float64(amx, problem, dtype):
+def test_amx_matches_float64(amx, problem, dtype):
     p = Problem(*problem, dtype)
     for activation in ACTIVATIONS:
-        assert_exact(amx_linear(amx, p, dtype, activation), p.exact(activation), dtype, activation)
+        assert_exact(harness_linear(amx, p, dtype, activation), p.exact(activation), dtype, activation)
     up = Problem(*problem, dtype)
     up.x = p.x.copy_(torch.randn(p.x.shape))
     up.residual.zero_()
-    second = amx_linear(amx, up, dtype, pair=1)
+    second = harness_linear(amx, up, dtype, pair=1)
     first, size = p.exact("silu", None, True, False)
     expected, factor = (first * second.double(), size * second.double().abs()), second.double().abs()
-    assert_exact(amx_linear(amx, p, dtype, "silu", second, 2), expected, dtype, "silu", factor)
+    assert_exact(harness_linear(amx, p, dtype, "silu", second, 2), expected, dtype, "silu", factor)
