@@ -274,7 +274,7 @@ void int8_range(const Int8Args& a, int64_t m0, int64_t m1, int64_t i0, int64_t i
                                          [&](const TokenPart& part) { int8_finish_tokens<Dot>(a, part, m0 + part.m); });
     }
   }
-  for_each_tile<Int8Tiles<Dot>>(a, 1, m0, m1, i0, i1, [&](auto tile, int64_t m, int64_t i, int64_t n, int64_t cols, bool) {
+  for_each_tile<Int8Tiles<Dot>>(a, 1, m0, m1, i0, i1, [&](auto tile, int64_t m, int64_t i, int64_t n, int64_t cols, bool, bool) {
     tile(a, m0 + m, i, n, cols);
   });
 }

@@ -91,6 +91,7 @@ struct Place {
   bool past_cache;                  // write whole lines of y past the caches
   int64_t ahead;                    // elements from a line of y to the one to fetch when it is written; 0: none
   bool multiply;                    // by the residual, where others add it
+  bool fetch;                       // weights are not in L1 yet
 };
 
 template <class V, class Y>
@@ -181,13 +182,42 @@ inline void finish_row(const Place<Fmt> at, int64_t m, typename Fmt::F (&sums)[N
     for (int64_t j = 0; j < NV * V::W; j += 64 / sizeof(typename Fmt::Y)) prefetch_to_l2(at.y + m * at.ld + at.ahead + j);
 }
 
+// Where MR rows of x lie. Many are kept as odd multiples of their distance, of which an address takes one, two, four or eight times: as
+// pointers they would not fit 16 registers, and each step would load some of them again, from ports that broadcasts need.
+template <class X, int MR, bool many>
+struct Rows {
+  static constexpr int odd = (MR + 1) / 2;
+  int64_t apart[odd];  // bytes
+  explicit Rows(int64_t ldx) {
+    SPARSE_PRUNE_UNROLL
+    for (int i = 0; i < odd; ++i) {
+      apart[i] = (2 * i + 1) * ldx * static_cast<int64_t>(sizeof(X));
+      if constexpr (many) hide(apart[i]);
+    }
+  }
+  inline const X* at(const X* first, int m) const {
+    if (!many) return first + m * (apart[0] / static_cast<int64_t>(sizeof(X)));
+    if (m == 0) return first;
+    int times = 1;
+    for (; m % 2 == 0; m /= 2) times *= 2;
+    return reinterpret_cast<const X*>(reinterpret_cast<const char*>(first) + times * apart[m / 2]);
+  }
+  // The compiler would see through it, and make pointers of multiples.
+  template <class T>
+  static inline void hide(T& value) {
+    __asm__("" : "+r"(value));
+  }
+};
+
 // One step: NV vectors of weights by MR broadcast inputs, for each of the parts that a weight vector holds.
-template <class Fmt, int MR, int NV, class F>
-inline void tile_step(const typename Fmt::X* x, int64_t ldx, const typename Fmt::Wt* w, F (&acc)[MR][NV]) {
+template <class Fmt, int MR, int NV, bool many, class F>
+inline void tile_step(const typename Fmt::X* x, const Rows<typename Fmt::X, MR, many>& rows, const typename Fmt::Wt* w, bool fetch,
+                      F (&acc)[MR][NV]) {
   // Weights stream from L2, L3 or memory; the hardware's prefetcher stops at each 4 KiB page, this one does not. 8 KiB are 200 ns of
   // products of 8 rows: from memory, 3 KiB came too late.
   constexpr int64_t ahead = 8192 / sizeof(typename Fmt::Wt), line = 64 / sizeof(typename Fmt::Wt);
-  for (int64_t j = 0; j < NV * Fmt::Vec::W * Fmt::step; j += line) prefetch_weights<typename Fmt::Vec>(w + ahead + j);
+  if (fetch)
+    for (int64_t j = 0; j < NV * Fmt::Vec::W * Fmt::step; j += line) prefetch_weights<typename Fmt::Vec>(w + ahead + j);
   F b[NV][Fmt::parts];
   SPARSE_PRUNE_UNROLL
   for (int v = 0; v < NV; ++v) Fmt::weights(w + v * Fmt::Vec::W * Fmt::step, b[v]);
@@ -195,7 +225,7 @@ inline void tile_step(const typename Fmt::X* x, int64_t ldx, const typename Fmt:
   for (int p = 0; p < Fmt::parts; ++p)
     SPARSE_PRUNE_UNROLL
     for (int m = 0; m < MR; ++m) {
-      const F xv = Fmt::broadcast(x + m * ldx, p);
+      const F xv = Fmt::broadcast(rows.at(x, m), p);
       SPARSE_PRUNE_UNROLL
       for (int v = 0; v < NV; ++v) acc[m][v] = Fmt::multiply_add(xv, b[v][p], acc[m][v]);
     }
@@ -211,8 +241,10 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
   // An FMA takes 4 cycles and one or two start per cycle: few accumulators need several independent sums.
   constexpr int KU = MR * NV >= 8 ? 1 : (MR * NV >= 4 ? 2 : 4);
   constexpr int step = Fmt::step;
+  // Converted or fp32 weights of 512 bits: what a step takes beside its products is loads, and Intel's processors feel each.
+  constexpr bool many = MR > 8 && NV > 1 && V::registers >= 32 && std::is_same_v<typename Fmt::X, typename V::Elem>;
   // Steps: wide tiles leave the loop's own instructions too little room. Two of pairs would want more addresses than 16 registers hold.
-  constexpr int unrolled = KU == 1 && NV > 1 && (Fmt::parts == 1 || V::registers >= 32) ? 2 : KU;
+  constexpr int unrolled = KU == 1 && NV > 1 && !many && (Fmt::parts == 1 || V::registers >= 32) ? 2 : KU;
   constexpr int64_t x_line = 64 / sizeof(typename Fmt::X);
   F acc[KU][MR][NV];  // [KU][MR][NV * W]
   SPARSE_PRUNE_UNROLL
@@ -221,10 +253,11 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
     for (int m = 0; m < MR; ++m)
       SPARSE_PRUNE_UNROLL
       for (int v = 0; v < NV; ++v) acc[u][m][v] = V::zero();
-  // Where y keeps the sum's full precision, sums are closed every 256 inputs, as a blocked matmul does, to keep their error; a 16-bit
-  // y hides that error, so its sums run through.
+  // Where y keeps the sum's full precision, sums are closed every 256 inputs, as a blocked matmul does, to keep their error, and those of
+  // a row or two every 64, since a product of vectors, which has lanes of inputs, errs less; a 16-bit y hides that error, so its sums
+  // run through.
   constexpr bool in_parts = sizeof(typename Fmt::Y) == sizeof(typename V::Elem);
-  constexpr int64_t part = 256;
+  constexpr int64_t part = KU > 1 ? 64 : 256;
   alignas(64) typename V::Elem z[MR * NV * V::W];                   // [MR][NV * W], what was closed
   // Held in registers they would be spilled: 12 loads and 12 stores for each tile, of which most never close a sum.
   if constexpr (in_parts && V::registers < 32) __asm__ volatile("" : : "r"(z) : "memory");
@@ -232,6 +265,8 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
   int64_t open = 0;                                                 // inputs summed since the last closing
   const int64_t ldw = a.R * step;                                   // weights of one step
   const int64_t block_size = (a.C + step - 1) / step * ldw;
+  const Rows<typename Fmt::X, MR, many> rows(ldx);
+  const bool fetch = V::registers < 32 || at.fetch;
   for (int64_t e = begin; e < end; ++e) {
     const int64_t k0 = a.col[e] * a.C;
     const int64_t inputs = a.K - k0 < a.C ? a.K - k0 : a.C;
@@ -260,11 +295,14 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
       open = inputs;
     }
     int64_t k = 0;
-    for (; k + unrolled * step <= inputs; k += unrolled * step)
+    for (; k + unrolled * step <= inputs; k += unrolled * step) {
+      const typename Fmt::X* xk = xb + k;
+      if constexpr (many) rows.hide(xk);
       SPARSE_PRUNE_UNROLL
-      for (int u = 0; u < unrolled; ++u, wb += ldw) tile_step<Fmt, MR, NV>(xb + k + u * step, ldx, wb, acc[u % KU]);
+      for (int u = 0; u < unrolled; ++u, wb += ldw) tile_step<Fmt, MR, NV>(xk + u * step, rows, wb, fetch, acc[u % KU]);
+    }
     if (unrolled > 1)
-      for (; k + step <= inputs; k += step, wb += ldw) tile_step<Fmt, MR, NV>(xb + k, ldx, wb, acc[0]);
+      for (; k + step <= inputs; k += step, wb += ldw) tile_step<Fmt, MR, NV>(xb + k, rows, wb, fetch, acc[0]);
     if (step > 1 && k < inputs) {  // an odd input: its pair's other half is not x of this block
       F b[NV][Fmt::parts];
       SPARSE_PRUNE_UNROLL
@@ -366,8 +404,8 @@ struct Parts {
   Parts(int64_t rows, int64_t most) : count((rows + most - 1) / most), low(count ? rows / count : 0), longer(rows - low * count) {}
 };
 
-// Calls run(tile, m, i, n, cols, whole) for the tiles of rows [m0, m1) of block-rows [i0, i1): from row m0 + m and output n of block-row i
-// on, of which cols exist; whole says that all do.
+// Calls run(tile, m, i, n, cols, whole, first) for the tiles of rows [m0, m1) of block-rows [i0, i1): from row m0 + m and output n of
+// block-row i on, of which cols exist; whole says that all do, first that those weights were not used just before.
 // A group of block-rows is finished for one panel of rows before the next panel, so that rows of y are written along, not down: they
 // are often a multiple of 4 KiB apart.
 template <class Kind, class Run>
@@ -398,7 +436,7 @@ void for_each_tile(const LinearArgs& a, int64_t weight_bytes, int64_t m0, int64_
           cols = left < vectors * W ? left : vectors * W;
           for (int64_t t = 0, m = from, rows; t < parts.count; ++t, m += rows) {
             rows = parts.low + (t < parts.longer);
-            run(tile[rows - 1], m, i, n, cols, cols == vectors * W);
+            run(tile[rows - 1], m, i, n, cols, cols == vectors * W, t == 0);
           }
         }
       }
@@ -427,12 +465,12 @@ void linear_range(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, in
     }
   }
   for_each_tile<LinearTiles<Fmt>>(a, sizeof(typename Fmt::Wt), m0, m1, i0, i1,
-                                  [&](auto tile, int64_t m, int64_t i, int64_t n, int64_t cols, bool whole) {
+                                  [&](auto tile, int64_t m, int64_t i, int64_t n, int64_t cols, bool whole, bool first) {
     const int64_t offset = (m0 + m) * a.N + n;
     tile(a, x + m * ldx, ldx, static_cast<const typename Fmt::Wt*>(a.w) + (n - i * a.R) * Fmt::step, a.crow[i], a.crow[i + 1],
          {static_cast<Y*>(a.y) + offset, a.bias ? static_cast<const Y*>(a.bias) + n : nullptr,
           a.residual ? static_cast<const Y*>(a.residual) + offset : nullptr, a.N, cols, whole, past_cache,
-          ahead ? a.R : 0, a.pair == Pair::second});
+          ahead ? a.R : 0, a.pair == Pair::second, first});
   });
   if (past_cache) Fmt::Vec::fence();
 }
