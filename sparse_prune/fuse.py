@@ -127,7 +127,12 @@ class FusedForward:
 
     def _may_run(self, x: Tensor) -> bool:
         stack = self.stack
-        if stack.training or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        if (
+            stack.training
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or torch.is_autocast_enabled("cpu")
+        ):
             return False
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in stack.parameters())):
             return False

@@ -28,6 +28,7 @@ from .ops import (
 from .reference import ACTIVATIONS
 
 is_compiling = torch.compiler.is_dynamo_compiling
+is_tracing = torch._C._is_tracing  # by torch.jit.trace
 
 
 class SparseLinear(nn.Module):
@@ -352,11 +353,14 @@ class SparseLinear(nn.Module):
         shape = x.shape
         if shape[-1:] != (self.in_features,) or x.dtype != values.dtype or x.device != values.device:
             self._explain(x, values, bias, activation, residual)
-        changing = values is not own or (own.requires_grad and torch.is_grad_enabled())
+        tracing = not torch.compiler.is_compiling() and is_tracing()
+        changing = values is not own or (
+            own.requires_grad and torch.is_grad_enabled() and (self.training or not tracing)
+        )
         if residual is not None:
             residual = residual.reshape(-1, self.out_features).contiguous()
         x, prepacked, y = flatten_rows(x), None, None
-        compiling = torch.compiler.is_compiling()
+        compiling = torch.compiler.is_compiling() or tracing
         if not compiling and torch._C._are_functorch_transforms_active():
             bsr = (self.crow_indices, self.col_indices, values)
             y = reference.bsr_linear(x, *bsr, self.out_features, bias, activation, residual)
@@ -399,7 +403,7 @@ class SparseLinear(nn.Module):
         if residual is not None:
             residual = residual.reshape(-1, self.out_features).contiguous()
         x, y = flatten_rows(x), None
-        if derived is not None and not torch.compiler.is_compiling():
+        if derived is not None and not (torch.compiler.is_compiling() or is_tracing()):
             y = self._run_below_autograd(derived, x, activation, residual)
         if y is None:
             operator = getattr(torch.ops.sparse_prune, quantized_operator(values, weight_only))
@@ -415,7 +419,12 @@ class SparseLinear(nn.Module):
             if torch.compiler.is_dynamo_compiling():
                 self._derive(dtype)
         elif self._derived.key != ops.derived_key(values, self._buffers.get("scales"), self._weight_only, dtype):
-            self._derived = ops.current(self._derived, self.packed, dtype)
+            tracing = torch._C._get_tracing_state()  # what is derived belongs to the graph, how it is made does not
+            torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+            try:
+                self._derived = ops.current(self._derived, self.packed, dtype)
+            finally:
+                torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
         return self._derived
 
     def _derive(self, dtype: torch.dtype) -> bool:

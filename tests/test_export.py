@@ -155,6 +155,32 @@ def test_export_keeps_batch_and_length_free(make):
             torch.testing.assert_close(program(ids, mask), model(ids, mask))
 
 
+@pytest.mark.parametrize("called_before", [False, True])
+@pytest.mark.parametrize("learns", [False, True])
+def test_jit_trace_holds_the_operator(tmp_path, called_before, learns):
+    """Not a number by which C++ knows the layer, which no other process does."""
+    layer = sp.SparseLinear.from_dense(nn.Linear(64, 96), torch.eye(3, 2).bool(), blocksize=(32, 32)).eval()
+    with torch.set_grad_enabled(learns):
+        for _ in range(3 if called_before else 0):
+            layer(torch.randn(4, 64))
+        traced = torch.jit.trace(layer, torch.randn(4, 64))
+    assert "sparse_prune::bsr_linear" in str(traced.graph) and "ready" not in str(traced.graph)
+    traced.save(tmp_path / "layer.pt")
+    x = torch.randn(7, 64)
+    assert torch.equal(torch.jit.load(tmp_path / "layer.pt")(x), layer(x))
+
+
+def test_jit_trace_of_a_fused_model():
+    model = pack(bert())
+    model.config.return_dict = False
+    sp.fuse_encoder_(model)
+    inputs = torch.randint(5, 60, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, inputs)
+        others = torch.randint(5, 60, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+        torch.testing.assert_close(traced(*others)[0], model(*others)[0])
+
+
 @needs_compiler
 def test_ahead_of_time_package_in_python_and_in_cpp(tmp_path):
     """examples/cpp as its docstring says; the program compares with PyTorch's logits itself."""

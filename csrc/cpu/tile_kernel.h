@@ -241,8 +241,9 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
   // An FMA takes 4 cycles and one or two start per cycle: few accumulators need several independent sums.
   constexpr int KU = MR * NV >= 8 ? 1 : (MR * NV >= 4 ? 2 : 4);
   constexpr int step = Fmt::step;
-  // Converted or fp32 weights of 512 bits: what a step takes beside its products is loads, and Intel's processors feel each.
-  constexpr bool many = MR > 8 && NV > 1 && V::registers >= 32 && std::is_same_v<typename Fmt::X, typename V::Elem>;
+  // fp32 and fp16 weights of 512 bits: what a step takes beside its products is loads, and Intel's processors feel each. (Two parts of
+  // bf16 leave no register for it.)
+  constexpr bool many = MR > 8 && NV > 1 && V::registers >= 32 && Fmt::parts == 1 && std::is_same_v<typename Fmt::X, typename V::Elem>;
   // Steps: wide tiles leave the loop's own instructions too little room. Two of pairs would want more addresses than 16 registers hold.
   constexpr int unrolled = KU == 1 && NV > 1 && !many && (Fmt::parts == 1 || V::registers >= 32) ? 2 : KU;
   constexpr int64_t x_line = 64 / sizeof(typename Fmt::X);
