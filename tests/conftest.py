@@ -16,6 +16,8 @@ import torch
 
 os.environ["SPARSE_PRUNE_TUNING"] = "off"  # kernels are what tests test; tests of the planner choose a table
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: no test asks a hub
+# Several test processes (`make test`) share the cores; what depends on threads sets their number itself.
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 # A busy machine makes any deadline a coin toss.
 hypothesis.settings.register_profile("any-speed", deadline=None)
