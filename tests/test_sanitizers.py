@@ -83,7 +83,9 @@ def sanitized(tmp_path_factory) -> dict[str, str]:
     package = Path(sparse_prune.__file__).parent
     shutil.copytree(package, folder / "sparse_prune", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     build(ROOT / "csrc", folder / "sparse_prune" / "_C_cpu.so")
-    return {**os.environ, **OPTIONS, "LD_PRELOAD": library, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "2"}
+    # Two threads, also where this test process has but a share of the cores.
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return {**alone, **OPTIONS, "LD_PRELOAD": library, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "2"}
 
 
 @pytest.mark.slow
