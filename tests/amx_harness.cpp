@@ -1,5 +1,5 @@
-// A door into the AMX and AVX512-BF16 kernels for their tests, which build them with tiles emulated and as they ship (conftest.py), and
-// call them through ctypes. `amx`: by tiles; otherwise AVX512-BF16 alone. All rows and blocks are one call's.
+// A door into the AMX and AVX512-BF16 kernels for their tests, which build them as they ship and with tile instructions counted
+// (conftest.py), and call them through ctypes. `amx`: by tiles; otherwise AVX512-BF16 alone. All rows and blocks are one call's.
 #include "../csrc/cpu/encoder.h"
 #include "../csrc/cpu/int8.h"
 

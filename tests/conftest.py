@@ -40,9 +40,9 @@ def _poisoned_memory():
 
 @pytest.fixture(scope="session")
 def harness(tmp_path_factory):
-    """The functions of amx_harness.cpp, by the name of what runs their tiles: emulated (plain C++) or native (tile instructions).
+    """The functions of amx_harness.cpp with kernels as setup.py compiles them ("native"), and with bf16's tiles "counted".
 
-    What the processor lacks of AMX and AVX512-BF16 is carried out by trap.cpp. Kernels are compiled as setup.py compiles them.
+    What the processor lacks of AMX and AVX512-BF16 is carried out by trap.cpp ("trap").
     """
     from sparse_prune import backends
 
@@ -54,7 +54,6 @@ def harness(tmp_path_factory):
     tests, folder = Path(__file__).parent, tmp_path_factory.mktemp("harness")
     kernels = tests.parent / "csrc" / "cpu"
     shipped = ["-O3", "-fno-math-errno", "-ffp-contract=off"]
-    emulated = [*shipped, "-DSPARSE_PRUNE_EMULATE_AMX"]
 
     def compile_one(name, source, flags):
         command = [*compiler, "-std=c++20", "-w", "-fPIC", *flags, "-c", source, "-o", folder / f"{name}.o"]
@@ -66,23 +65,14 @@ def harness(tmp_path_factory):
         )
         return ctypes.CDLL(str(folder / f"{name}.so"))
 
-    common = ("avx512_bf16_int8", "avx512_bf16", "activation_tables", "scratch")  # what takes longest first
-    jobs = [(name, kernels / f"{name}.cpp", shipped) for name in common]
-    for name in ("amx_bf16", "amx_int8"):
-        jobs += [(name, kernels / f"{name}.cpp", shipped), (f"{name}_emulated", kernels / f"{name}.cpp", emulated)]
+    # What takes longest first.
+    common = ("avx512_bf16_int8", "avx512_bf16", "amx_int8", "activation_tables", "scratch")
+    jobs = [(name, kernels / f"{name}.cpp", shipped) for name in (*common, "amx_bf16")]
+    jobs += [("counted", kernels / "amx_bf16.cpp", [*shipped, "-DSPARSE_PRUNE_COUNT_TILES"])]
     jobs += [("door", tests / "amx_harness.cpp", ["-O1"]), ("trap", tests / "trap.cpp", ["-O3", "-mavx2", "-mfma"])]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda job: compile_one(*job), jobs))
     trap = link("trap", ["trap"])
     trap.trap_install()
-    libraries = {
-        "emulated": link("emulated", ["door", *common, "amx_bf16_emulated", "amx_int8_emulated"]),
-        "native": link("native", ["door", *common, "amx_bf16", "amx_int8"]),
-    }
-    return {**libraries, "trap": trap}
-
-
-@pytest.fixture(params=["emulated", "native"])
-def amx(harness, request):
-    """The harness with its tiles emulated, then with tile instructions."""
-    return harness[request.param]
+    native, counted = (link(f"with_{own}", ["door", *common, own]) for own in ("amx_bf16", "counted"))
+    return {"native": native, "counted": counted, "trap": trap}

@@ -445,21 +445,23 @@ def harness_linear(library, p, activation="none", into=None, pair=0, tiles=1):
 
 
 @pytest.mark.parametrize("problem", AMX_PROBLEMS, ids=str)
-def test_amx_matches_float64(amx, problem):
+def test_native_amx_matches_float64(harness, problem):
     p = Problem(*problem, torch.bfloat16)
     for activation in ACTIVATIONS:
         assert_close(
-            harness_linear(amx, p, activation), p.dense_linear(activation, torch.float64), p.dense_linear(activation)
+            harness_linear(harness["native"], p, activation),
+            p.dense_linear(activation, torch.float64),
+            p.dense_linear(activation),
         )
 
 
 @pytest.mark.parametrize("problem", AMX_PROBLEMS, ids=str)
-def test_amx_multiplies_each_row_of_a_pair_once(amx, problem):
+def test_native_amx_multiplies_each_row_of_a_pair_once(harness, problem):
     """Tiles share rows where their number asks for it; in a pair's second product y is what it multiplies."""
     gate, up = (Problem(*problem, torch.bfloat16) for _ in range(2))
     up.x = gate.x
     up.residual.zero_()
-    got = harness_linear(amx, gate, "silu", harness_linear(amx, up, pair=1), pair=2)
+    got = harness_linear(harness["native"], gate, "silu", harness_linear(harness["native"], up, pair=1), pair=2)
     exact, dense = (
         gate.dense_linear("silu", to, residual=False) * up.dense_linear("none", to, residual=False)
         for to in (torch.float64, None)
@@ -468,12 +470,12 @@ def test_amx_multiplies_each_row_of_a_pair_once(amx, problem):
 
 
 @pytest.mark.parametrize("n", [64, 1024])
-def test_amx_takes_rows_a_page_apart(amx, n):
+def test_native_amx_takes_rows_a_page_apart(harness, n):
     """Such rows are copied where many blocks use them (n = 1024), and read in place where few do."""
     p = Problem(70, n, 2016, 32, 32, 0.5, torch.bfloat16)
     apart = torch.full((70, 2048), torch.nan, dtype=torch.bfloat16)[:, :2016]
     p.x = apart.copy_(p.x)
-    assert_close(harness_linear(amx, p), p.dense_linear("none", torch.float64), p.dense_linear())
+    assert_close(harness_linear(harness["native"], p), p.dense_linear("none", torch.float64), p.dense_linear())
 
 
 @pytest.mark.parametrize(
@@ -487,10 +489,10 @@ def test_amx_takes_rows_a_page_apart(amx, n):
     ],
     ids=str,
 )
-def test_emulated_amx_counts(harness, block, m, loads, products, stores):
+def test_native_amx_counts(harness, block, m, loads, products, stores):
     """What docs/performance.md derives its bound from: tile instructions per block, and stores per block-row."""
     p = Problem(m, 4 * block[0], 4 * block[1], *block, 1.0, torch.bfloat16)
-    counts = (ctypes.c_int64 * 3).in_dll(harness["emulated"], "tile_counts")
+    counts = (ctypes.c_int64 * 3).in_dll(harness["counted"], "tile_counts")
     before = list(counts)
-    harness_linear(harness["emulated"], p)
+    harness_linear(harness["counted"], p)
     assert [now - then for now, then in zip(counts, before, strict=True)] == [16 * loads, 16 * products, 4 * stores]

@@ -392,14 +392,14 @@ def harness_linear(library, p, dtype, activation="none", into=None, pair=0, tile
     ],
     ids=str,
 )
-def test_amx_matches_float64(amx, problem, dtype):
+def test_native_amx_matches_float64(harness, problem, dtype):
     p = Problem(*problem, dtype)
     for activation in ACTIVATIONS:
-        assert_exact(harness_linear(amx, p, dtype, activation), p.exact(activation), dtype, activation)
+        assert_exact(harness_linear(harness["native"], p, dtype, activation), p.exact(activation), dtype, activation)
     up = Problem(*problem, dtype)
     up.x = p.x.copy_(torch.randn(p.x.shape))
     up.residual.zero_()
-    second = harness_linear(amx, up, dtype, pair=1)
+    second = harness_linear(harness["native"], up, dtype, pair=1)
     first, size = p.exact("silu", None, True, False)
     expected, factor = (first * second.double(), size * second.double().abs()), second.double().abs()
-    assert_exact(harness_linear(amx, p, dtype, "silu", second, 2), expected, dtype, "silu", factor)
+    assert_exact(harness_linear(harness["native"], p, dtype, "silu", second, 2), expected, dtype, "silu", factor)

@@ -6,12 +6,10 @@
 #include <immintrin.h>
 #include <cstring>
 #include <utility>
-#ifdef SPARSE_PRUNE_EMULATE_AMX
+#ifdef SPARSE_PRUNE_COUNT_TILES
 extern "C" int64_t tile_counts[3];  // loads, products, stores
-SPARSE_PRUNE_TARGET("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prfchw")
-#else
-SPARSE_PRUNE_TARGET("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prfchw")
 #endif
+SPARSE_PRUNE_TARGET("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prfchw")
 
 namespace sparse_prune {
 namespace {

@@ -8,12 +8,7 @@
 #include <limits>
 #include <type_traits>
 #include <utility>
-#ifdef SPARSE_PRUNE_EMULATE_AMX
-extern "C" int64_t tile_counts[3];  // loads, products, stores
-SPARSE_PRUNE_TARGET("avx512bf16,avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prfchw")
-#else
 SPARSE_PRUNE_TARGET("amx-tile,amx-int8,avx512bf16,avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prfchw")
-#endif
 #define SPARSE_PRUNE_AMX_INT8
 
 namespace sparse_prune {
