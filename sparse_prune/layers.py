@@ -353,22 +353,23 @@ class SparseLinear(nn.Module):
         shape = x.shape
         if shape[-1:] != (self.in_features,) or x.dtype != values.dtype or x.device != values.device:
             self._explain(x, values, bias, activation, residual)
-        tracing = not torch.compiler.is_compiling() and is_tracing()
+        compiling = torch.compiler.is_compiling()
+        tracing = not compiling and is_tracing()
         changing = values is not own or (
             own.requires_grad and torch.is_grad_enabled() and (self.training or not tracing)
         )
         if residual is not None:
             residual = residual.reshape(-1, self.out_features).contiguous()
         x, prepacked, y = flatten_rows(x), None, None
-        compiling = torch.compiler.is_compiling() or tracing
-        if not compiling and torch._C._are_functorch_transforms_active():
+        in_graph = compiling or tracing
+        if not in_graph and torch._C._are_functorch_transforms_active():
             bsr = (self.crow_indices, self.col_indices, values)
             y = reference.bsr_linear(x, *bsr, self.out_features, bias, activation, residual)
         # In training a compiled graph would keep the values that it was traced with.
-        elif not changing and not (compiling and self.training):
+        elif not changing and not (in_graph and self.training):
             derived = self._current(own, own.dtype)
             # A compiled graph serves every M, so it holds the sparse operator; sparsify_(tokens=...) decides before it is made.
-            if self.planned and not compiling:
+            if self.planned and not in_graph:
                 form = ops.dense_form(derived, x.shape[0])
                 if form:
                     weight = ops.dense_weight(derived, form, lambda: self.packed.to_dense())
@@ -376,7 +377,7 @@ class SparseLinear(nn.Module):
                     y = ops.dense_linear(weight, form, x, bias, activation, residual)
                     return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
             prepacked = derived.prepacked
-            y = None if compiling else self._run_below_autograd(derived, x, activation, residual)
+            y = None if in_graph else self._run_below_autograd(derived, x, activation, residual)
         if y is None:
             y = torch.ops.sparse_prune.bsr_linear(
                 x,

@@ -186,18 +186,16 @@ inline void finish_row(const Place<Fmt> at, int64_t m, typename Fmt::F (&sums)[N
 // pointers they would not fit 16 registers, and each step would load some of them again, from ports that broadcasts need.
 template <class X, int MR, bool many>
 struct Rows {
-  static constexpr int odd = (MR + 1) / 2;
-  int64_t apart[odd];  // bytes
-  explicit Rows(int64_t ldx) {
+  int64_t ldx, apart[(MR + 1) / 2];  // elements, and odd multiples of them in bytes
+  explicit Rows(int64_t ldx) : ldx(ldx) {
     SPARSE_PRUNE_UNROLL
-    for (int i = 0; i < odd; ++i) {
+    for (int i = 0; many && i < (MR + 1) / 2; ++i) {
       apart[i] = (2 * i + 1) * ldx * static_cast<int64_t>(sizeof(X));
-      if constexpr (many) hide(apart[i]);
+      hide(apart[i]);
     }
   }
   inline const X* at(const X* first, int m) const {
-    if (!many) return first + m * (apart[0] / static_cast<int64_t>(sizeof(X)));
-    if (m == 0) return first;
+    if (!many || m == 0) return first + m * ldx;
     int times = 1;
     for (; m % 2 == 0; m /= 2) times *= 2;
     return reinterpret_cast<const X*>(reinterpret_cast<const char*>(first) + times * apart[m / 2]);
