@@ -51,7 +51,7 @@ test: $(INSTALLED) ## lint, types and all tests
 	@$(BIN)/ruff check -q .
 	@$(BIN)/ruff format -q --check .
 	@$(BIN)/python -m mypy --no-error-summary
-	@$(BIN)/python -m pytest -n $(MAX_JOBS) --dist loadfile
+	@$(BIN)/python -m pytest -n $(MAX_JOBS) --dist loadfile --no-loadscope-reorder
 
 bench: $(INSTALLED) ## sparse against dense and against peers on this machine
 	@$(BIN)/python -m pytest bench

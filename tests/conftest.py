@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +23,17 @@ torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTE
 # A busy machine makes any deadline a coin toss.
 hypothesis.settings.register_profile("any-speed", deadline=None)
 hypothesis.settings.load_profile("any-speed")
+
+
+# Files with a few tests of minutes each. `make test` shares files between processes: one of these begun last would run on alone.
+LONG = ("test_sanitizers.py", "test_distributed.py", "test_export.py", "test_task_training.py")
+
+
+def pytest_collection_modifyitems(items):
+    """LONG files first, in that order, then those with most tests."""
+    tests = Counter(item.path for item in items)
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: (places.get(item.path.name, len(LONG)), -tests[item.path]))
 
 
 @pytest.fixture(autouse=True)
