@@ -269,12 +269,8 @@ def prune(
     density: Annotated[float, typer.Option(help="kept fraction of the encoder's blocks, in (0, 1]")] = 0.2,
     block: Annotated[str, typer.Option(help="block size, output features x input features")] = "32x32",
     criterion: Annotated[
-        str | None,
-        typer.Option(
-            help="what makes a block worth keeping: magnitude, gradient, taylor, movement, ...",
-            show_default="movement for garlic, taylor for a model that came trained",
-        ),
-    ] = None,
+        str, typer.Option(help="what makes a block worth keeping: magnitude, gradient, taylor, movement, ...")
+    ] = "taylor",
     schedule: Annotated[str, typer.Option(help="how the density falls: oneshot, linear, cubic, iterative")] = "cubic",
     scope: Annotated[
         str, typer.Option(help="global: the blocks of all layers compete; local: those of one layer")

@@ -18,11 +18,9 @@ IGNORED_LABEL = -100  # of a token that no loss counts, as in torch and transfor
 class DistillConfig:
     """loss = (1 - logits_weight) * task loss + logits_weight * distillation_loss + hidden_weight * hidden_loss.
 
-    The defaults lean on the teacher lightly. On Garlic for entities (density 0.1, a tenth of an epoch, F1 on the dev part, one run
-    each) movement pruning reached 84.7 with labels only, 84.3 with these defaults, 81.5 at T = 2 with weights 0.8 and 0, and 80.3
-    with 0.8 and 1; magnitude pruning 78.2, 79.0 and, with 0.8 and 1, 69.0. The hidden loss is then many times the tagger's
-    cross-entropy, and the student's dropout is part of it. Even so one movement run of two lost seven points to the teacher on
-    the test part: while student and teacher agree, its gradients tell a criterion nothing.
+    The defaults suit a student with dropout. Without it hidden states are worth more than the rest together, and hidden_weight
+    1 is what `sparse-prune prune` takes, for the runs in docs/prune-your-model.md. With it they harm: Garlic for entities,
+    pruned by magnitude in a tenth of an epoch, fell from 79.0 (F1) to 69.0.
 
     temperature    T > 0; higher shows the student more of the teacher's second choices
     logits_weight  in [0, 1]

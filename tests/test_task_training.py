@@ -252,9 +252,9 @@ def test_a_users_own_model_is_fine_tuned_and_pruned(files, bert):
     assert len(analysis["heads"]) == 4 and analysis["attention"]
 
 
-@pytest.mark.parametrize("criterion", [None, "magnitude"])
+@pytest.mark.parametrize("garlic", [True, False])
 @pytest.mark.parametrize("distill", [True, False])
-def test_a_model_that_came_trained_is_pruned_by_its_own_recipe(files, bert, monkeypatch, distill, criterion):
+def test_hidden_states_of_a_teacher_are_learnt_without_dropout(files, bert, monkeypatch, distill, garlic):
     seen = {}
 
     class Watched(bridge.DistillationTrainer):
@@ -268,13 +268,15 @@ def test_a_model_that_came_trained_is_pruned_by_its_own_recipe(files, bert, monk
             seen["criterion"] = config.criterion
             super().__init__(model, config, *more)
 
-    tasks.train(tasks.TrainArgs(model=str(bert), out=files / "dense", **arguments(files)))
+    dense = {} if garlic else {"model": str(bert)}
+    tasks.train(tasks.TrainArgs(**dense, out=files / "dense", **arguments(files)))
     monkeypatch.setattr(training, "DistillationTrainer", Watched)
     monkeypatch.setattr(training, "Pruner", WatchedPruner)
-    args = {"model": files / "dense", "out": files / "p", "block": (16, 16), "distill": distill, "criterion": criterion}
-    tasks.prune(tasks.PruneArgs(**args, **arguments(files)))
-    assert seen["criterion"] == (criterion or "taylor")
-    assert (seen["rates"], seen["hidden"]) == (({0.0}, 1.0) if distill else ({0.1}, 0.0))
+    args = {"model": files / "dense", "out": files / "p", "block": (16, 16), "distill": distill, **arguments(files)}
+    tasks.prune(tasks.PruneArgs(**args))
+    config = GarlicConfig()
+    own = {config.hidden_dropout_prob, config.embedding_dropout_prob, config.classifier_dropout} if garlic else {0.1}
+    assert seen == {"criterion": "taylor", "rates": {0.0} if distill else own, "hidden": float(distill)}
 
 
 def test_ablation_compares_and_goes_on_where_it_stopped(files, monkeypatch):

@@ -68,7 +68,6 @@ class Recipe:
 
     epochs grow until there are least_steps optimizer steps: a small file needs more passes than a large one. embedding_rate is a
     factor on the learning rate for embedding tables, whose rows rarely see a gradient; garlic holds settings of a new GarlicConfig.
-    criterion and distill are what prune uses; with undisturbed, nn.Dropout is off while there is a teacher to learn from.
     """
 
     epochs: float
@@ -78,9 +77,6 @@ class Recipe:
     weight_decay: float
     garlic: dict = field(default_factory=dict)
     least_steps: int = 150
-    criterion: str = "movement"
-    distill: DistillConfig = field(default_factory=DistillConfig)
-    undisturbed: bool = False
 
     def steps(self, epochs: float | None, batches: int) -> int:
         """Optimizer steps of a run over that many batches; epochs None takes the recipe's, or more where they are too few."""
@@ -108,23 +104,12 @@ PRUNE_RECIPES = {
     ("ner", True): Recipe(4, 7e-4, 32, 1.0, 0.01),
 }
 # A model that comes trained: fine-tuned at the rate that BERT's authors suggest; pruned at a higher one, since most of it must be
-# learnt anew from its dense self, and for longer. By `full`. Not by movement: on a model that has settled, -w * g is noise around
-# 0, largest in size where the weights matter most, and movement drops the blocks where it is most negative.
+# learnt anew from its dense self, and for longer. By `full`.
 FINE_TUNE = Recipe(3, 5e-5, 32, 1.0, 0.01)
-FINE_PRUNE = {
-    full: Recipe(
-        epochs,
-        5e-4,
-        32,
-        1.0,
-        0.01,
-        least_steps=600,
-        criterion="taylor",
-        distill=DistillConfig(hidden_weight=1.0),
-        undisturbed=True,
-    )
-    for full, epochs in ((False, 6), (True, 12))
-}
+FINE_PRUNE = {full: Recipe(epochs, 5e-4, 32, 1.0, 0.01, least_steps=600) for full, epochs in ((False, 6), (True, 12))}
+# What prune learns from the dense model. A student's dropout would be most of what sets their hidden states apart, so while
+# there is a teacher it has none.
+DISTILL = DistillConfig(hidden_weight=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +171,7 @@ class PruneArgs(RunArgs):
     model      directory of a trained model
     density    kept fraction of the encoder's blocks, in (0, 1]
     block      block size (rows, columns)
-    criterion  what makes a block worth keeping; None: the recipe's
+    criterion  what makes a block worth keeping
     schedule   how the density falls
     scope      "global": blocks of all layers compete; "local": within their layer
     distill    learn from the dense model too
@@ -196,7 +181,7 @@ class PruneArgs(RunArgs):
     model: Path
     density: float = 0.2
     block: tuple[int, int] = (32, 32)
-    criterion: str | None = None
+    criterion: str = "taylor"
     schedule: str = "cubic"
     scope: str = "global"
     distill: bool = True
@@ -334,14 +319,14 @@ class Pruned:
 
 def check_prune_args(args: PruneArgs) -> None:
     """Raise SparsePruneError for arguments that cannot be, before anything is written."""
-    _prune_config(args, PruneConfig.criterion)
+    _prune_config(args)
     check_model_dir(args.model)
     check_dense(args.model)
 
 
-def _prune_config(args: PruneArgs, criterion: str, **more: Any) -> PruneConfig:
-    """args as a Pruner takes them; criterion is for args that name none."""
-    return PruneConfig(args.criterion or criterion, args.schedule, args.scope, args.density, args.block, **more)
+def _prune_config(args: PruneArgs, **more: Any) -> PruneConfig:
+    """args as a Pruner takes them."""
+    return PruneConfig(args.criterion, args.schedule, args.scope, args.density, args.block, **more)
 
 
 def fit_pruned(args: PruneArgs, parts: dict[str, list[Example]], mark: str, report: Report | None) -> Pruned:
@@ -419,9 +404,9 @@ def _fit(
     steps = recipe.steps(args.epochs, len(batches))
     pruner: Pruner | None = None
     if isinstance(args, PruneArgs):
-        config = _prune_config(args, recipe.criterion, total_steps=steps, seed=args.seed)
+        config = _prune_config(args, total_steps=steps, seed=args.seed)
         pruner = Pruner(model, config, encoder_filter(model))
-        if args.distill and recipe.undisturbed:
+        if args.distill:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
@@ -450,7 +435,7 @@ def _fit(
         batches=batches,
         embedding_rate=recipe.embedding_rate,
         teacher=teacher if isinstance(args, PruneArgs) and args.distill else None,
-        distill=recipe.distill,
+        distill=DISTILL,
     )
     trainer.remove_callback(PrinterCallback)
     if pruner is not None:
