@@ -26,7 +26,13 @@ hypothesis.settings.load_profile("any-speed")
 
 
 # Files with a few tests of minutes each. `make test` shares files between processes: one of these begun last would run on alone.
-LONG = ("test_sanitizers.py", "test_distributed.py", "test_export.py", "test_task_training.py")
+LONG = (
+    "test_sanitizers.py",
+    "test_cuda_extension.py",
+    "test_distributed.py",
+    "test_export.py",
+    "test_task_training.py",
+)
 
 
 def pytest_collection_modifyitems(items):
