@@ -18,9 +18,9 @@ IGNORED_LABEL = -100  # of a token that no loss counts, as in torch and transfor
 class DistillConfig:
     """loss = (1 - logits_weight) * task loss + logits_weight * distillation_loss + hidden_weight * hidden_loss.
 
-    Hidden states need time. Over the runs of `sparse-prune prune`, which takes hidden_weight 1 and no dropout in the student,
-    they give more than logits do (docs/prune-your-model.md); in a tenth of an epoch they harm: Garlic for entities, pruned by
-    magnitude, has 79.4 (F1) with labels only, 79.3 with the defaults, and 70.9 with hidden states.
+    Hidden states need time. `sparse-prune prune` takes hidden_weight 1, with nn.Dropout off in the student, and gains by the
+    two over its runs (docs/prune-your-model.md). In a tenth of an epoch they harm: Garlic for entities, pruned by magnitude,
+    has 79.4 (F1) with labels only, 79.3 with the defaults and dropout, and 70.9 so.
 
     temperature    T > 0; higher shows the student more of the teacher's second choices
     logits_weight  in [0, 1]

@@ -252,9 +252,10 @@ def test_a_users_own_model_is_fine_tuned_and_pruned(files, bert):
     assert len(analysis["heads"]) == 4 and analysis["attention"]
 
 
+@pytest.mark.parametrize("criterion", [None, "magnitude"])
 @pytest.mark.parametrize("garlic", [True, False])
 @pytest.mark.parametrize("distill", [True, False])
-def test_hidden_states_of_a_teacher_are_learnt_without_dropout(files, bert, monkeypatch, distill, garlic):
+def test_hidden_states_of_a_teacher_are_learnt_without_dropout(files, bert, monkeypatch, distill, garlic, criterion):
     seen = {}
 
     class Watched(bridge.DistillationTrainer):
@@ -273,10 +274,11 @@ def test_hidden_states_of_a_teacher_are_learnt_without_dropout(files, bert, monk
     monkeypatch.setattr(training, "DistillationTrainer", Watched)
     monkeypatch.setattr(training, "Pruner", WatchedPruner)
     args = {"model": files / "dense", "out": files / "p", "block": (16, 16), "distill": distill, **arguments(files)}
-    tasks.prune(tasks.PruneArgs(**args))
+    tasks.prune(tasks.PruneArgs(**args, **({"criterion": criterion} if criterion else {})))
     config = GarlicConfig()
     own = {config.hidden_dropout_prob, config.embedding_dropout_prob, config.classifier_dropout} if garlic else {0.1}
-    assert seen == {"criterion": "taylor", "rates": {0.0} if distill else own, "hidden": float(distill)}
+    assert seen["criterion"] == (criterion or "taylor")
+    assert (seen["rates"], seen["hidden"]) == (({0.0}, 1.0) if distill else (own, 0.0))
 
 
 def test_ablation_compares_and_goes_on_where_it_stopped(files, monkeypatch):

@@ -51,7 +51,9 @@ class AblationArgs(RunArgs):
 
 @quiet()
 def ablation(args: AblationArgs, report: Report | None = None, into: Path | None = None) -> list[dict]:
-    """Prune args.model under each criterion, with and without a teacher, everything else equal, and score each on the same file.
+    """Prune args.model under each criterion, with and without a teacher, and score each on the same file.
+
+    Everything else is equal, but for nn.Dropout, which prune turns off under a teacher.
 
     Returns [{"criterion", "distilled", "score", "error", "scores"}], the mean over args.runs runs, its standard error (None for one
     run; it covers what differs from run to run, not the choice of test examples, which all share) and the runs, and writes it to

@@ -107,8 +107,8 @@ PRUNE_RECIPES = {
 # learnt anew from its dense self, and for longer. By `full`.
 FINE_TUNE = Recipe(3, 5e-5, 32, 1.0, 0.01)
 FINE_PRUNE = {full: Recipe(epochs, 5e-4, 32, 1.0, 0.01, least_steps=600) for full, epochs in ((False, 6), (True, 12))}
-# What prune learns from the dense model. A student's dropout would set their hidden states apart too, so while there is a
-# teacher it has none.
+# What prune learns from the dense model. A student's dropout would set their hidden states apart too, so nn.Dropout is off while
+# there is a teacher (Garlic goes on dropping tokens).
 DISTILL = DistillConfig(hidden_weight=1.0)
 
 
