@@ -27,9 +27,7 @@ struct Bf16Tiles {
   using F = Avx512::F;
   static constexpr int64_t size = 2;
   const LinearArgs& a;
-  bool past_cache, ahead;
-  static inline F load(const float* z) { return Avx512::load(z); }
-  static inline F add(F v, F w) { return Avx512::add(v, w); }
+  bool past_cache;
   template <int C, int A, int B>
   static inline void dot() { tile_dot_bf16<C, A, B>(); }
 
@@ -40,33 +38,50 @@ struct Bf16Tiles {
     F bias[NT];
     Columns(const Bf16Tiles& op, int64_t n, int64_t cols) : a(op.a) {
       const auto *b = static_cast<const uint16_t*>(a.bias), *residual = static_cast<const uint16_t*>(a.residual);
+      const bool past_cache = op.past_cache && NT == 2;
       first = {static_cast<uint16_t*>(a.y) + n, b ? b + n : nullptr, residual ? residual + n : nullptr,
-               a.N, cols, cols == NT * kTile, op.past_cache && NT == 2, op.ahead ? a.R : 0,
-               a.pair == Pair::second};
+               a.N, cols, cols == NT * kTile, past_cache, past_cache ? 0 : a.R, a.pair == Pair::second};
       if (first.whole) load_bias<DotBf16>(first, bias);
     }
-    inline void write(int64_t m, F (&sums)[NT]) const {
-      if (first.whole) {
-        for (int v = 0; v < NT; ++v) sums[v] = DotBf16::activate(add(sums[v], bias[v]), a.activation);
-        return finish_row<DotBf16>(first, m, sums);
+    inline void write(const float* z, int64_t m, int64_t rows) const {
+      if (!first.whole) return write_edge(z, m, rows);
+      const Activation activation = a.activation;
+      if (activation == Activation::none && !first.residual)
+        write_rows(z, m, rows, [](F) {});
+      else
+        write_rows(z, m, rows, [=](F& v) { v = DotBf16::activate(v, activation); });
+    }
+    template <class Activate>
+    inline void write_rows(const float* z, int64_t m, int64_t rows, const Activate& activate) const {
+      const Place<DotBf16> at = first;
+      for (const int64_t end = m + rows; m < end; ++m, z += kTile) {
+        F sums[NT];  // [NT * 16]
+        SPARSE_PRUNE_UNROLL
+        for (int v = 0; v < NT; ++v) {
+          sums[v] = Avx512::add(Avx512::load(z + v * kTile * kTile), bias[v]);
+          activate(sums[v]);
+        }
+        finish_row<DotBf16>(at, m, sums);
       }
-      alignas(64) float z[NT * kTile];
-      for (int v = 0; v < NT; ++v) Avx512::store(z + v * kTile, sums[v]);
-      const int64_t row = m * a.N;
-      finish<DotBf16>(z, NT * kTile, first.bias, first.residual ? first.residual + row : nullptr, first.y + row,
-                      {1, first.cols, a.N, a.activation, a.pair});
+    }
+    void write_edge(const float* z, int64_t m, int64_t rows) const {
+      for (int64_t n = 0; n < first.cols; n += kTile, z += kTile * kTile) {
+        const int64_t at = m * a.N + n, cols = first.cols - n < kTile ? first.cols - n : kTile;
+        finish<DotBf16>(z, kTile, first.bias ? first.bias + n : nullptr, first.residual ? first.residual + at : nullptr, first.y + at,
+                        {rows, cols, a.N, a.activation, a.pair});
+      }
     }
   };
 };
 
-// Rows that are whole pages apart compete for 12 lines of the L1 cache, fewer than a tile has rows. A copy that is not costs some 3 cycles
-// a line, and a product on that line 2 to 6: worth it from 8 products on.
+// Rows whose distance is not an odd number of cache lines compete for few sets of the L1 cache: those of 768 inputs take 102 cycles a step
+// where 72 are due, whole pages more. A copy costs some 4 cycles a line, which pays where it is used in 4 products and more.
 const char* spread_rows(const LinearArgs& a, int64_t m0, int64_t m1, int64_t i0, int64_t i1, int64_t& ldx) {
   const char* x = static_cast<const char*>(a.x) + m0 * ldx;
   const int64_t bytes = 2 * a.K, products = (a.crow[i1] - a.crow[i0]) * a.C / a.K;
-  if (ldx % 4096 != 0 || m1 - m0 < 2 * kTile || products < 8) return x;
+  if (ldx / 64 % 2 == 1 || m1 - m0 < 2 * kTile || products < 4) return x;
   const int64_t from = ldx;
-  ldx = (bytes + 63) / 64 * 64 + 64;
+  ldx = ((bytes + 63) / 64 | 1) * 64;
   auto* to = static_cast<char*>(thread_scratch((m1 - m0) * ldx));  // [m1 - m0, ldx]
   for (int64_t m = 0; m < m1 - m0; ++m) memcpy(to + m * ldx, x + m * from, bytes);
   return to;
@@ -76,7 +91,7 @@ void linear(const LinearArgs& a, int64_t m0, int64_t m1, int64_t i0, int64_t i1)
   if (!tiles_fit(a.R, 2 * a.C, 2 * a.K, m1 - m0)) return avx512_bf16_kernels()->linear(a, m0, m1, i0, i1);
   int64_t ldx = 2 * a.ldx;
   const char* x = spread_rows(a, m0, m1, i0, i1, ldx);
-  const Bf16Tiles op = {a, writes_past_cache<DotBf16>(a), fetches_ahead<DotBf16>(a)};
+  const Bf16Tiles op = {a, writes_past_cache<DotBf16>(a)};
   amx_range(op, x, ldx, 2 * a.K, m0, m1, i0, i1);
   if (op.past_cache) Avx512::fence();
 }
