@@ -44,11 +44,11 @@ void bf16_sdd(int64_t M, int64_t N, int64_t K, int64_t R, int64_t C, const int32
 }
 
 // q, k, v, out [B, T, heads, d] contiguous.
-void bf16_attention(int64_t B, int64_t T, int64_t heads, int64_t d, const void* q, const void* k, const void* v, double scale, void* out) {
+void bf16_attention(int amx, int64_t B, int64_t T, int64_t heads, int64_t d, const void* q, const void* k, const void* v, double scale, void* out) {
   const int64_t token = heads * d, batch = T * token;
   const AttentionArgs a = {DType::bf16, B, T, heads, d, q, k, v, batch, token, d, batch, token, d, batch, token, d, scale, {}, {}, out};
   for (int64_t b = 0; b < B; ++b)
-    for (int64_t h = 0; h < heads; ++h) avx512_bf16_encoder()->attention(a, b, h, 0, T);
+    for (int64_t h = 0; h < heads; ++h) (amx ? amx_bf16_encoder() : avx512_bf16_encoder())->attention(a, b, h, 0, T);
 }
 
 void bf16_layer_norm(int64_t M, int64_t H, const void* x, const void* residual, const void* weight, const void* bias, void* y) {

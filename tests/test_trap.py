@@ -178,14 +178,15 @@ def test_int8_matches_float64(harness, problem):
     int8.assert_exact(got, without, torch.bfloat16)
 
 
+@pytest.mark.parametrize("tiles", [0, 1])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 5), (2, 37, 2, 32), (1, 50, 1, 33), (1, 25, 1, 80)], ids=str)
-def test_attention_matches_float64(harness, shape):
+def test_attention_matches_float64(harness, shape, tiles):
     """Shapes are B, T, heads, d."""
     batch, length, heads, size = shape
     q, k, v = torch.randn(3, batch, length, heads, size, dtype=torch.bfloat16)
     got = torch.full_like(q, torch.nan)
     scale = ctypes.c_double(size**-0.5)
-    harness["native"].bf16_attention(*sizes(*shape), *map(pointer, (q, k, v)), scale, pointer(got))
+    harness["native"].bf16_attention(tiles, *sizes(*shape), *map(pointer, (q, k, v)), scale, pointer(got))
     exact = reference.attention(q.double(), k.double(), v.double(), size**-0.5, None, None)
     assert_close(got, exact, reference.attention(q, k, v, size**-0.5, None, None))
 

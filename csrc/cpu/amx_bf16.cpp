@@ -1,10 +1,13 @@
 // bf16 by AMX: 2x2 tiles of 16 rows x 16 outputs, x read in place, weights in the pair order that tdpbf16ps and vdpbf16ps share.
-#include "kernels.h"
+#include "encoder.h"
 #include "target.h"
 
 #if SPARSE_PRUNE_X86
 #include <immintrin.h>
+#include <cmath>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 #include <utility>
 #ifdef SPARSE_PRUNE_COUNT_TILES
 extern "C" int64_t tile_counts[3];  // loads, products, stores
@@ -17,9 +20,9 @@ namespace {
 #include "amx_tile.h"
 #include "avx512.h"
 #include "tile_kernel.h"
+#include "encoder_kernel.h"
 #include "native_bf16.h"
 #include "avx512_bf16.h"
-
 #include "amx_kernel.h"
 
 struct Bf16Tiles {
@@ -96,7 +99,47 @@ void linear(const LinearArgs& a, int64_t m0, int64_t m1, int64_t i0, int64_t i1)
   if (op.past_cache) Avx512::fence();
 }
 
+// The products of attention. What they read is in L1, where sums that begin at tilezero would take 145 cycles more than sums that begin at
+// zeros from memory; a chain of products here is one to four long.
+struct TiledBf16 : DotBf16 {
+  static constexpr int64_t tile_steps = kTile;
+
+  template <int MT, int NT>
+  static inline void block(const uint16_t* x, int64_t ldx, const uint16_t* w, int64_t ldw, int64_t steps, float* z, int64_t ldz) {
+    alignas(64) static constexpr float zeros[kTile] = {};
+    tile_load<0>(zeros, 0);
+    if (NT == 2) tile_load<1>(zeros, 0);
+    if (MT == 2) tile_load<2>(zeros, 0);
+    if (MT * NT == 4) tile_load<3>(zeros, 0);
+    for (int64_t s = 0; s < steps; s += kTile, x += 2 * kTile, w += kTile * ldw)
+      amx_step<Bf16Tiles, MT, NT, 0>(reinterpret_cast<const char*>(x), 2 * kTile * ldx, 2 * ldx, reinterpret_cast<const char*>(w), 2 * ldw);
+    tile_store<0>(z, 4 * ldz);
+    if (NT == 2) tile_store<1>(z + kTile, 4 * ldz);
+    if (MT == 2) tile_store<2>(z + kTile * ldz, 4 * ldz);
+    if (MT * NT == 4) tile_store<3>(z + kTile * ldz + kTile, 4 * ldz);
+  }
+
+  // Rows and cols up to whole tiles, steps a multiple of one's.
+  static void product(int64_t rows, int64_t cols, const uint16_t* x, int64_t ldx, const uint16_t* w, int64_t steps, float* z, int64_t ldz) {
+    configure({4 * kTile, kTile});
+    const int64_t ldw = 2 * cols;
+    for (int64_t m = 0; m < rows; m += 2 * kTile) {
+      const bool tall = rows - m > kTile;
+      for (int64_t n = 0; n < cols; n += 2 * kTile) {
+        const bool wide = cols - n > kTile;
+        const auto of = tall ? (wide ? block<2, 2> : block<2, 1>) : (wide ? block<1, 2> : block<1, 1>);
+        of(x + m * ldx, ldx, w + 2 * n, ldw, steps, z + m * ldz + n, ldz);
+      }
+    }
+  }
+};
+
 }  // namespace
+
+const EncoderKernels* amx_bf16_encoder() {
+  static const EncoderKernels kernels = {attention_of<TiledBf16, DotBf16>, avx512_bf16_encoder()->layer_norm};
+  return &kernels;
+}
 
 const Kernels* amx_bf16_kernels() {
   static const Kernels kernels = {"amx_bf16", true, linear, avx512_bf16_kernels()->sdd, avx512_bf16_kernels()->panels};
@@ -107,4 +150,5 @@ const Kernels* amx_bf16_kernels() {
 SPARSE_PRUNE_TARGET_END
 #else
 const sparse_prune::Kernels* sparse_prune::amx_bf16_kernels() { return nullptr; }
+const sparse_prune::EncoderKernels* sparse_prune::amx_bf16_encoder() { return nullptr; }
 #endif

@@ -39,6 +39,7 @@ inline void tile_dot_u8s8();
 #endif
 #define SPARSE_PRUNE_ACCUMULATOR(T, A, B)                                                                     \
   template <> inline void tile_zero<T>() { _tile_zero(T); }                                                   \
+  template <> inline void tile_load<T>(const void* p, int64_t s) { SPARSE_PRUNE_COUNT(0); _tile_loadd(T, p, s); } \
   template <> inline void tile_store<T>(void* p, int64_t s) { SPARSE_PRUNE_COUNT(2); _tile_stored(T, p, s); } \
   SPARSE_PRUNE_DOT(T, A, B)
 SPARSE_PRUNE_ACCUMULATOR(0, 4, 6)

@@ -87,7 +87,8 @@ const Kernels* kernels_of(Isa isa) {
 const EncoderKernels& encoder_for(DType dtype) {
   const Kernels* linear = &kernels_for(dtype);
   if (dtype == DType::f64) return *portable_f64_encoder();
-  if (linear == amx_bf16_kernels() || linear == avx512_bf16_kernels()) return *avx512_bf16_encoder();
+  if (linear == amx_bf16_kernels()) return *amx_bf16_encoder();
+  if (linear == avx512_bf16_kernels()) return *avx512_bf16_encoder();
   if (linear == avx512_kernels()) return *avx512_encoder();
   return linear == avx2_kernels() ? *avx2_encoder() : *portable_encoder();
 }

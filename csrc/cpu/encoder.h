@@ -50,5 +50,6 @@ const EncoderKernels* portable_f64_encoder();
 const EncoderKernels* avx2_encoder();
 const EncoderKernels* avx512_encoder();
 const EncoderKernels* avx512_bf16_encoder();
+const EncoderKernels* amx_bf16_encoder();
 
 }  // namespace sparse_prune

@@ -4,6 +4,9 @@
 // Dot is the format of the products (Plain<V>, or pairs of bf16), Io the format of the tensors. Where they agree q is read in place;
 // otherwise it is widened. Keys are packed once per head as [d / step][keys][step] and values as [T / step][d][step], which the products
 // read in order. One block of queries at a time goes through scores, softmax and values, so that its scores stay in the L1 cache.
+//
+// A Dot whose products are not made of vectors has tile_steps, the steps that one takes, and product, which may read and write rows up to a
+// multiple of 16: steps are then padded with zeros.
 
 // z[MR][ldz] = sum over steps of x[m, step] * w[step][NV * W].
 template <class Dot, int MR, int NV>
@@ -70,6 +73,15 @@ void product(int64_t rows, int64_t cols, const typename Dot::X* x, int64_t ldx, 
   }
 }
 
+template <class Dot>
+inline void product_of(int64_t rows, int64_t cols, const typename Dot::X* x, int64_t ldx, const typename Dot::Wt* w, int64_t steps,
+                       typename Dot::Vec::Elem* z, int64_t ldz) {
+  if constexpr (Dot::tile_steps > 1)
+    Dot::product(rows, cols, x, ldx, w, steps, z, ldz);
+  else
+    product<Dot>(rows, cols, x, ldx, w, steps, z, ldz);
+}
+
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // from[count] as Dot's elements; to has room for whole vectors.
@@ -90,7 +102,9 @@ struct AttentionHead {
   using E = typename V::Elem;
   using X = typename Dot::X;
   using Y = typename Io::Y;
-  static constexpr int64_t step = Dot::step, rows_most = 24;  // 24 rows of 128 scores in float and as weights: 18 KiB of L1
+  static constexpr int64_t step = Dot::step, tile_steps = Dot::tile_steps;
+  static constexpr bool tiles = tile_steps > 1;
+  static constexpr int64_t rows_most = tiles ? 32 : 24;  // 24 rows of 128 scores in float and as weights: 18 KiB of L1
 
   static constexpr E lowest = -std::numeric_limits<E>::max();
 
@@ -100,8 +114,8 @@ struct AttentionHead {
   E *scores, *sums, *limits, *totals, *lanes, *columns;
 
   AttentionHead(const AttentionArgs& args, int64_t batch, int64_t head)
-      : a(args), b(batch), h(head), keys(round_up(a.T, V::W)), features(round_up(a.d, V::W)), key_steps((a.T + step - 1) / step),
-        feature_steps((a.d + step - 1) / step) {
+      : a(args), b(batch), h(head), keys(round_up(a.T, tiles ? tile_steps * step : V::W)), features(round_up(a.d, V::W)),
+        key_steps(round_up((a.T + step - 1) / step, tile_steps)), feature_steps(round_up((a.d + step - 1) / step, tile_steps)) {
     const int64_t counts[] = {round_up(feature_steps, V::W) * keys * step, key_steps * features * step, rows_most * keys * step,
                               (rows_most + 2) * features * step};
     const int64_t rows = round_up(rows_most, V::W);
@@ -142,7 +156,7 @@ struct AttentionHead {
       for (int64_t c = 0; c < feature_steps; c += V::W)
         V::transpose(static_cast<const char*>(rows) + c * sizeof(E), apart * sizeof(X), packed_k + (c * keys + t) * step, keys);
     }
-    for (int64_t t = 0; t < a.T; t += step) {  // [T / step][d][step]
+    for (int64_t t = 0; t < key_steps * step; t += step) {  // [T / step][d][step]
       X* to = packed_v + t * features;
       if constexpr (step == 1) {
         if (features != a.d) memset(to, 0, sizeof(X) * features);
@@ -206,7 +220,7 @@ struct AttentionHead {
         if (a.keep.query != 0) set_limits(t0 + m);
         for (int64_t j = 0; j < keys; j += V::W) {
           F v = V::mul(V::load(s + j), V::set1(scale));
-          if (bias) v = V::fma(a.T - j >= V::W ? Io::load_y(bias + j) : load_edge<Io>(bias + j, a.T - j), V::set1(log2e), v);
+          if (bias && j < a.T) v = V::fma(a.T - j >= V::W ? Io::load_y(bias + j) : load_edge<Io>(bias + j, a.T - j), V::set1(log2e), v);
           if (limited) v = V::min(V::load(limits + j), v);
           V::store(s + j, v);
           highest = V::max(highest, v);
@@ -243,7 +257,7 @@ struct AttentionHead {
       int64_t ldx = a.q_token;
       bool in_place = false;
       if constexpr (std::is_same_v<X, Y>) {
-        in_place = a.d % step == 0;
+        in_place = a.d % (step * tile_steps) == 0 && (!tiles || rows % V::W == 0);
         x = q + t * a.q_token;
       }
       if (!in_place) {
@@ -255,9 +269,9 @@ struct AttentionHead {
         x = row;
       }
       prefetch_next(t, rows);
-      product<Dot>(rows, keys, x, ldx, packed_k, feature_steps, scores, keys);                // [rows, keys]
+      product_of<Dot>(rows, keys, x, ldx, packed_k, feature_steps, scores, keys);             // [rows, keys]
       softmax(rows, t);
-      product<Dot>(rows, features, weights, keys, packed_v, key_steps, sums, features);       // [rows, d]
+      product_of<Dot>(rows, features, weights, keys, packed_v, key_steps, sums, features);    // [rows, d]
       for (int64_t m = 0; m < rows; ++m) {
         const F share = V::set1(totals[m] == 0 ? E(0) : 1 / totals[m]);
         Y* to = out + (t + m) * a.heads * a.d;

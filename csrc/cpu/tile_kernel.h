@@ -20,6 +20,7 @@ struct Plain {
   using Wt = typename V::Elem;
   using Y = typename V::Elem;
   static constexpr int step = 1, parts = 1;
+  static constexpr int64_t tile_steps = 1;  // for encoder_kernel.h
   static inline void weights(const Wt* w, F out[1]) { out[0] = V::load(w); }
   static inline F broadcast(const X* x, int) { return V::set1(*x); }
   static inline F broadcast_last(const X* x) { return V::set1(*x); }
