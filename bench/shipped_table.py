@@ -19,6 +19,7 @@ from sparse_prune.tuning import write_table
 
 # What oneDNN and MKL call the same instructions; each dtype has rows for the sets that its kernels can use.
 HELD = {
+    "amx_bf16": ("AVX512_CORE_AMX", "AVX512"),
     "avx512_bf16": ("AVX512_CORE_BF16", "AVX512"),
     "avx512": ("AVX512_CORE", "AVX512"),
     "avx2": ("AVX2", "AVX2"),

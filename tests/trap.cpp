@@ -269,7 +269,7 @@ bool on_tiles(const Instruction& in) {
     sttilecfg(in.base + in.index);
   else if (in.code == vex(3, 0x49) && two && !in.memory && in.rm == 0)
     tilezero(in.reg);
-  else if (in.code == vex(3, 0x4b) && move)
+  else if ((in.code == vex(3, 0x4b) || in.code == vex(1, 0x4b)) && move)  // the second is tileloaddt1, which differs in what caches keep
     tileloadd(in.reg, in.base, in.index);
   else if (in.code == vex(2, 0x4b) && move)
     tilestored(in.reg, in.base, in.index);

@@ -112,7 +112,8 @@ struct TiledBf16 : DotBf16 {
     if (MT == 2) tile_load<2>(zeros, 0);
     if (MT * NT == 4) tile_load<3>(zeros, 0);
     for (int64_t s = 0; s < steps; s += kTile, x += 2 * kTile, w += kTile * ldw)
-      amx_step<Bf16Tiles, MT, NT, 0>(reinterpret_cast<const char*>(x), 2 * kTile * ldx, 2 * ldx, reinterpret_cast<const char*>(w), 2 * ldw);
+      amx_step<Bf16Tiles, MT, NT, 0>(reinterpret_cast<const char*>(x), 2 * kTile * ldx, 2 * ldx, false, reinterpret_cast<const char*>(w),
+                                    2 * ldw);
     tile_store<0>(z, 4 * ldz);
     if (NT == 2) tile_store<1>(z + kTile, 4 * ldz);
     if (MT == 2) tile_store<2>(z + kTile * ldz, 4 * ldz);

@@ -16,6 +16,7 @@ struct AmxShape {
   int64_t rows;         // rows of x in a tile
   int64_t second;       // row at which the second tile of x begins
   int64_t ldx, x_bytes; // bytes from one row of x to the next, and in a row
+  bool streams;         // x would push the weights out of L1
 };
 
 // The sums of a finished tile, on their way to y.
@@ -78,15 +79,15 @@ inline void write_tile(const Op& op, Unfinished<Op>& u) {
 
 // One step: MT tiles of x by NT of weights, into the tiles of SET where there are fewer than four. Tiles: see amx_tile.h.
 template <class Op, int MT, int NT, int SET>
-inline void amx_step(const char* x, int64_t second, int64_t ldx, const char* w, int64_t ldw) {
+inline void amx_step(const char* x, int64_t second, int64_t ldx, bool streams, const char* w, int64_t ldw) {
   constexpr int A = MT == 1 ? 4 + SET : 4, B = NT == 1 ? 6 + SET : 6, C = 2 * (A - 4) + B - 6;
   tile_load<B>(w, ldw);                                 // [groups][16][4]
   if constexpr (NT == 2) tile_load<7>(w + 64, ldw);     // [groups][16][4]
-  tile_load<A>(x, ldx);                                 // [rows][step]
+  streams ? tile_stream<A>(x, ldx) : tile_load<A>(x, ldx);  // [rows][step]
   Op::template dot<C, A, B>();
   if constexpr (NT == 2) Op::template dot<C + 1, A, 7>();
   if constexpr (MT == 2) {
-    tile_load<5>(x + second, ldx);                      // [rows][step]
+    streams ? tile_stream<5>(x + second, ldx) : tile_load<5>(x + second, ldx);  // [rows][step]
     Op::template dot<C + 2, 5, B>();
     if constexpr (NT == 2) Op::template dot<3, 5, 7>();
   }
@@ -106,15 +107,16 @@ void amx_tile(const Op& op, const AmxShape& s, const char* x, int64_t i, int64_t
   const int64_t block_bytes = a.C * Op::size, ldw = 4 * a.R, step_w = step * a.R, block_w = block_bytes * a.R;
   const char* w = static_cast<const char*>(a.w) + (n - i * a.R) * 4;
   const int32_t *col = a.col, *block = a.block;
+  const bool streams = s.streams;
   int64_t steps = 0;
   for (int64_t e = a.crow[i], end = a.crow[i + 1]; e < end; ++e) {
     const int64_t k0 = col[e] * block_bytes, bytes = x_bytes - k0 < block_bytes ? x_bytes - k0 : block_bytes;
     const char *xk = x + k0, *wk = w + (block ? block[e] : e) * block_w;  // wk: [groups][R][4]
     for (const char* x_end = xk + bytes; xk < x_end; xk += step, wk += step_w, ++steps)
       if (sets == 2 && steps & 1)
-        amx_step<Op, MT, NT, 1>(xk, second, ldx, wk, ldw);
+        amx_step<Op, MT, NT, 1>(xk, second, ldx, streams, wk, ldw);
       else
-        amx_step<Op, MT, NT, 0>(xk, second, ldx, wk, ldw);
+        amx_step<Op, MT, NT, 0>(xk, second, ldx, streams, wk, ldw);
   }
   write_tile(op, u);
   tile_store<0>(u.z[0], 4 * kTile);
@@ -131,7 +133,7 @@ template <class Op>
 void amx_range(const Op& op, const char* x, int64_t ldx, int64_t x_bytes, int64_t m0, int64_t m1, int64_t i0, int64_t i1) {
   const auto& a = op.a;
   const int64_t height = m1 - m0;
-  AmxShape s = {bytes_per_step(a.C * Op::size), kTile, kTile, ldx, x_bytes};
+  AmxShape s = {bytes_per_step(a.C * Op::size), kTile, kTile, ldx, x_bytes, false};
   if (height < 2 * kTile) {  // two tiles of equal height, which may share a row, or one
     s.rows = height > kTile ? (height + 1) / 2 : height;
     s.second = height - s.rows;
@@ -143,6 +145,7 @@ void amx_range(const Op& op, const char* x, int64_t ldx, int64_t x_bytes, int64_
     g1 = group_end(a, g0, i1, Op::size);
     const int64_t row_bytes = (a.crow[g1] - a.crow[g0]) * a.C * Op::size * 2 * kTile / (g1 - g0);  // of weights, 32 outputs of a block-row
     const int64_t panel = (row_bytes <= 8192 ? 4 : 8) * kTile;
+    s.streams = s.step == 64 && row_bytes > 16384 && height * x_bytes > 32768;
     for (int64_t p = m0; p < m1; p += panel) {
       const int64_t panel_end = p + panel < m1 ? p + panel : m1;
       for (int64_t i = g0; i < g1; ++i) {

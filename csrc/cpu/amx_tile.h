@@ -25,6 +25,8 @@ inline void tile_zero();
 template <int T>
 inline void tile_load(const void* p, int64_t stride);
 template <int T>
+inline void tile_stream(const void* p, int64_t stride);  // for what will not be read again from L1
+template <int T>
 inline void tile_store(void* p, int64_t stride);
 template <int C, int A, int B>
 inline void tile_dot_bf16();
@@ -48,8 +50,9 @@ SPARSE_PRUNE_ACCUMULATOR(2, 5, 6)
 SPARSE_PRUNE_ACCUMULATOR(3, 5, 7)
 #undef SPARSE_PRUNE_ACCUMULATOR
 #undef SPARSE_PRUNE_DOT
-#define SPARSE_PRUNE_FACTOR(T) \
-  template <> inline void tile_load<T>(const void* p, int64_t s) { SPARSE_PRUNE_COUNT(0); _tile_loadd(T, p, s); }
+#define SPARSE_PRUNE_FACTOR(T)                                                                                    \
+  template <> inline void tile_load<T>(const void* p, int64_t s) { SPARSE_PRUNE_COUNT(0); _tile_loadd(T, p, s); } \
+  template <> inline void tile_stream<T>(const void* p, int64_t s) { SPARSE_PRUNE_COUNT(0); _tile_stream_loadd(T, p, s); }
 SPARSE_PRUNE_FACTOR(4)
 SPARSE_PRUNE_FACTOR(5)
 SPARSE_PRUNE_FACTOR(6)
