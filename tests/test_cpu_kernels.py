@@ -427,6 +427,9 @@ AMX_PROBLEMS = [
     (81, 64, 64, 32, 32, 0.5),
     (113, 96, 64, 48, 16, 0.5),
     (140, 96, 128, 16, 16, 0.5),
+    (8, 192, 128, 64, 16, 0.5),  # four columns, as in the next two: one low tile, a cut edge and shared rows, two strips
+    (37, 150, 96, 64, 32, 0.6),
+    (50, 256, 64, 128, 16, 0.5),
 ]
 
 
@@ -483,7 +486,7 @@ def test_native_amx_takes_rows_a_page_apart(harness, n):
     ("block", "m", "loads", "products", "stores"),
     [
         ((32, 32), 128, 4 * 4, 4 * 4, 4 * 4),  # four times 32 rows, each 2 x 2 tiles: one load per product
-        ((64, 64), 128, 4 * 2 * 2 * 4, 4 * 2 * 2 * 4, 4 * 2 * 4),
+        ((64, 64), 128, 8 * 2 * 5, 8 * 2 * 4, 8 * 4),  # 16 rows by four columns: x once for 64 outputs
         ((16, 16), 128, 4 * 3, 4 * 2, 4 * 4),  # sums in two sets
         ((32, 32), 16, 3, 2, 4),
         ((32, 32), 24, 4, 4, 4),

@@ -1,7 +1,7 @@
 // The product by tiles that bf16 and int8 share: in bytes the two are the same. Rows of x and weights are groups of 4 bytes (2 bf16 or
 // 4 int8), weights lie as [groups][R][4]. Included after tile_kernel.h and amx_tile.h, inside an unnamed namespace.
 //
-// Four tiles of 16 x 16 sums stay in registers: 32 rows of x by 32 outputs. A product into a tile takes 52 cycles and another into a
+// Four tiles of 16 x 16 sums stay in registers: 32 rows of x by 32 outputs, or 16 by 64. A product into a tile takes 52 cycles and another into a
 // different tile may start every 16, so four must be under way: where an output tile is smaller, every second step goes to sums of its own.
 // What follows the sums (bias, rounding, y) has no tile instructions; it is done for one tile once the products of the next are under way.
 // Nothing of x or the weights is fetched ahead: from L2 the processor's own reach covers it, and the instructions cost 43 cycles a step.
@@ -44,12 +44,16 @@ inline bool tiles_fit(int64_t R, int64_t block_bytes, int64_t x_bytes, int64_t h
 }
 
 // Loads the configuration unless this thread has it already: ldtilecfg also clears every tile.
-inline void configure(const AmxShape& s) {
+inline void configure(const AmxShape& s, bool four_columns = false) {
   TileConfig want = {}, have = {};
   want.palette = 1;
   for (int t = 0; t < 8; ++t) {
     want.rows[t] = static_cast<uint8_t>(t < 6 ? s.rows : s.step / 4);                       // weights: [groups][16][4 bytes]
     want.row_bytes[t] = static_cast<uint16_t>(t == 4 || t == 5 ? s.step : 4 * kTile);       // x: [rows][step]
+  }
+  if (four_columns) {
+    want.rows[5] = want.rows[6];
+    want.row_bytes[5] = want.row_bytes[6];
   }
   __asm__ volatile("" : : : "memory");  // a tile load does not tell the compiler what it reads: x must have been written by now
   tile_store_config(&have);
@@ -73,6 +77,7 @@ void write_tile(const Op& op, Unfinished<Op>& u) {
 
 template <class Op>
 inline void write_tile(const Op& op, Unfinished<Op>& u) {
+  if (u.wide == 4) write_tile<4>(op, u);
   if (u.wide == 2) write_tile<2>(op, u);
   if (u.wide == 1) write_tile<1>(op, u);
 }
@@ -80,6 +85,18 @@ inline void write_tile(const Op& op, Unfinished<Op>& u) {
 // One step: MT tiles of x by NT of weights, into the tiles of SET where there are fewer than four. Tiles: see amx_tile.h.
 template <class Op, int MT, int NT, int SET>
 inline void amx_step(const char* x, int64_t second, int64_t ldx, bool streams, const char* w, int64_t ldw) {
+  if constexpr (NT == 4) {
+    streams ? tile_stream<4>(x, ldx) : tile_load<4>(x, ldx);  // [rows][step]
+    tile_load<5>(w, ldw);                                     // [groups][16][4]
+    Op::template dot<0, 4, 5>();
+    tile_load<6>(w + 64, ldw);
+    Op::template dot<1, 4, 6>();
+    tile_load<7>(w + 128, ldw);
+    Op::template dot<2, 4, 7>();
+    tile_load<5>(w + 192, ldw);
+    Op::template dot<3, 4, 5>();
+    return;
+  }
   constexpr int A = MT == 1 ? 4 + SET : 4, B = NT == 1 ? 6 + SET : 6, C = 2 * (A - 4) + B - 6;
   tile_load<B>(w, ldw);                                 // [groups][16][4]
   if constexpr (NT == 2) tile_load<7>(w + 64, ldw);     // [groups][16][4]
@@ -134,11 +151,17 @@ void amx_range(const Op& op, const char* x, int64_t ldx, int64_t x_bytes, int64_
   const auto& a = op.a;
   const int64_t height = m1 - m0;
   AmxShape s = {bytes_per_step(a.C * Op::size), kTile, kTile, ldx, x_bytes, false};
-  if (height < 2 * kTile) {  // two tiles of equal height, which may share a row, or one
+  // Four columns read x once for 64 outputs and write two lines of y side by side, but each of their products needs a load of weights: for
+  // blocks that are as high, where the others would wait for x and y.
+  const int64_t block_rows = i1 > i0 ? i1 - i0 : 1, weight_bytes = (a.crow[i1] - a.crow[i0]) * a.C * Op::size * 4 * kTile / block_rows;
+  const bool four_columns = a.R % (4 * kTile) == 0 && (s.step < 64 || weight_bytes <= 32768);
+  if (four_columns) {
+    s.rows = height < kTile ? height : kTile;
+  } else if (height < 2 * kTile) {  // two tiles of equal height, which may share a row, or one
     s.rows = height > kTile ? (height + 1) / 2 : height;
     s.second = height - s.rows;
   }
-  configure(s);
+  configure(s, four_columns);
   Unfinished<Op> u;
   u.wide = 0;
   for (int64_t g0 = i0, g1; g0 < i1; g0 = g1) {
@@ -150,15 +173,17 @@ void amx_range(const Op& op, const char* x, int64_t ldx, int64_t x_bytes, int64_
       const int64_t panel_end = p + panel < m1 ? p + panel : m1;
       for (int64_t i = g0; i < g1; ++i) {
         const int64_t row_end = (i + 1) * a.R < a.N ? (i + 1) * a.R : a.N;
-        for (int64_t n = i * a.R; n < row_end; n += 2 * kTile) {
+        for (int64_t n = i * a.R, wanted; n < row_end; n += wanted) {
           const bool wide = (i + 1) * a.R - n > kTile;
-          const int64_t wanted = wide ? 2 * kTile : kTile, cols = row_end - n < wanted ? row_end - n : wanted;
+          wanted = (four_columns ? 4 : (wide ? 2 : 1)) * kTile;
+          const int64_t cols = row_end - n < wanted ? row_end - n : wanted;
           for (int64_t next = p, m; next < panel_end;) {
-            const bool tall = height > kTile && (height < 2 * kTile || panel_end - next > kTile);
+            const bool tall = !four_columns && height > kTile && (height < 2 * kTile || panel_end - next > kTile);
             const int64_t most = tall ? s.second + s.rows : s.rows;
             // The last tile begins early enough to be whole, and shares rows with the one before.
             m = next + most <= m1 ? next : m1 - most;
             auto tile = tall ? (wide ? amx_tile<Op, 2, 2> : amx_tile<Op, 2, 1>) : (wide ? amx_tile<Op, 1, 2> : amx_tile<Op, 1, 1>);
+            if (four_columns) tile = amx_tile<Op, 1, 4>;
             tile(op, s, x + (m - m0) * ldx, i, m, next, n, cols, u);
             next = m + most;
           }
