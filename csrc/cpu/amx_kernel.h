@@ -154,7 +154,7 @@ void amx_range(const Op& op, const char* x, int64_t ldx, int64_t x_bytes, int64_
   // Four columns read x once for 64 outputs and write two lines of y side by side, but each of their products needs a load of weights: for
   // blocks that are as high, where the others would wait for x and y.
   const int64_t block_rows = i1 > i0 ? i1 - i0 : 1, weight_bytes = (a.crow[i1] - a.crow[i0]) * a.C * Op::size * 4 * kTile / block_rows;
-  const bool four_columns = a.R % (4 * kTile) == 0 && (s.step < 64 || weight_bytes <= 32768);
+  const bool four_columns = a.R % (4 * kTile) == 0 && (s.step < 64 || weight_bytes <= 65536);
   if (four_columns) {
     s.rows = height < kTile ? height : kTile;
   } else if (height < 2 * kTile) {  // two tiles of equal height, which may share a row, or one
