@@ -34,9 +34,9 @@ void int8_linear(int amx, int dtype, int64_t M, int64_t N, int64_t K, int64_t R,
 }
 
 // dy and x contiguous; the panels are what the kernels write on the way.
-void bf16_sdd(int64_t M, int64_t N, int64_t K, int64_t R, int64_t C, const int32_t* crow, const int32_t* col, const void* dy,
+void bf16_sdd(int amx, int64_t M, int64_t N, int64_t K, int64_t R, int64_t C, const int32_t* crow, const int32_t* col, const void* dy,
               const void* x, void* dy_panels, void* x_panels, void* dvalues) {
-  const Kernels& kernels = *avx512_bf16_kernels();
+  const Kernels& kernels = *(amx ? amx_bf16_kernels() : avx512_bf16_kernels());
   const int64_t rows = (N + R - 1) / R;
   kernels.panels({DType::bf16, M, N, R, dy, N, dy_panels}, 0, rows);
   kernels.panels({DType::bf16, M, K, C, x, K, x_panels}, 0, (K + C - 1) / C);

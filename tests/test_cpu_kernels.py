@@ -427,7 +427,8 @@ AMX_PROBLEMS = [
     (81, 64, 64, 32, 32, 0.5),
     (113, 96, 64, 48, 16, 0.5),
     (140, 96, 128, 16, 16, 0.5),
-    (8, 192, 128, 64, 16, 0.5),  # four columns, as in the next two: one low tile, a cut edge and shared rows, two strips
+    # Four columns: one low tile; a cut edge and shared rows; two strips.
+    (8, 192, 128, 64, 16, 0.5),
     (37, 150, 96, 64, 32, 0.6),
     (50, 256, 64, 128, 16, 0.5),
 ]

@@ -150,8 +150,12 @@ def test_linear_matches_float64(harness, problem):
     assert_close(harness_linear(harness["native"], p, "silu", tiles=0), *without)
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_sampled_products_match_float64(harness, problem):
+@pytest.mark.parametrize(
+    ("tiles", "problem"),
+    [*((0, problem) for problem in PROBLEMS), (1, (37, 64, 80, 32, 16, 0.6)), (1, (1030, 80, 64, 16, 32, 0.4))],
+    ids=str,
+)
+def test_sampled_products_match_float64(harness, tiles, problem):
     p = Problem(*problem, torch.bfloat16)
     (m, k), n, (r, c) = p.x.shape, p.n, p.packed.blocksize
     panels = [
@@ -160,7 +164,7 @@ def test_sampled_products_match_float64(harness, problem):
     ]
     dense_x, got = p.x.contiguous(), torch.full_like(p.packed.values, torch.nan)
     operands = map(pointer, (*p.bsr[:2], p.dy, dense_x, *panels, got))
-    harness["native"].bf16_sdd(*sizes(m, n, k, r, c), *operands)
+    harness["native"].bf16_sdd(tiles, *sizes(m, n, k, r, c), *operands)
     exact = reference.bsr_sdd(p.dy.double(), p.x.double(), *p.bsr[:2], r, c)
     assert_close(got, exact, reference.bsr_sdd(p.dy, p.x, *p.bsr[:2], r, c))
 

@@ -135,6 +135,80 @@ struct TiledBf16 : DotBf16 {
   }
 };
 
+// z[MT * 16][NT * 16] (+)= `products` tiles of dy, `tiles` of 1 KiB apart, by those of x, of which the last may lie at x_end.
+template <int MT, int NT>
+void sdd_tiles(const float* dy, int64_t tiles, const uint16_t* x, const uint16_t* x_end, int64_t ldx, int64_t products, bool starts, float* z,
+               int64_t ldz) {
+  alignas(64) static constexpr float zeros[kTile] = {};
+  const int64_t ld = starts ? 0 : 4 * ldz;
+  const auto at = [&](int64_t row, int64_t column) { return starts ? zeros : z + row * kTile * ldz + column * kTile; };
+  tile_load<0>(at(0, 0), ld);
+  if (NT == 2) tile_load<1>(at(0, 1), ld);
+  if (MT == 2) tile_load<2>(at(1, 0), ld);
+  if (MT * NT == 4) tile_load<3>(at(1, 1), ld);
+  for (int64_t k = 0; k < products; ++k, dy += tiles * kTile * kTile, x += kTile * ldx) {
+    const uint16_t* xk = x_end && k + 1 == products ? x_end : x;
+    amx_step<Bf16Tiles, MT, NT, 0>(reinterpret_cast<const char*>(dy), 4 * kTile * kTile, 4 * kTile, false, reinterpret_cast<const char*>(xk),
+                                   2 * ldx);
+  }
+  tile_store<0>(z, 4 * ldz);
+  if (NT == 2) tile_store<1>(z + kTile, 4 * ldz);
+  if (MT == 2) tile_store<2>(z + kTile * ldz, 4 * ldz);
+  if (MT * NT == 4) tile_store<3>(z + kTile * ldz + kTile, 4 * ldz);
+}
+
+// dW. Panels are pairs of tokens: those of x are the second factor of a tile product as they are, those of dy become the first one by
+// transposing 16 pairs of 16 outputs, once for all blocks of a block-row. Sums of a block's tiles wait in memory between chunks of tokens,
+// of which those of dy stay in L1.
+void sdd(const SddArgs& a, int64_t i0, int64_t i1) {
+  if (a.R % kTile || a.C % kTile || a.M < 2 * kTile) return avx512_bf16_kernels()->sdd(a, i0, i1);
+  constexpr int64_t kChunk = 16;  // tile products, of 32 tokens each
+  const int64_t pairs = (a.M + 1) / 2, products = (pairs + kTile - 1) / kTile, last = pairs % kTile;  // last: pairs of a last, short product
+  const int64_t size = a.R * a.C, ldx = 2 * a.C, tiles = a.R / kTile;
+  int64_t most = 1;  // blocks of a block-row
+  for (int64_t i = i0; i < i1; ++i) most = a.crow[i + 1] - a.crow[i] > most ? a.crow[i + 1] - a.crow[i] : most;
+  const int64_t floats = most * size + kChunk * tiles * kTile * kTile, halves = 2 * kTile * (a.R + a.C);
+  auto* sums = static_cast<float*>(thread_scratch(sizeof(float) * floats + sizeof(uint16_t) * halves));  // [most][R][C]
+  float* turned = sums + most * size;                             // [kChunk][tiles][16][32 tokens]
+  auto* short_dy = reinterpret_cast<uint16_t*>(sums + floats);    // [16][R][2], zeros past the last pair
+  uint16_t* short_x = short_dy + 2 * kTile * a.R;                 // [16][C][2]
+  configure({4 * kTile, kTile});
+  const auto* dy_panels = static_cast<const uint16_t*>(a.dy_panels);
+  const auto* x_panels = static_cast<const uint16_t*>(a.x_panels);
+  const auto pad = [&](const uint16_t* from, int64_t width, uint16_t* to) {
+    memcpy(to, from, 4 * last * width);
+    memset(to + 2 * last * width, 0, 4 * (kTile - last) * width);
+    return to;
+  };
+  for (int64_t i = i0; i < i1; ++i) {
+    const int64_t begin = a.crow[i], end = a.crow[i + 1];
+    const uint16_t* dy = dy_panels + 2 * i * pairs * a.R;  // [pairs][R][2]
+    for (int64_t k0 = 0; k0 < products && begin < end; k0 += kChunk) {
+      const int64_t k1 = k0 + kChunk < products ? k0 + kChunk : products;
+      for (int64_t k = k0; k < k1; ++k) {
+        const uint16_t* from = dy + 2 * k * kTile * a.R;
+        if (last && k + 1 == products) from = pad(from, a.R, short_dy);
+        for (int64_t t = 0; t < tiles; ++t)
+          Avx512::transpose(from + 2 * t * kTile, 4 * a.R, turned + ((k - k0) * tiles + t) * kTile * kTile, kTile);
+      }
+      for (int64_t e = begin; e < end; ++e) {
+        const uint16_t* x = x_panels + 2 * a.col[e] * pairs * a.C;  // [pairs][C][2]
+        const uint16_t* x_end = last && k1 == products ? pad(x + 2 * (products - 1) * kTile * a.C, a.C, short_x) : nullptr;
+        for (int64_t r = 0; r < a.R; r += 2 * kTile)
+          for (int64_t c = 0; c < a.C; c += 2 * kTile) {
+            float* z = sums + (e - begin) * size + r * a.C + c;
+            const float* first = turned + r * kTile;
+            const bool tall = a.R - r > kTile, wide = a.C - c > kTile, starts = k0 == 0;
+            const auto of = tall ? (wide ? sdd_tiles<2, 2> : sdd_tiles<2, 1>) : (wide ? sdd_tiles<1, 2> : sdd_tiles<1, 1>);
+            of(first, tiles, x + 2 * k0 * kTile * a.C + 2 * c, x_end ? x_end + 2 * c : nullptr, ldx, k1 - k0, starts, z, a.C);
+          }
+      }
+    }
+    auto* to = static_cast<uint16_t*>(a.dvalues) + begin * size;
+    for (int64_t j = 0; j < (end - begin) * size; j += kTile) DotBf16::store_y(to + j, Avx512::load(sums + j));
+  }
+}
+
 }  // namespace
 
 const EncoderKernels* amx_bf16_encoder() {
@@ -143,7 +217,7 @@ const EncoderKernels* amx_bf16_encoder() {
 }
 
 const Kernels* amx_bf16_kernels() {
-  static const Kernels kernels = {"amx_bf16", true, linear, avx512_bf16_kernels()->sdd, avx512_bf16_kernels()->panels};
+  static const Kernels kernels = {"amx_bf16", true, linear, sdd, avx512_bf16_kernels()->panels};
   return &kernels;
 }
 

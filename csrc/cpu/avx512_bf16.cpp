@@ -37,7 +37,9 @@ void panels(const PanelArgs& a, int64_t p0, int64_t p1) {
       const uint16_t* first = matrix + m * a.ld + p * a.block;
       const uint16_t* second = first + a.ld;
       if (m + 1 < a.M) {
-        for (int64_t j = 0; j < valid; ++j) {
+        const int64_t vectors = valid / 16 * 16;
+        DotBf16::interleave(first, second, vectors, to);
+        for (int64_t j = vectors; j < valid; ++j) {
           to[2 * j] = first[j];
           to[2 * j + 1] = second[j];
         }
