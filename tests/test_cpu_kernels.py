@@ -80,7 +80,7 @@ class Problem:
         )
 
     def dense_linear(self, activation="none", dtype=None, bias=True, residual=True):
-        """By PyTorch. From a copy of x's rows: with AMX oneDNN reads on behind a row, and multiplies the NaN there by 0."""
+        """By PyTorch, from a copy of x's rows: with AMX oneDNN reads on behind a row, and multiplies NaN there by 0."""
         x, weight, b, res = (t.to(dtype or t.dtype) for t in (self.x, self.weight, self.bias, self.residual))
         y = reference.ACTIVATIONS[activation](F.linear(x.contiguous(), weight, b if bias else None))
         return y + res if residual else y
