@@ -303,6 +303,21 @@ def test_glu_matches_float64(isa, dtype, problem):
 
 
 @needs_kernels
+def test_full_and_sparse_block_rows_do_not_make_bits_depend_on_threads():
+    """Half of the block-rows are full: what each thread sees differs, and with AMX its kind of tile must not follow from that."""
+    mask = torch.zeros(16, 32, dtype=torch.bool)
+    mask[:8] = True
+    mask[8:, :2] = True
+    packed = BsrWeight.from_dense(torch.randn(1024, 1024, dtype=torch.bfloat16), mask, (64, 32))
+    x, got = torch.randn(16, 1024, dtype=torch.bfloat16), []
+    for threads in (1, 2, 3):
+        with thread_count(threads):
+            bsr = packed.crow_indices, packed.col_indices, packed.values
+            got.append(sparse.bsr_linear(x, *bsr, None, 1024, None, "none", None))
+    assert torch.equal(got[0], got[1]) and torch.equal(got[0], got[2])
+
+
+@needs_kernels
 def test_glu_does_not_depend_on_threads():
     arguments, _, _ = _glu((300, 640, 256, 32, 32, 0.5), torch.float32)
     got = []

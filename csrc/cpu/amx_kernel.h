@@ -152,8 +152,9 @@ void amx_range(const Op& op, const char* x, int64_t ldx, int64_t x_bytes, int64_
   const int64_t height = m1 - m0;
   AmxShape s = {bytes_per_step(a.C * Op::size), kTile, kTile, ldx, x_bytes, false};
   // Four columns read x once for 64 outputs and write two lines of y side by side, but each of their products needs a load of weights: for
-  // blocks that are as high, where the others would wait for x and y.
-  const int64_t block_rows = i1 > i0 ? i1 - i0 : 1, weight_bytes = (a.crow[i1] - a.crow[i0]) * a.C * Op::size * 4 * kTile / block_rows;
+  // blocks that are as high, where the others would wait for x and y. By the whole weight, since a tile of 16 rows by 32 adds in another order
+  // than one by 64, and the result must not depend on a thread's share.
+  const int64_t block_rows = (a.N + a.R - 1) / a.R, weight_bytes = a.crow[block_rows] * a.C * Op::size * 4 * kTile / block_rows;
   const bool four_columns = a.R % (4 * kTile) == 0 && (s.step < 64 || weight_bytes <= 65536);
   if (four_columns) {
     s.rows = height < kTile ? height : kTile;
