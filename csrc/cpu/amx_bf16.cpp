@@ -41,7 +41,7 @@ struct Bf16Tiles {
     F bias[NT];
     Columns(const Bf16Tiles& op, int64_t n, int64_t cols) : a(op.a) {
       const auto *b = static_cast<const uint16_t*>(a.bias), *residual = static_cast<const uint16_t*>(a.residual);
-      const bool past_cache = op.past_cache && NT == 2;
+      const bool past_cache = op.past_cache && NT >= 2;
       first = {static_cast<uint16_t*>(a.y) + n, b ? b + n : nullptr, residual ? residual + n : nullptr,
                a.N, cols, cols == NT * kTile, past_cache, past_cache ? 0 : a.R, a.pair == Pair::second};
       if (first.whole) load_bias<DotBf16>(first, bias);
