@@ -1,4 +1,4 @@
-// bf16 by AMX: 2x2 tiles of 16 rows x 16 outputs, x read in place, weights in the pair order that tdpbf16ps and vdpbf16ps share.
+// bf16 by AMX: linear (amx_kernel.h), attention's products and dW, all on the pairs that tdpbf16ps and vdpbf16ps share.
 #include "encoder.h"
 #include "target.h"
 
@@ -99,63 +99,54 @@ void linear(const LinearArgs& a, int64_t m0, int64_t m1, int64_t i0, int64_t i1)
   if (op.past_cache) Avx512::fence();
 }
 
-// The products of attention. What they read is in L1, where sums that begin at tilezero would take 145 cycles more than sums that begin at
-// zeros from memory; a chain of products here is one to four long.
-struct TiledBf16 : DotBf16 {
-  static constexpr int64_t tile_steps = kTile;
-
-  template <int MT, int NT>
-  static inline void block(const uint16_t* x, int64_t ldx, const uint16_t* w, int64_t ldw, int64_t steps, float* z, int64_t ldz) {
-    alignas(64) static constexpr float zeros[kTile] = {};
-    tile_load<0>(zeros, 0);
-    if (NT == 2) tile_load<1>(zeros, 0);
-    if (MT == 2) tile_load<2>(zeros, 0);
-    if (MT * NT == 4) tile_load<3>(zeros, 0);
-    for (int64_t s = 0; s < steps; s += kTile, x += 2 * kTile, w += kTile * ldw)
-      amx_step<Bf16Tiles, MT, NT, 0>(reinterpret_cast<const char*>(x), 2 * kTile * ldx, 2 * ldx, false, reinterpret_cast<const char*>(w),
-                                    2 * ldw);
-    tile_store<0>(z, 4 * ldz);
-    if (NT == 2) tile_store<1>(z + kTile, 4 * ldz);
-    if (MT == 2) tile_store<2>(z + kTile * ldz, 4 * ldz);
-    if (MT * NT == 4) tile_store<3>(z + kTile * ldz + kTile, 4 * ldz);
-  }
-
-  // Rows and cols up to whole tiles, steps a multiple of one's.
-  static void product(int64_t rows, int64_t cols, const uint16_t* x, int64_t ldx, const uint16_t* w, int64_t steps, float* z, int64_t ldz) {
-    configure({4 * kTile, kTile});
-    const int64_t ldw = 2 * cols;
-    for (int64_t m = 0; m < rows; m += 2 * kTile) {
-      const bool tall = rows - m > kTile;
-      for (int64_t n = 0; n < cols; n += 2 * kTile) {
-        const bool wide = cols - n > kTile;
-        const auto of = tall ? (wide ? block<2, 2> : block<2, 1>) : (wide ? block<1, 2> : block<1, 1>);
-        of(x + m * ldx, ldx, w + 2 * n, ldw, steps, z + m * ldz + n, ldz);
-      }
-    }
-  }
+// Products of tiles one after another, all in L1. Bytes: rows of a are lda apart, its lower tile is a_lower on and the next product's a_next;
+// rows of b are ldb apart, and the next product's begin behind them.
+struct Chain {
+  const void* a;
+  int64_t lda, a_lower, a_next;
+  const void* b;
+  int64_t ldb, products;
 };
 
-// z[MT * 16][NT * 16] (+)= `products` tiles of dy, `tiles` of 1 KiB apart, by those of x, of which the last may lie at x_end.
+// z[MT * 16][NT * 16] = the chain's sum, or z and it. Sums begin at zeros from memory: at tilezero these short chains would take 145 cycles more.
 template <int MT, int NT>
-void sdd_tiles(const float* dy, int64_t tiles, const uint16_t* x, const uint16_t* x_end, int64_t ldx, int64_t products, bool starts, float* z,
-               int64_t ldz) {
+void multiply_chain(const Chain& chain, bool add, float* z, int64_t ldz) {
   alignas(64) static constexpr float zeros[kTile] = {};
-  const int64_t ld = starts ? 0 : 4 * ldz;
-  const auto at = [&](int64_t row, int64_t column) { return starts ? zeros : z + row * kTile * ldz + column * kTile; };
-  tile_load<0>(at(0, 0), ld);
-  if (NT == 2) tile_load<1>(at(0, 1), ld);
-  if (MT == 2) tile_load<2>(at(1, 0), ld);
-  if (MT * NT == 4) tile_load<3>(at(1, 1), ld);
-  for (int64_t k = 0; k < products; ++k, dy += tiles * kTile * kTile, x += kTile * ldx) {
-    const uint16_t* xk = x_end && k + 1 == products ? x_end : x;
-    amx_step<Bf16Tiles, MT, NT, 0>(reinterpret_cast<const char*>(dy), 4 * kTile * kTile, 4 * kTile, false, reinterpret_cast<const char*>(xk),
-                                   2 * ldx);
-  }
+  const int64_t ld = add ? 4 * ldz : 0;
+  const auto start = [&](int64_t row, int64_t column) { return add ? z + row * kTile * ldz + column * kTile : zeros; };
+  tile_load<0>(start(0, 0), ld);
+  if (NT == 2) tile_load<1>(start(0, 1), ld);
+  if (MT == 2) tile_load<2>(start(1, 0), ld);
+  if (MT * NT == 4) tile_load<3>(start(1, 1), ld);
+  const auto *a = static_cast<const char*>(chain.a), *b = static_cast<const char*>(chain.b);
+  for (int64_t k = 0; k < chain.products; ++k, a += chain.a_next, b += kTile * chain.ldb)
+    amx_step<Bf16Tiles, MT, NT, 0>(a, chain.a_lower, chain.lda, false, b, chain.ldb);
   tile_store<0>(z, 4 * ldz);
   if (NT == 2) tile_store<1>(z + kTile, 4 * ldz);
   if (MT == 2) tile_store<2>(z + kTile * ldz, 4 * ldz);
   if (MT * NT == 4) tile_store<3>(z + kTile * ldz + kTile, 4 * ldz);
 }
+
+// The same for as many tiles as are left: two rows and columns of them, or one.
+inline void multiply(const Chain& chain, bool add, int64_t rows_left, int64_t cols_left, float* z, int64_t ldz) {
+  const bool tall = rows_left > kTile, wide = cols_left > kTile;
+  const auto of = tall ? (wide ? multiply_chain<2, 2> : multiply_chain<2, 1>) : (wide ? multiply_chain<1, 2> : multiply_chain<1, 1>);
+  of(chain, add, z, ldz);
+}
+
+// The products of attention.
+struct TiledBf16 : DotBf16 {
+  static constexpr int64_t tile_steps = kTile;
+
+  // Rows and cols up to whole tiles, steps a multiple of one's.
+  static void product(int64_t rows, int64_t cols, const uint16_t* x, int64_t ldx, const uint16_t* w, int64_t steps, float* z, int64_t ldz) {
+    configure({4 * kTile, kTile});
+    for (int64_t m = 0; m < rows; m += 2 * kTile)
+      for (int64_t n = 0; n < cols; n += 2 * kTile)
+        multiply({x + m * ldx, 2 * ldx, 2 * kTile * ldx, 4 * kTile, w + 2 * n, 4 * cols, steps / kTile}, false, rows - m, cols - n,
+                 z + m * ldz + n, ldz);
+  }
+};
 
 // dW. Panels are pairs of tokens: those of x are the second factor of a tile product as they are, those of dy become the first one by
 // transposing 16 pairs of 16 outputs, once for all blocks of a block-row. Sums of a block's tiles wait in memory between chunks of tokens,
@@ -164,7 +155,7 @@ void sdd(const SddArgs& a, int64_t i0, int64_t i1) {
   if (a.R % kTile || a.C % kTile || a.M < 2 * kTile) return avx512_bf16_kernels()->sdd(a, i0, i1);
   constexpr int64_t kChunk = 16;  // tile products, of 32 tokens each
   const int64_t pairs = (a.M + 1) / 2, products = (pairs + kTile - 1) / kTile, last = pairs % kTile;  // last: pairs of a last, short product
-  const int64_t size = a.R * a.C, ldx = 2 * a.C, tiles = a.R / kTile;
+  const int64_t size = a.R * a.C, tiles = a.R / kTile;
   int64_t most = 1;  // blocks of a block-row
   for (int64_t i = i0; i < i1; ++i) most = a.crow[i + 1] - a.crow[i] > most ? a.crow[i + 1] - a.crow[i] : most;
   const int64_t floats = most * size + kChunk * tiles * kTile * kTile, halves = 2 * kTile * (a.R + a.C);
@@ -191,16 +182,20 @@ void sdd(const SddArgs& a, int64_t i0, int64_t i1) {
         for (int64_t t = 0; t < tiles; ++t)
           Avx512::transpose(from + 2 * t * kTile, 4 * a.R, turned + ((k - k0) * tiles + t) * kTile * kTile, kTile);
       }
+      const int64_t whole = k1 - k0 - (last && k1 == products);
       for (int64_t e = begin; e < end; ++e) {
         const uint16_t* x = x_panels + 2 * a.col[e] * pairs * a.C;  // [pairs][C][2]
-        const uint16_t* x_end = last && k1 == products ? pad(x + 2 * (products - 1) * kTile * a.C, a.C, short_x) : nullptr;
+        if (whole < k1 - k0) pad(x + 2 * (products - 1) * kTile * a.C, a.C, short_x);
         for (int64_t r = 0; r < a.R; r += 2 * kTile)
           for (int64_t c = 0; c < a.C; c += 2 * kTile) {
             float* z = sums + (e - begin) * size + r * a.C + c;
-            const float* first = turned + r * kTile;
-            const bool tall = a.R - r > kTile, wide = a.C - c > kTile, starts = k0 == 0;
-            const auto of = tall ? (wide ? sdd_tiles<2, 2> : sdd_tiles<2, 1>) : (wide ? sdd_tiles<1, 2> : sdd_tiles<1, 1>);
-            of(first, tiles, x + 2 * k0 * kTile * a.C + 2 * c, x_end ? x_end + 2 * c : nullptr, ldx, k1 - k0, starts, z, a.C);
+            const auto products_of = [&](int64_t k, const uint16_t* from, int64_t count, bool add) {
+              const float* dy_tiles = turned + (k * tiles * kTile + r) * kTile;
+              multiply({dy_tiles, 4 * kTile, 4 * kTile * kTile, 4 * tiles * kTile * kTile, from + 2 * c, 4 * a.C, count}, add, a.R - r, a.C - c, z,
+                       a.C);
+            };
+            products_of(0, x + 2 * k0 * kTile * a.C, whole, k0 > 0);
+            if (whole < k1 - k0) products_of(whole, short_x, 1, true);
           }
       }
     }

@@ -6,7 +6,7 @@
 // What follows the sums (bias, rounding, y) has no tile instructions; it is done for one tile once the products of the next are under way.
 // Nothing of x or the weights is fetched ahead: from L2 the processor's own reach covers it, and the instructions cost 43 cycles a step.
 //
-// Op provides: a (its LinearArgs or more), size (bytes of an input), Sum (float or int32_t), dot<C, A, B>, and Columns<NT>(op, n, cols), the
+// Op provides: a (its LinearArgs or more), size (bytes of an input), Sum (float or uint32_t), dot<C, A, B>, and Columns<NT>(op, n, cols), the
 // outputs from n on, of which cols exist, whose write(z, m, rows) makes rows of y from m on of sums z[NT][16][16].
 
 constexpr int64_t kTile = 16;  // rows of a tile, and sums in one of its rows

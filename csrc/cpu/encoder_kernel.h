@@ -49,6 +49,7 @@ void product_rows(int64_t rows, const typename Dot::X* x, int64_t ldx, const typ
 
 // z[rows, cols] = x[rows, steps * step] @ w[steps][cols][step], cols a multiple of W.
 template <class Dot>
+  requires(Dot::tile_steps == 1)
 void product(int64_t rows, int64_t cols, const typename Dot::X* x, int64_t ldx, const typename Dot::Wt* w, int64_t steps,
              typename Dot::Vec::Elem* z, int64_t ldz) {
   using V = typename Dot::Vec;
@@ -74,12 +75,10 @@ void product(int64_t rows, int64_t cols, const typename Dot::X* x, int64_t ldx, 
 }
 
 template <class Dot>
-inline void product_of(int64_t rows, int64_t cols, const typename Dot::X* x, int64_t ldx, const typename Dot::Wt* w, int64_t steps,
-                       typename Dot::Vec::Elem* z, int64_t ldz) {
-  if constexpr (Dot::tile_steps > 1)
-    Dot::product(rows, cols, x, ldx, w, steps, z, ldz);
-  else
-    product<Dot>(rows, cols, x, ldx, w, steps, z, ldz);
+  requires(Dot::tile_steps > 1)
+inline void product(int64_t rows, int64_t cols, const typename Dot::X* x, int64_t ldx, const typename Dot::Wt* w, int64_t steps,
+                    typename Dot::Vec::Elem* z, int64_t ldz) {
+  Dot::product(rows, cols, x, ldx, w, steps, z, ldz);
 }
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -269,9 +268,9 @@ struct AttentionHead {
         x = row;
       }
       prefetch_next(t, rows);
-      product_of<Dot>(rows, keys, x, ldx, packed_k, feature_steps, scores, keys);             // [rows, keys]
+      product<Dot>(rows, keys, x, ldx, packed_k, feature_steps, scores, keys);                // [rows, keys]
       softmax(rows, t);
-      product_of<Dot>(rows, features, weights, keys, packed_v, key_steps, sums, features);    // [rows, d]
+      product<Dot>(rows, features, weights, keys, packed_v, key_steps, sums, features);       // [rows, d]
       for (int64_t m = 0; m < rows; ++m) {
         const F share = V::set1(totals[m] == 0 ? E(0) : 1 / totals[m]);
         Y* to = out + (t + m) * a.heads * a.d;
