@@ -489,11 +489,11 @@ def test_native_amx_multiplies_each_row_of_a_pair_once(harness, problem):
     assert_close(got, exact, dense)
 
 
-@pytest.mark.parametrize("n", [64, 1024])
-def test_native_amx_takes_rows_a_page_apart(harness, n):
-    """Such rows are copied where many blocks use them (n = 1024), and read in place where few do."""
-    p = Problem(70, n, 2016, 32, 32, 0.5, torch.bfloat16)
-    apart = torch.full((70, 2048), torch.nan, dtype=torch.bfloat16)[:, :2016]
+@pytest.mark.parametrize(("n", "k", "block"), [(64, 2016, (32, 32)), (1024, 2016, (32, 32)), (64, 1056, (32, 64)), (48, 2008, (16, 16))])
+def test_native_amx_takes_rows_a_page_apart(harness, n, k, block):
+    """Such rows are copied where many blocks use them (n = 1024), and read in place where few do; nothing behind them is."""
+    p = Problem(70, n, k, *block, 1.0, torch.bfloat16)
+    apart = torch.full((70, 2048), torch.nan, dtype=torch.bfloat16)[:, :k]
     p.x = apart.copy_(p.x)
     assert_close(harness_linear(harness["native"], p), p.dense_linear("none", torch.float64), p.dense_linear())
 
@@ -501,11 +501,11 @@ def test_native_amx_takes_rows_a_page_apart(harness, n):
 @pytest.mark.parametrize(
     ("block", "m", "loads", "products", "stores"),
     [
-        ((32, 32), 128, 4 * 4, 4 * 4, 4 * 4),  # four times 32 rows, each 2 x 2 tiles: one load per product
+        ((32, 32), 128, 4 * 5, 4 * 4, 4 * 4),  # four times 32 rows, each 2 x 2 tiles, of which one of weights is loaded twice
         ((64, 64), 128, 8 * 2 * 5, 8 * 2 * 4, 8 * 4),  # 16 rows by four columns: x once for 64 outputs
-        ((16, 16), 128, 4 * 3, 4 * 2, 4 * 4),  # sums in two sets
-        ((32, 32), 16, 3, 2, 4),
-        ((32, 32), 24, 4, 4, 4),
+        ((16, 16), 128, 8 * 2 / 2, 8 / 2, 8),  # two blocks side by side in one product
+        ((32, 32), 16, 3, 2, 2),
+        ((32, 32), 24, 5, 4, 4),
     ],
     ids=str,
 )

@@ -42,8 +42,9 @@ struct Bf16Tiles {
     Columns(const Bf16Tiles& op, int64_t n, int64_t cols) : a(op.a) {
       const auto *b = static_cast<const uint16_t*>(a.bias), *residual = static_cast<const uint16_t*>(a.residual);
       const bool past_cache = op.past_cache && NT >= 2;
+      const int64_t ahead = a.R < NT * kTile ? NT * kTile : a.R;
       first = {static_cast<uint16_t*>(a.y) + n, b ? b + n : nullptr, residual ? residual + n : nullptr,
-               a.N, cols, cols == NT * kTile, past_cache, past_cache ? 0 : a.R, a.pair == Pair::second};
+               a.N, cols, cols == NT * kTile, past_cache, past_cache ? 0 : ahead, a.pair == Pair::second};
       if (first.whole) load_bias<DotBf16>(first, bias);
     }
     inline void write(const float* z, int64_t m, int64_t rows) const {
@@ -120,7 +121,7 @@ void multiply_chain(const Chain& chain, bool add, float* z, int64_t ldz) {
   if (MT * NT == 4) tile_load<3>(start(1, 1), ld);
   const auto *a = static_cast<const char*>(chain.a), *b = static_cast<const char*>(chain.b);
   for (int64_t k = 0; k < chain.products; ++k, a += chain.a_next, b += kTile * chain.ldb)
-    amx_step<Bf16Tiles, MT, NT, 0>(a, chain.a_lower, chain.lda, false, b, chain.ldb);
+    amx_step<Bf16Tiles, MT, NT, 0, 4, 6>(a, chain.a_lower, chain.lda, false, b, chain.ldb, false);
   tile_store<0>(z, 4 * ldz);
   if (NT == 2) tile_store<1>(z + kTile, 4 * ldz);
   if (MT == 2) tile_store<2>(z + kTile * ldz, 4 * ldz);
@@ -140,7 +141,7 @@ struct TiledBf16 : DotBf16 {
 
   // Rows and cols up to whole tiles, steps a multiple of one's.
   static void product(int64_t rows, int64_t cols, const uint16_t* x, int64_t ldx, const uint16_t* w, int64_t steps, float* z, int64_t ldz) {
-    configure({4 * kTile, kTile});
+    configure({4 * kTile, true, kTile});
     for (int64_t m = 0; m < rows; m += 2 * kTile)
       for (int64_t n = 0; n < cols; n += 2 * kTile)
         multiply({x + m * ldx, 2 * ldx, 2 * kTile * ldx, 4 * kTile, w + 2 * n, 4 * cols, steps / kTile}, false, rows - m, cols - n,
@@ -163,7 +164,7 @@ void sdd(const SddArgs& a, int64_t i0, int64_t i1) {
   float* turned = sums + most * size;                             // [kChunk][tiles][16][32 tokens]
   auto* short_dy = reinterpret_cast<uint16_t*>(sums + floats);    // [16][R][2], zeros past the last pair
   uint16_t* short_x = short_dy + 2 * kTile * a.R;                 // [16][C][2]
-  configure({4 * kTile, kTile});
+  configure({4 * kTile, true, kTile});
   const auto* dy_panels = static_cast<const uint16_t*>(a.dy_panels);
   const auto* x_panels = static_cast<const uint16_t*>(a.x_panels);
   const auto pad = [&](const uint16_t* from, int64_t width, uint16_t* to) {

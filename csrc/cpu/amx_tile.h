@@ -1,7 +1,8 @@
 // The tile instructions that the AMX kernel uses, behind one set of names. With SPARSE_PRUNE_COUNT_TILES they are counted, for the test of
 // what docs/performance.md derives its bound from.
 //
-// Tile registers are fixed: 0..3 accumulate (row * 2 + column, or four columns), 4 holds x, 5 x or weights, 6 and 7 weights.
+// Tile registers are fixed: 0..3 accumulate (row * 2 + column, or four columns), 4 and 5 hold x, 6 and 7 weights; 4 and 6 whole steps of 64
+// bytes, 5 and 7 a block's own. One of each is enough: hardware renames them.
 
 struct TileConfig {  // the 64 bytes that ldtilecfg reads
   uint8_t palette, start_row, reserved[14];
@@ -40,13 +41,13 @@ inline void tile_dot_u8s8();
   template <> inline void tile_dot_bf16<T, A, B>() { SPARSE_PRUNE_COUNT(1); _tile_dpbf16ps(T, A, B); }
 #endif
 SPARSE_PRUNE_DOT(0, 4, 6)
-SPARSE_PRUNE_DOT(1, 4, 7)
-SPARSE_PRUNE_DOT(2, 5, 6)
-SPARSE_PRUNE_DOT(3, 5, 7)
-SPARSE_PRUNE_DOT(0, 4, 5)  // of four columns
 SPARSE_PRUNE_DOT(1, 4, 6)
-SPARSE_PRUNE_DOT(2, 4, 7)
-SPARSE_PRUNE_DOT(3, 4, 5)
+SPARSE_PRUNE_DOT(2, 4, 6)
+SPARSE_PRUNE_DOT(3, 4, 6)
+SPARSE_PRUNE_DOT(0, 5, 7)
+SPARSE_PRUNE_DOT(1, 5, 7)
+SPARSE_PRUNE_DOT(2, 5, 7)
+SPARSE_PRUNE_DOT(3, 5, 7)
 #undef SPARSE_PRUNE_DOT
 #define SPARSE_PRUNE_ACCUMULATOR(T)                                                                               \
   template <> inline void tile_load<T>(const void* p, int64_t s) { SPARSE_PRUNE_COUNT(0); _tile_loadd(T, p, s); } \
