@@ -472,8 +472,9 @@ Tensor bsr_sdd(const Tensor& dy_any, const Tensor& x_any, const Tensor& crow_ind
   a.R = block_rows, a.C = block_cols;
   const Index index = checked_index(crow_indices, col_indices, blocks_along(a.N, a.R), blocks_along(a.K, a.C));
   a.crow = index.crow, a.col = index.col;
-  const Tensor dy_panels = panels_of(dy, a.dtype, a.R), x_panels = panels_of(x, a.dtype, a.C);
-  a.dy_panels = dy_panels.const_data_ptr(), a.x_panels = x_panels.const_data_ptr();
+  a.dy = dy.const_data_ptr(), a.ld_dy = row_stride(dy);
+  const Tensor x_panels = panels_of(x, a.dtype, a.C), dy_panels = sp::sdd_reads_dy(a) ? dy : panels_of(dy, a.dtype, a.R);
+  a.x_panels = x_panels.const_data_ptr(), a.dy_panels = dy_panels.const_data_ptr();
   Tensor dvalues = new_tensor(dy, {index.nnzb, a.R, a.C});
   a.dvalues = dvalues.mutable_data_ptr();
   sp::run_sdd(a, threads(), parallel);

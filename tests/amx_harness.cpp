@@ -40,7 +40,7 @@ void bf16_sdd(int amx, int64_t M, int64_t N, int64_t K, int64_t R, int64_t C, co
   const int64_t rows = (N + R - 1) / R;
   kernels.panels({DType::bf16, M, N, R, dy, N, dy_panels}, 0, rows);
   kernels.panels({DType::bf16, M, K, C, x, K, x_panels}, 0, (K + C - 1) / C);
-  kernels.sdd({DType::bf16, M, N, K, R, C, crow, col, dy_panels, x_panels, dvalues}, 0, rows);
+  kernels.sdd({DType::bf16, M, N, K, R, C, crow, col, dy, N, dy_panels, x_panels, dvalues}, 0, rows);
 }
 
 // q, k, v, out [B, T, heads, d] contiguous.

@@ -157,6 +157,19 @@ def test_gradient_products_match_float64(isa, dtype, problem):
 
 
 @needs_kernels
+@each_isa
+def test_an_infinite_gradient_stays_in_its_token(isa):
+    """Tokens 0 to 31 are one product of the AMX kernel, and what is left of them must not meet the padding of the next."""
+    p = Problem(40, 32, 32, 32, 32, 1.0, torch.bfloat16)
+    p.dy[20, 5] = torch.inf
+    p.x[20] = 1
+    with backends.force_isa(isa):
+        dvalues = sparse.bsr_sdd(p.dy, p.x, *p.bsr[:2], 32, 32)
+    assert dvalues[0, 5].isposinf().all()
+    assert dvalues.isfinite().sum() == 31 * 32
+
+
+@needs_kernels
 def test_float64_products_are_exact_to_rounding():
     p = Problem(33, 70, 50, 7, 5, 0.4, torch.float64)
     for activation in ACTIVATIONS:
@@ -489,7 +502,9 @@ def test_native_amx_multiplies_each_row_of_a_pair_once(harness, problem):
     assert_close(got, exact, dense)
 
 
-@pytest.mark.parametrize(("n", "k", "block"), [(64, 2016, (32, 32)), (1024, 2016, (32, 32)), (64, 1056, (32, 64)), (48, 2008, (16, 16))])
+@pytest.mark.parametrize(
+    ("n", "k", "block"), [(64, 2016, (32, 32)), (1024, 2016, (32, 32)), (64, 1056, (32, 64)), (48, 2008, (16, 16))]
+)
 def test_native_amx_takes_rows_a_page_apart(harness, n, k, block):
     """Such rows are copied where many blocks use them (n = 1024), and read in place where few do; nothing behind them is."""
     p = Problem(70, n, k, *block, 1.0, torch.bfloat16)
@@ -501,7 +516,13 @@ def test_native_amx_takes_rows_a_page_apart(harness, n, k, block):
 @pytest.mark.parametrize(
     ("block", "m", "loads", "products", "stores"),
     [
-        ((32, 32), 128, 4 * 5, 4 * 4, 4 * 4),  # four times 32 rows, each 2 x 2 tiles, of which one of weights is loaded twice
+        (
+            (32, 32),
+            128,
+            4 * 5,
+            4 * 4,
+            4 * 4,
+        ),  # four times 32 rows, each 2 x 2 tiles, of which one of weights is loaded twice
         ((64, 64), 128, 8 * 2 * 5, 8 * 2 * 4, 8 * 4),  # 16 rows by four columns: x once for 64 outputs
         ((16, 16), 128, 8 * 2 / 2, 8 / 2, 8),  # two blocks side by side in one product
         ((32, 32), 16, 3, 2, 2),

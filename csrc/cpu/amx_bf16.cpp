@@ -149,11 +149,13 @@ struct TiledBf16 : DotBf16 {
   }
 };
 
-// dW. Panels are pairs of tokens: those of x are the second factor of a tile product as they are, those of dy become the first one by
-// transposing 16 pairs of 16 outputs, once for all blocks of a block-row. Sums of a block's tiles wait in memory between chunks of tokens,
-// of which those of dy stay in L1.
+bool reads_dy(const SddArgs& a) { return a.R % kTile == 0 && a.C % kTile == 0 && a.M >= 2 * kTile; }
+
+// dW. Panels of x, pairs of tokens, are the second factor of a tile product as they are. Rows of dy become the first one 32 at a time, once
+// for all blocks of a block-row: pairs of tokens, 16 of which by 16 outputs are transposed. Sums of a block's tiles wait in memory between
+// chunks of tokens, of which those of dy stay in L1.
 void sdd(const SddArgs& a, int64_t i0, int64_t i1) {
-  if (a.R % kTile || a.C % kTile || a.M < 2 * kTile) return avx512_bf16_kernels()->sdd(a, i0, i1);
+  if (!reads_dy(a)) return avx512_bf16_kernels()->sdd(a, i0, i1);
   constexpr int64_t kChunk = 16;  // tile products, of 32 tokens each
   const int64_t pairs = (a.M + 1) / 2, products = (pairs + kTile - 1) / kTile, last = pairs % kTile;  // last: pairs of a last, short product
   const int64_t size = a.R * a.C, tiles = a.R / kTile;
@@ -162,31 +164,30 @@ void sdd(const SddArgs& a, int64_t i0, int64_t i1) {
   const int64_t floats = most * size + kChunk * tiles * kTile * kTile, halves = 2 * kTile * (a.R + a.C);
   auto* sums = static_cast<float*>(thread_scratch(sizeof(float) * floats + sizeof(uint16_t) * halves));  // [most][R][C]
   float* turned = sums + most * size;                             // [kChunk][tiles][16][32 tokens]
-  auto* short_dy = reinterpret_cast<uint16_t*>(sums + floats);    // [16][R][2], zeros past the last pair
-  uint16_t* short_x = short_dy + 2 * kTile * a.R;                 // [16][C][2]
+  auto* pairs_dy = reinterpret_cast<uint16_t*>(sums + floats);    // [16][R][2]
+  uint16_t* short_x = pairs_dy + 2 * kTile * a.R;                 // [16][C][2], zeros past the last pair
   configure({4 * kTile, true, kTile});
-  const auto* dy_panels = static_cast<const uint16_t*>(a.dy_panels);
+  const auto* dy = static_cast<const uint16_t*>(a.dy);
   const auto* x_panels = static_cast<const uint16_t*>(a.x_panels);
-  const auto pad = [&](const uint16_t* from, int64_t width, uint16_t* to) {
-    memcpy(to, from, 4 * last * width);
-    memset(to + 2 * last * width, 0, 4 * (kTile - last) * width);
-    return to;
-  };
   for (int64_t i = i0; i < i1; ++i) {
     const int64_t begin = a.crow[i], end = a.crow[i + 1];
-    const uint16_t* dy = dy_panels + 2 * i * pairs * a.R;  // [pairs][R][2]
+    const int64_t outputs = a.N - i * a.R < a.R ? a.N - i * a.R : a.R;
     for (int64_t k0 = 0; k0 < products && begin < end; k0 += kChunk) {
       const int64_t k1 = k0 + kChunk < products ? k0 + kChunk : products;
       for (int64_t k = k0; k < k1; ++k) {
-        const uint16_t* from = dy + 2 * k * kTile * a.R;
-        if (last && k + 1 == products) from = pad(from, a.R, short_dy);
+        const int64_t m = 2 * k * kTile, tokens = a.M - m < 2 * kTile ? a.M - m : 2 * kTile, have = (tokens + 1) / 2;
+        avx512_bf16_kernels()->panels({a.dtype, tokens, outputs, a.R, dy + m * a.ld_dy + i * a.R, a.ld_dy, pairs_dy}, 0, 1);
+        if (have < kTile) memset(pairs_dy + 2 * have * a.R, 0, 4 * (kTile - have) * a.R);
         for (int64_t t = 0; t < tiles; ++t)
-          Avx512::transpose(from + 2 * t * kTile, 4 * a.R, turned + ((k - k0) * tiles + t) * kTile * kTile, kTile);
+          Avx512::transpose(pairs_dy + 2 * t * kTile, 4 * a.R, turned + ((k - k0) * tiles + t) * kTile * kTile, kTile);
       }
       const int64_t whole = k1 - k0 - (last && k1 == products);
       for (int64_t e = begin; e < end; ++e) {
         const uint16_t* x = x_panels + 2 * a.col[e] * pairs * a.C;  // [pairs][C][2]
-        if (whole < k1 - k0) pad(x + 2 * (products - 1) * kTile * a.C, a.C, short_x);
+        if (whole < k1 - k0) {
+          memcpy(short_x, x + 2 * (products - 1) * kTile * a.C, 4 * last * a.C);
+          memset(short_x + 2 * last * a.C, 0, 4 * (kTile - last) * a.C);
+        }
         for (int64_t r = 0; r < a.R; r += 2 * kTile)
           for (int64_t c = 0; c < a.C; c += 2 * kTile) {
             float* z = sums + (e - begin) * size + r * a.C + c;
@@ -213,7 +214,7 @@ const EncoderKernels* amx_bf16_encoder() {
 }
 
 const Kernels* amx_bf16_kernels() {
-  static const Kernels kernels = {"amx_bf16", true, linear, sdd, avx512_bf16_kernels()->panels};
+  static const Kernels kernels = {"amx_bf16", true, linear, sdd, avx512_bf16_kernels()->panels, reads_dy};
   return &kernels;
 }
 

@@ -275,6 +275,11 @@ void run_panels(const PanelArgs& a, int64_t threads, ParallelFor parallel) {
   for_each_task(tasks, parallel, [&](int64_t t) { kernels.panels(a, panels * t / tasks, panels * (t + 1) / tasks); });
 }
 
+bool sdd_reads_dy(const SddArgs& a) {
+  const auto reads_dy = kernels_for(a.dtype).reads_dy;
+  return reads_dy != nullptr && reads_dy(a);
+}
+
 void run_sdd(const SddArgs& a, int64_t threads, ParallelFor parallel) {
   const Kernels& kernels = kernels_for(a.dtype);
   const int64_t rows = (a.N + a.R - 1) / a.R, blocks = a.crow[rows];

@@ -41,6 +41,7 @@ void run_linear_glu(const LinearArgs& gate, const LinearArgs& up, int64_t thread
 int64_t panel_elements(DType dtype, int64_t M, int64_t width, int64_t block);
 bool panels_are_float(DType dtype);
 void run_panels(const PanelArgs& args, int64_t threads, ParallelFor parallel);
+bool sdd_reads_dy(const SddArgs& args);
 void run_sdd(const SddArgs& args, int64_t threads, ParallelFor parallel);
 
 // Independent of threads in the same way.

@@ -47,12 +47,14 @@ struct LinearArgs {
   Pair pair;
 };
 
-// dvalues[nnzb, R, C] = the stored blocks of dy[M, N]^T @ x[M, K], from panels of dy and x.
+// dvalues[nnzb, R, C] = the stored blocks of dy[M, N]^T @ x[M, K], from panels of x, and of dy or dy itself.
 struct SddArgs {
   DType dtype;                // of dvalues
   int64_t M, N, K, R, C;
   const int32_t* crow;        // [ceil(N/R) + 1]
   const int32_t* col;         // [nnzb]
+  const void* dy;             // [M, N], and ld_dy elements from one row to the next, where Kernels::reads_dy says so; else
+  int64_t ld_dy;
   const void* dy_panels;      // [ceil(N/R)][M][R], kSlack elements follow
   const void* x_panels;       // [ceil(K/C)][M][C], kSlack elements follow
   void* dvalues;              // [nnzb, R, C]
@@ -75,6 +77,7 @@ struct Kernels {
   void (*linear)(const LinearArgs&, int64_t m0, int64_t m1, int64_t i0, int64_t i1);
   void (*sdd)(const SddArgs&, int64_t i0, int64_t i1);
   void (*panels)(const PanelArgs&, int64_t p0, int64_t p1);
+  bool (*reads_dy)(const SddArgs&) = nullptr;  // whether sdd wants no panels of dy; null: it always does
 };
 
 // At least `bytes` of 64-byte aligned memory that belongs to this thread and stays valid until its next call; grows, never shrinks.
