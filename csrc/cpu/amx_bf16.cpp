@@ -141,7 +141,7 @@ struct TiledBf16 : DotBf16 {
 
   // Rows and cols up to whole tiles, steps a multiple of one's.
   static void product(int64_t rows, int64_t cols, const uint16_t* x, int64_t ldx, const uint16_t* w, int64_t steps, float* z, int64_t ldz) {
-    configure({4 * kTile, true, kTile});
+    configure(kWholeTiles);
     for (int64_t m = 0; m < rows; m += 2 * kTile)
       for (int64_t n = 0; n < cols; n += 2 * kTile)
         multiply({x + m * ldx, 2 * ldx, 2 * kTile * ldx, 4 * kTile, w + 2 * n, 4 * cols, steps / kTile}, false, rows - m, cols - n,
@@ -166,7 +166,7 @@ void sdd(const SddArgs& a, int64_t i0, int64_t i1) {
   float* turned = sums + most * size;                             // [kChunk][tiles][16][32 tokens]
   auto* pairs_dy = reinterpret_cast<uint16_t*>(sums + floats);    // [16][R][2]
   uint16_t* short_x = pairs_dy + 2 * kTile * a.R;                 // [16][C][2], zeros past the last pair
-  configure({4 * kTile, true, kTile});
+  configure(kWholeTiles);
   const auto* dy = static_cast<const uint16_t*>(a.dy);
   const auto* x_panels = static_cast<const uint16_t*>(a.x_panels);
   for (int64_t i = i0; i < i1; ++i) {

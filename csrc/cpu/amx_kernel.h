@@ -20,6 +20,8 @@ struct AmxShape {
   bool streams_x = false, streams_w = false;  // would push the other out of L1
 };
 
+constexpr AmxShape kWholeTiles = {4 * kTile, true, kTile};
+
 // The sums of a finished tile, on their way to y.
 template <class Op>
 struct Unfinished {
@@ -174,6 +176,7 @@ void amx_range(const Op& op, const char* x, int64_t ldx, int64_t x_bytes, int64_
     s.rows = height > kTile ? (height + 1) / 2 : height;
     s.second = height - s.rows;
   }
+  s.streams_w = x_stays;
   configure(s);
   Unfinished<Op> u;
   u.wide = 0;
@@ -183,7 +186,6 @@ void amx_range(const Op& op, const char* x, int64_t ldx, int64_t x_bytes, int64_
     const int64_t row_bytes = (a.crow[g1] - a.crow[g0]) * block_bytes * 2 * kTile / (g1 - g0);  // of weights, 32 outputs of a block-row
     const int64_t panel = (x_stays ? 1 : row_bytes <= 8192 ? 4 : 8) * kTile;
     s.streams_x = !x_stays && step == 64 && row_bytes > 16384 && height * x_bytes > 32768;
-    s.streams_w = x_stays;
     const int64_t outputs = g1 * a.R < a.N ? g1 * a.R : a.N;
     for (int64_t p = m0; p < m1; p += panel) {
       const int64_t panel_end = p + panel < m1 ? p + panel : m1;
