@@ -143,7 +143,8 @@ def test_installed(wheel: Path, torch: str, cpu_only: bool) -> str:
             if not name.startswith(("sparse_prune/", "kernels/")):  # those come from the wheel
                 (home / "work" / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, home / "work" / name)
-        tests = run(python, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", cwd=home / "work")
+        pytest = (python, "-m", "pytest", "-q", "-n", os.environ.get("MAX_JOBS", "2"), "--dist", "loadfile")
+        tests = run(*pytest, "-m", "not slow", "-p", "no:cacheprovider", cwd=home / "work")
         return f"torch {version_of(python)}: {tests.strip().splitlines()[-1]}"
 
 
