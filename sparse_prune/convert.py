@@ -203,7 +203,8 @@ def sparsify_(
                 layer is pruned by config.criterion to config.density, but for those that the blocks do not fit, or that would grow
                 because their blocks are cut by the edge: they stay dense.
 
-    Raises SparsePruneError if model has no linear layer inside, the blocks fit none, or masks name a module that is not one.
+    Raises SparsePruneError if model has no linear layer inside, the blocks fit none, a weight is on the meta device or sharded, or
+    masks name a module that is not one.
     """
     config = config or BlockSparseConfig()
     if not isinstance(config, BlockSparseConfig):
@@ -230,6 +231,9 @@ def sparsify_(
         )
     for name, linear in linears.items():
         check_there(name, linear.weight)
+        if hasattr(linear.weight, "placements"):
+            remedy = "load accelerator.get_state_dict(model) into the same model, not prepared"
+            raise SparsePruneError(f"{name}.weight", "a whole weight", "one sharded over processes", remedy)
     shared = _shared_weights(model)
     rows: list[LayerReport] = []
     new: dict[nn.Module, nn.Module] = {}

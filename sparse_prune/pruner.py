@@ -262,7 +262,7 @@ class Pruner:
     def attach(self, optimizer: torch.optim.Optimizer) -> Pruner:
         """Re-apply the masks to weights and momentum at the end of every optimizer.step(); returns self.
 
-        Where several optimizers share the model, call it once for each.
+        The optimizer may be one that Accelerate prepared. Where several optimizers share the model, call it once for each.
         """
 
         def after_step(stepped: torch.optim.Optimizer, args: object, kwargs: object) -> None:
@@ -273,7 +273,8 @@ class Pruner:
                     if isinstance(value, Tensor) and value.shape == self._modules[name].weight.shape:
                         self._own(name, value).masked_fill_(dropped, 0)
 
-        self._optimizer_handles.append(optimizer.register_step_post_hook(after_step))
+        stepping = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper keeps no hooks itself
+        self._optimizer_handles.append(stepping.register_step_post_hook(after_step))
         return self
 
     @torch.no_grad()

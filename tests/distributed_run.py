@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 import sparse_prune as sp
 from sparse_prune.integrations.trainer import PRUNER_STATE_NAME, DistillationTrainer, PruningCallback
+from sparse_prune.linears import as_matrix
 
 BLOCK = (16, 16)
+LOOPS = [("ddp", "wanda"), ("fsdp2", "taylor"), ("fsdp2", "wanda"), ("fsdp2", "magnitude"), ("fsdp2", "random")]
 
 
 def agreed(value: object, what: str) -> None:
@@ -113,76 +117,115 @@ def trainer_with_ddp(out: Path) -> None:
         )
 
 
-def loop_with_fsdp2(accelerator: Accelerator) -> None:
-    """A plain loop over nn.Linear and Conv1D sharded by FSDP2 so that blocks are cut: as unsharded, and bit-exact when resumed."""
-    torch.manual_seed(0)
-    rank = accelerator.process_index
-    config = GPT2Config(
-        vocab_size=50,
-        n_embd=40,
-        n_layer=1,
-        n_head=2,
-        n_positions=16,
-        tie_word_embeddings=False,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
-    start = GPT2LMHeadModel(config).train()
-    data = torch.randint(0, 50, (6, 2, 4, 8), generator=torch.Generator().manual_seed(2))  # step, rank, row, token
+def accelerator_of(kind: str) -> Accelerator:
+    """An Accelerator whose prepare() wraps in DDP, or shards by FSDP2 as the flags of `accelerate launch` say."""
+    os.environ["ACCELERATE_USE_FSDP"] = str(kind == "fsdp2")
+    if kind == "fsdp2" and PartialState().distributed_type == DistributedType.MULTI_CPU:
+        # AcceleratorState.__init__ heeds those flags for every kind of device but the CPU, where it would go on with DDP.
+        PartialState().distributed_type = DistributedType.MULTI_GPU
+        AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.is_fsdp2 == (kind == "fsdp2") and accelerator.device.type == "cpu"
+    return accelerator
 
-    def make(criterion: str, sharded: bool) -> tuple:
-        model = copy.deepcopy(start)
-        settings = sp.PruneConfig(criterion, density=0.5, blocksize=BLOCK, total_steps=6, warmup=0, update_every=1)
-        if sharded:
-            fully_shard(model.transformer.h[0])
-            fully_shard(model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        return model, optimizer, sp.Pruner(model, settings).attach(optimizer)
 
-    def steps(model, optimizer, pruner, span: range, rows) -> None:
-        for step in span:
-            ids = rows(step)
-            model(ids, labels=ids).loss.backward()
-            optimizer.step()
-            pruner.step()
-            optimizer.zero_grad()
+def gpt2(seed: int) -> GPT2LMHeadModel:
+    """40 wide, so that two ranks cut blocks of 16."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 50, "n_embd": 40, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **dropout, tie_word_embeddings=False)).train()
 
-    for criterion in ("taylor", "wanda", "magnitude", "random"):
-        run = make(criterion, sharded=True)
-        assert hasattr(run[0].lm_head.weight, "placements")
-        steps(*run, range(3), lambda step: data[step, rank])
-        model, optimizer, pruner = run
-        weights = {name: p.detach().to_local().clone() for name, p in model.named_parameters()}
-        saved = copy.deepcopy((optimizer.state_dict(), pruner.state_dict()))
-        agreed(saved[1], f"the pruner's state by {criterion}")
-        steps(*run, range(3, 6), lambda step: data[step, rank])
-        check_zeros(model, pruner, optimizer)
-        agreed(pruner.masks, f"masks by {criterion}")
 
-        other = make(criterion, sharded=True)
-        with torch.no_grad():
-            for name, parameter in other[0].named_parameters():
-                parameter.to_local().copy_(weights[name])
-        other[1].load_state_dict(saved[0])
-        other[2].load_state_dict(saved[1])
-        steps(*other, range(3, 6), lambda step: data[step, rank])
-        assert equal(pruner.masks, other[2].masks) and equal(whole(model), whole(other[0])), f"{criterion}: resuming"
+def settings(criterion: str) -> sp.PruneConfig:
+    return sp.PruneConfig(criterion, density=0.5, blocksize=BLOCK, total_steps=6, warmup=0, update_every=1)
 
-        alone = make(criterion, sharded=False)
-        alone[2].reduce_saliency = lambda saliency: saliency
-        steps(*alone, range(6), lambda step: data[step].flatten(0, 1))  # the rows of both ranks in one batch
-        if criterion in ("magnitude", "random"):
-            assert equal(pruner.masks, alone[2].masks), f"{criterion}: sharding changed the masks"
-        same = [(a == b).float().mean() for a, b in zip(pruner.masks.values(), alone[2].masks.values(), strict=True)]
-        assert min(same) > 0.8, f"{criterion}: {same}"
+
+def tokens() -> torch.Tensor:
+    """For each of 6 steps and 2 ranks, 4 rows of 8 tokens."""
+    return torch.randint(0, 50, (6, 2, 4, 8), generator=torch.Generator().manual_seed(2))
+
+
+def loop(out: Path, kind: str, criterion: str, resume: bool) -> None:
+    """A plain loop over nn.Linear and Conv1D as docs/huggingface.md has it, its checkpoint after half of the steps.
+
+    It leaves its end in a file; the resumed one, in other processes and from other weights, must come to the same, bit for bit.
+    """
+    folder, end = out / f"{kind}-{criterion}", out / f"{kind}-{criterion}.pt"
+    accelerator = accelerator_of(kind)
+    model = gpt2(seed=int(resume))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    early = criterion == "random"  # the Pruner is made before prepare(), which replaces the parameters
+    if early:
+        pruner = sp.Pruner(model, settings(criterion)).attach(optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    bare = accelerator.unwrap_model(model)
+    if not early:
+        pruner = sp.Pruner(bare, settings(criterion)).attach(optimizer)
+    accelerator.register_for_checkpointing(pruner)
+    if resume:
+        accelerator.load_state(str(folder))
+        assert pruner.steps == 3
+    for step in range(pruner.steps, 6):
+        ids = tokens()[step, accelerator.process_index]
+        accelerator.backward(model(input_ids=ids, labels=ids).loss)
+        optimizer.step()
+        pruner.step()
+        optimizer.zero_grad()
+        if step == 2 and not resume:
+            accelerator.save_state(str(folder))
+
+    assert all(hasattr(weight, "placements") == (kind == "fsdp2") for weight in bare.parameters())
+    check_zeros(bare, pruner, optimizer)
+    reached = {"weights": whole(bare), "pruner": pruner.state_dict()}
+    agreed(reached, f"where {kind} by {criterion} ends")
+    if resume:
+        assert equal(reached, torch.load(end, weights_only=True)), f"{kind} by {criterion}: resuming changed the run"
+        return
+    check_against_one_process(criterion, pruner)
+    check_packed(accelerator, model, pruner)
+    if accelerator.is_main_process:
+        torch.save(reached, end)
+
+
+def check_against_one_process(criterion: str, pruner: sp.Pruner) -> None:
+    """The masks are those of one process that has the rows of both ranks in one batch, but for ties within rounding."""
+    model = gpt2(seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    alone = sp.Pruner(model, settings(criterion)).attach(optimizer)
+    alone.reduce_saliency = lambda saliency: saliency
+    for ids in tokens().flatten(1, 2):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        alone.step()
+        optimizer.zero_grad()
+    if criterion in ("magnitude", "random"):
+        assert equal(pruner.masks, alone.masks), f"{criterion}: two processes changed the masks"
+    same = [(a == b).float().mean() for a, b in zip(pruner.masks.values(), alone.masks.values(), strict=True)]
+    assert min(same) > 0.8, f"{criterion}: {same}"
+
+
+def check_packed(accelerator: Accelerator, model: nn.Module, pruner: sp.Pruner) -> None:
+    """The whole weights, which rank 0 gets, pack by the masks without loss; a sharded model is refused."""
+    weights = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        packed = gpt2(seed=1)
+        packed.load_state_dict(weights)
+        sp.sparsify_(packed, sp.BlockSparseConfig(BLOCK, max_density=1.0), masks=pruner.masks)
+        for name in pruner.masks:
+            weight = as_matrix(pruner.model.get_submodule(name), weights[f"{name}.weight"])
+            assert torch.equal(packed.get_submodule(name).packed.to_dense(), weight), name
+    if accelerator.is_fsdp2:
+        with pytest.raises(sp.SparsePruneError, match="expected a whole weight, got one sharded .*get_state_dict"):
+            sp.sparsify_(model, sp.BlockSparseConfig(BLOCK), masks=pruner.masks)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
-    parts = {"ddp": lambda: trainer_with_ddp(Path(sys.argv[2])), "fsdp2": lambda: loop_with_fsdp2(accelerator)}
-    for name in sys.argv[1].split(","):
-        parts[name]()
-        accelerator.print(f"{name} passed")
+    part, out = sys.argv[1], Path(sys.argv[2])
+    if part == "run":
+        trainer_with_ddp(out)
+    for kind, criterion in LOOPS:
+        loop(out, kind, criterion, resume=part == "resume")
+    PartialState().print(f"{part} passed")
     dist.destroy_process_group()

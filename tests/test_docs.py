@@ -69,7 +69,7 @@ def test_the_code_for_hugging_face_runs(tmp_path, monkeypatch):
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
     config = transformers.BertConfig(**sizes, vocab_size=50)
     transformers.BertForSequenceClassification(config).save_pretrained("my-model")
-    four_lines, with_trainer = _code("docs/huggingface.md")
+    four_lines, with_trainer, _ = _code("docs/huggingface.md")
     exec(compile(four_lines, "docs/huggingface.md", "exec"), names := {})
     assert len(names["result"].converted) == 6
 
@@ -97,3 +97,31 @@ def test_the_code_for_hugging_face_runs(tmp_path, monkeypatch):
     }
     exec(compile(with_trainer, "docs/huggingface.md", "exec"), names)
     assert sum(isinstance(module, sp.SparseLinear) for module in names["model"].modules()) == 6
+
+
+def test_the_code_for_several_processes_runs_on_one_and_resumes(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+    code = _code("docs/huggingface.md")[2].replace("500", "2")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.BertConfig(**sizes, **dropout, vocab_size=50)
+    data = [{"input_ids": torch.arange(4) + i, "labels": torch.tensor(i % 2)} for i in range(5)]
+    ends = []
+    for resume in (False, True):  # the second goes on after the fourth step
+        torch.manual_seed(resume)
+        model, dense = (transformers.BertForSequenceClassification(config) for _ in range(2))
+        names = {
+            "sp": sp,
+            "model": model,
+            "dense": dense,
+            "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2),
+            "loader": torch.utils.data.DataLoader(data),
+            "filter_fn": lambda name, _: "encoder" in name,
+            "resume": resume,
+        }
+        exec(compile(code, "docs/huggingface.md", "exec"), names)
+        assert sum(isinstance(module, sp.SparseLinear) for module in dense.modules()) == 6
+        ends.append(names["weights"])
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
