@@ -6,7 +6,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparse_prune as sp
-from sparse_prune.convert import nonzero_masks
 
 
 class Tied(nn.Module):
@@ -87,7 +86,7 @@ def test_zeros_already_there():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     with torch.no_grad():
         model[1].weight[:32, 32:] = 0
-    masks = nonzero_masks(model, (32, 32))
+    masks = sp.nonzero_masks(model, (32, 32))
     assert list(masks) == ["1"] and masks["1"].tolist() == [[True, False], [True, True]]
 
 
