@@ -88,6 +88,8 @@ def test_zeros_already_there():
         model[1].weight[:32, 32:] = 0
     masks = sp.nonzero_masks(model, (32, 32))
     assert list(masks) == ["1"] and masks["1"].tolist() == [[True, False], [True, True]]
+    with pytest.raises(sp.SparsePruneError, match="blocksize: expected two positive integers"):
+        sp.nonzero_masks(model, (0, 32))
 
 
 def test_a_model_with_no_linear():
@@ -168,3 +170,5 @@ def test_a_model_on_the_meta_device_has_nothing_to_prune():
         sp.sparsify_(model, sp.BlockSparseConfig((16, 16)))
     with pytest.raises(sp.SparsePruneError, match="0.weight: expected numbers, got none, on the meta device"):
         sp.Pruner(model, sp.PruneConfig(blocksize=(16, 16)))
+    with pytest.raises(sp.SparsePruneError, match="0.weight: expected numbers, got none, on the meta device"):
+        sp.nonzero_masks(model, (16, 16))

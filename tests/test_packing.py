@@ -260,6 +260,9 @@ def test_a_pickle_runs_no_code(run, tmp_path):
     torch.save(
         {"bert.embeddings.word_embeddings.weight": Touch(tmp_path / "ran")}, tmp_path / "dense" / "pytorch_model.bin"
     )
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    del config["dtype"]  # so that transformers looks into the file for it too
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
     assert "expected the weights of a BertForQuestionAnswering" in refused(run, tmp_path)
     assert not (tmp_path / "ran").exists()
 
