@@ -40,21 +40,6 @@ PRUNE_OPTIONS = {
 TINY = ("--epochs", "1", "--batch-size", "16", "--max-length", "32")
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """run(*arguments) -> (exit code, what was printed to stdout and stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["sparse-prune", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-            sys.exit(0)
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out + captured.err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def reviews(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "reviews.tsv"
@@ -207,7 +192,10 @@ MISTAKES = {
         "seconds: expected a finite number from 0 on, got -1",
     ),
     "model": (("prune", "--model", "nowhere", "--out", "o"), "nowhere: expected a model directory"),
-    "pack a dense model": (("pack", "DENSE", "--out", "o"), "expected a pruned model, got no block of 32x32 zeros"),
+    "pack a dense model": (
+        ("pack", "DENSE", "--out", "o"),
+        "expected a model pruned in blocks, got no block of 32x32 zeros; prune",
+    ),
     "pack nothing": (("pack", "nowhere", "--out", "o"), "expected a model directory"),
     "eval nothing": (("eval", "nowhere"), "nowhere: expected a model directory"),
     "report nothing": (("report", "nowhere"), "metrics.json"),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import pickle
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -26,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from .. import bsr
 from ..errors import SparsePruneError
 from ..linears import is_linear
+from ..models import garlic
 from ..models.garlic import train_tokenizer
 from ..models.garlic_config import GarlicConfig
 from ..serialization import is_packed, load_packed, read_json
@@ -81,7 +84,8 @@ def load_model(
     named = Path(source).exists() or (parent != Path() and parent.is_dir())
     if named or source.startswith((".", "~", "/")) or source.count("/") > 1:
         check_model_dir(source)
-    try:
+    expected = "garlic, a model directory or a name on the Hugging Face hub"
+    with _reading(source, expected, "check the path, or the name and the network"):
         tokenizer = AutoTokenizer.from_pretrained(source)
         config = AutoConfig.from_pretrained(source)
         if labels is None and task_of(config.architectures) != task:
@@ -89,26 +93,13 @@ def load_model(
             raise SparsePruneError(
                 source, f"a model trained for {task}", got, "train it first with `sparse-prune train`"
             )
-        if is_packed(source):  # our own reader names the tensor that is wrong; transformers' does not
-            del config.quantization_config
-            own = (config.dtype or torch.float32) if dtype == "auto" else dtype
-            model = load_packed(auto.from_config(config, dtype=own), source).eval()
+        if is_packed(source):
+            model = _read_packed(source, config, auto.from_config, dtype)
         else:
             options = {} if labels is None else {**_label_settings(labels), "ignore_mismatched_sizes": True}
             model = auto.from_pretrained(source, dtype=dtype, **options)
             model.config.problem_type = None  # the loss of a single label, whatever the checkpoint was trained with
-    except SparsePruneError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        told = textwrap.shorten(str(error), 200, placeholder=" ...")
-        expected = "garlic, a model directory or a name on the Hugging Face hub"
-        raise SparsePruneError(
-            "model", expected, f"{source} ({told})", "check the path, or the name and the network"
-        ) from None
-    if getattr(config, "is_encoder_decoder", False) and hasattr(model.base_model, "decoder"):
-        raise SparsePruneError(
-            "model", "an encoder", f"{type(model).__name__}, which decodes too", "choose another model"
-        )
+    _check_encoder(model)
     if not tokenizer.is_fast:
         raise SparsePruneError(
             "model", "a model with a fast tokenizer", type(tokenizer).__name__, "choose another model"
@@ -135,24 +126,81 @@ def check_dense(name: str | Path) -> None:
         )
 
 
+def load_dir(path: str | Path, kind: Any, dtype: torch.dtype | str = "auto") -> tuple[PreTrainedModel, Sequence[str]]:
+    """The model in a directory, dense or packed, and the names of the weights that its files lack; in evaluation.
+
+    kind     what class_of the directory says, or an Auto class
+    dtype    of the parameters; "auto" for that of the checkpoint
+
+    The files are safetensors or, where there are none, pytorch_model.bin; of these tensors are read and nothing else, so that no
+    code runs. Raises SparsePruneError where they cannot be read or do not fit the class, or a weight is NaN or infinite.
+    """
+    source = str(path)
+    with _reading(source, f"the weights of a {kind.__name__}", "save it again with its save_pretrained"):
+        if is_packed(source):
+            config = kind.config_class.from_pretrained(source)
+            return _read_packed(source, config, kind._from_config, dtype), ()
+        model, told = kind.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    return check_finite(source, model), sorted(told["missing_keys"])
+
+
+def class_of(path: str | Path) -> type[PreTrainedModel] | None:
+    """The class, of transformers or ours, that config.json in a directory names; None where it names none.
+
+    Raises SparsePruneError for any other class: code that comes with a directory is never run.
+    """
+    check_model_dir(path)
+    file = Path(path, "config.json")
+    settings = read_json(file)
+    name = next(iter(settings.get("architectures") or ()), None) if isinstance(settings, dict) else None
+    if name is None:
+        return None
+    found = getattr(transformers, str(name), None) or getattr(garlic, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and getattr(found, "config_class", None)):
+        remedy = "convert it in Python: sparse_prune.nonzero_masks, sparsify_, save_packed"
+        raise SparsePruneError(f"{file}: architectures", "a model class of transformers", name, remedy)
+    return found
+
+
 def load_encoder(name: str | Path) -> nn.Module:
     """The encoder without a head in a directory, dense or packed, or an untrained Garlic for "garlic"; in evaluation.
 
     Raises SparsePruneError where there is no such model.
     """
-    source = str(name)
-    if source == GARLIC:
+    if str(name) == GARLIC:
         return AutoModel.from_config(GarlicConfig()).eval()
-    check_model_dir(source)
-    task = task_of(read_json(Path(source, "config.json")).get("architectures"))
-    if task is not None and is_packed(source):
-        return load_model(source, task)[0].base_model.eval()
-    auto = AutoModel if task is None else AUTO_MODELS[task]
+    model, _ = load_dir(name, class_of(name) or AutoModel, torch.float32)
+    _check_encoder(model)
+    return model.base_model
+
+
+@contextlib.contextmanager
+def _reading(source: str, expected: str, remedy: str) -> Iterator[None]:
+    """Errors of the libraries that read a model, told as one SparsePruneError."""
     try:
-        return check_finite(source, auto.from_pretrained(source, dtype=torch.float32).base_model.eval())
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        yield
+    except SparsePruneError:
+        raise
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError),
+        *(SafetensorError, pickle.UnpicklingError),
+    ) as error:
         told = textwrap.shorten(str(error), 200, placeholder=" ...")
-        raise SparsePruneError("model", "a Hugging Face encoder", f"{source} ({told})", "check the path") from None
+        raise SparsePruneError("model", expected, f"{source} ({told})", remedy) from None
+
+
+def _read_packed(source: str, config: Any, make: Callable[..., Model], dtype: torch.dtype | str) -> Model:
+    """A packed model by our own reader, which names the tensor that is wrong; transformers' does not."""
+    del config.quantization_config
+    own = (config.dtype or torch.float32) if dtype == "auto" else dtype
+    return load_packed(make(config, dtype=own), source).eval()
+
+
+def _check_encoder(model: PreTrainedModel) -> None:
+    if getattr(model.config, "is_encoder_decoder", False) and hasattr(model.base_model, "decoder"):
+        raise SparsePruneError(
+            "model", "an encoder", f"{type(model).__name__}, which decodes too", "choose another model"
+        )
 
 
 def check_model_dir(path: str | Path) -> None:
