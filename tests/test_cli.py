@@ -17,8 +17,11 @@ import torch
 
 pytest.importorskip("transformers")
 
+import transformers
+
 import sparse_prune as sp
 from sparse_prune import cli, serialization
+from sparse_prune.recipes import read_recipe
 
 PRUNE_OPTIONS = {
     *(
@@ -37,6 +40,7 @@ PRUNE_OPTIONS = {
     ),
     *("learning-rate", "batch-size", "max-length", "seed", "full"),
 }
+TRAIN_OPTIONS = PRUNE_OPTIONS - {"density", "block", "criterion", "schedule", "scope", "distill"}
 TINY = ("--epochs", "1", "--batch-size", "16", "--max-length", "32")
 
 
@@ -139,9 +143,120 @@ def test_the_whole_path(run, reviews, dense, tmp_path):
     assert code == 0 and (out / "report.html").is_file() and (tmp_path / "picture.png").is_file(), text
 
 
-def test_recipe(run, reviews, dense, tmp_path):
-    from sparse_prune.recipes import read_recipe
+FAMILIES = {  # tokenizer, model, and pieces, so few that words are made of several
+    "bert": (transformers.BertTokenizer, transformers.BertConfig, 70),
+    "distilbert": (transformers.DistilBertTokenizer, transformers.DistilBertConfig, 70),
+    "roberta": (
+        transformers.RobertaTokenizer,
+        transformers.RobertaConfig,
+        300,
+    ),  # bytes; positions from behind the padding's
+}
+POSITIONS = 48
+HEADS = {
+    "sentiment": transformers.AutoModelForSequenceClassification,
+    "ner": transformers.AutoModelForTokenClassification,
+}
 
+
+@pytest.fixture(scope="module")
+def users_files(tmp_path_factory) -> dict[str, Path]:
+    """English data of both tasks: words of several pieces, a text and a sentence that are longer than the models' positions."""
+    folder = tmp_path_factory.mktemp("english")
+    files = {"sentiment": folder / "rooms.tsv", "ner": folder / "visits.conll"}
+    words = (("lovely", "good"), ("awful", "bad"))
+    rows = [f"Room {i} of this house is {word}, I say\t{label}" for i in range(16) for word, label in words]
+    files["sentiment"].write_text("text\tlabel\n" + "\n".join([*rows, f"An awful{' house' * 99}\tbad"]) + "\n")
+    sentences = [
+        f"{first}\tB-PER\nKowalska\tI-PER\nvisited\tO\n{place}\tB-LOC\n.\tO\n"
+        for first in ("Anna", "Beatrix", "Charlotte", "Dorothea")
+        for place in ("Utrecht", "Amersfoort", "Paris", "Oslo")
+    ]
+    files["ner"].write_text("\n".join([*sentences, "".join(sentences)]))
+    return files
+
+
+@pytest.mark.parametrize("task", HEADS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_whole_path_on_a_users_own_model(run, users_files, tmp_path, monkeypatch, family, task):
+    monkeypatch.setattr(importlib.import_module("sparse_prune.tasks.analysis"), "TIMED_SECONDS", 0.1)
+    make_tokenizer, make_config, pieces = FAMILIES[family]
+    data = users_files[task]
+    tokenizer = make_tokenizer().train_new_from_iterator([" ".join(data.read_text().split())], pieces)
+    config = make_config(
+        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, max_position_embeddings=POSITIONS
+    )
+    for name, size in {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}.items():
+        setattr(config, name, size)
+    setattr(config, "hidden_dim" if family == "distilbert" else "intermediate_size", 128)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "mine")
+    tokenizer.save_pretrained(tmp_path / "mine")
+
+    dense, out, packed = (tmp_path / name for name in ("dense", "sparse", "packed"))
+    on_file = ("--task", task, "--eval", data)
+    fit = (*on_file, "--train", data, "--epochs", "10", "--batch-size", "4", "--learning-rate", "2e-3")
+    code, text = run("train", "--model", tmp_path / "mine", *fit, "--out", dense, "--json", tmp_path / "dense.json")
+    assert code == 0, text
+    code, text = run("prune", "--model", dense, *fit, "--density", "0.5", "--scope", "local", "--out", out)
+    assert code == 0, text
+    metrics = json.loads((out / "metrics.json").read_text())
+    score = "f1" if task == "ner" else "accuracy"
+    assert metrics["dense"][score] == json.loads((tmp_path / "dense.json").read_text())["score"]["value"] > 0.8
+    assert metrics["sparse"][score] > 0.6 and metrics["sparse"]["density"] == pytest.approx(0.5, abs=0.02)
+    assert metrics["sparse"]["bytes"] < metrics["dense"]["bytes"] and metrics["dense"]["latency_ms"] > 0
+
+    code, text = run("pack", out, "--out", packed)
+    assert code == 0 and "linear layers are sparse" in text, text
+    for directory in (out, out / "packed", packed):
+        code, text = run("eval", directory, *on_file, "--json", tmp_path / "eval.json")
+        assert code == 0, text
+        found = json.loads((tmp_path / "eval.json").read_text())
+        assert found["score"]["name"] == score and found["score"]["value"] == metrics["sparse"][score]
+
+    ids = transformers.AutoTokenizer.from_pretrained(packed)("Anna visited an awful house", return_tensors="pt")
+    model = HEADS[task].from_pretrained(packed).eval()
+    model.save_pretrained(tmp_path / "again")
+    zeros, again = (HEADS[task].from_pretrained(path).eval() for path in (out, tmp_path / "again"))
+    assert sum(isinstance(module, sp.SparseLinear) for module in model.modules()) == 12
+    assert not any(isinstance(module, sp.SparseLinear) for module in zeros.modules())
+    with torch.inference_mode():
+        torch.testing.assert_close(again(**ids).logits, model(**ids).logits, atol=0, rtol=0)
+        torch.testing.assert_close(model(**ids).logits, zeros(**ids).logits, atol=1e-5, rtol=1e-5)
+
+    code, text = run("report", out)
+    page = (out / "report.html").read_text()
+    assert code == 0 and score in page.lower() and ("Kowalska" if task == "ner" else "awful") in page, text
+    code, text = run(
+        "bench", "model", dense, packed, "--batch", "1", "--length", "8", "--dtype", "float32", "--seconds", "0"
+    )
+    assert code == 0 and "sparse" in text, text
+
+    unseen = tmp_path / f"unseen{data.suffix}"
+    unseen.write_text(
+        data.read_text().replace("B-LOC", "B-ORG") if task == "ner" else "text\tlabel\nAn awful house\tugly\n"
+    )
+    code, text = run("eval", packed, "--task", task, "--eval", unseen)
+    assert code == 2 and f"line {4 if task == 'ner' else 2}: expected one of the labels" in text, text
+
+
+def test_recipe_of_train(run, reviews, tmp_path):
+    out, recipe = tmp_path / "dense", tmp_path / "mine.yaml"
+    recipe.write_text(
+        f"train: {reviews}\neval: {reviews}\nepochs: 1\nbatch-size: 16\nmax-length: 32\nlearning-rate: 1.0e-4\nseed: 1\n"
+    )
+    code, text = run("train", "--recipe", recipe, "--seed", "2", "--out", out, "--json", tmp_path / "first.json")
+    assert code == 0, text
+    saved = read_recipe(out / "recipe.yaml", TRAIN_OPTIONS)
+    assert saved == {
+        **read_recipe(recipe, TRAIN_OPTIONS),
+        **{"seed": 2, "out": str(out), "model": "garlic", "task": "sentiment", "full": False},
+    }
+    assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 32
+    code, text = run("train", "--recipe", out / "recipe.yaml", "--json", tmp_path / "again.json")
+    assert code == 0 and (tmp_path / "again.json").read_text() == (tmp_path / "first.json").read_text(), "another run"
+
+
+def test_recipe_of_prune(run, reviews, dense, tmp_path):
     out, recipe = tmp_path / "sparse", tmp_path / "mine.yaml"
     recipe.write_text(
         f"model: {dense}\ntrain: {reviews}\neval: {reviews}\ndensity: 0.5\nblock: 16x32\nepochs: 1\nbatch-size: 16\n"

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
+from transformers import RobertaTokenizer
+
 from sparse_prune.distill import IGNORED_LABEL
 from sparse_prune.tasks.data import TagExample, TextExample, bio_problem
 from sparse_prune.tasks.encoding import Collator, LengthBatches, cut_windows, encode
@@ -54,6 +56,16 @@ def test_words_of_several_pieces_are_labelled_on_the_first():
     data = encode(tokenizer, [TagExample(("abc", " ", "中国"), ("B-PER", "O", "B-LOC"))], TAGS, 32)
     assert data.rows[0]["labels"] == [IGNORED_LABEL, 1, IGNORED_LABEL, IGNORED_LABEL, 3, IGNORED_LABEL, IGNORED_LABEL]
     assert data.places == [[0, 2]]  # the tokenizer drops the white space
+
+
+def test_words_keep_their_spaces_where_a_tokenizer_takes_these_for_part_of_the_word():
+    tokenizer = RobertaTokenizer().train_new_from_iterator(["Anna Kowalska saw Paris ."], 300)
+    tokens = ("Anna", "Kowalska", "saw", "中", "国", ".")
+    row = encode(tokenizer, [TagExample(tokens, ("B-PER", "I-PER", "O", "B-LOC", "I-LOC", "O"))], TAGS, 64).rows[0]
+    assert row["input_ids"] == tokenizer("Anna Kowalska saw中国.")["input_ids"]
+    assert [label for label in row["labels"] if label != IGNORED_LABEL] == [1, 2, 0, 3, 4, 0]
+    short = encode(tokenizer, [TagExample(("Anna",) * 18, ("O",) * 18)], TAGS, 9)  # counted with their spaces
+    assert max(short.lengths) <= 9 and [place for window in short.places for place in window] == list(range(18))
 
 
 @given(st.lists(st.lists(st.floats(-4, 4, width=32), min_size=5, max_size=5), min_size=1, max_size=4))

@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-import unicodedata
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +18,7 @@ from ..convert import LayerReport
 from ..fuse import fuse_encoder_
 from ..report import collect_heads, collect_layers
 from .data import Example, TagExample, TextExample, by_kind
+from .encoding import encode, spaced
 from .evaluation import Score, label_names, predict
 from .models import native_bf16
 
@@ -95,23 +94,20 @@ def attention_example(
         _, sentences = by_kind(examples)
         several = (e for e in sentences if 12 <= _length(e) <= 28 and sum(tag[0] == "B" for tag in e.tags) >= 2)
         example = next(several, example)
-        ids = tokenizer(
-            list(example.tokens), is_split_into_words=True, truncation=True, max_length=max_length, return_tensors="pt"
-        )
         label = _told(list(example.tags), example)
     else:
-        ids = tokenizer(example.text, truncation=True, max_length=max_length, return_tensors="pt")
         label = example.label
+    ids = torch.tensor([encode(tokenizer, [example], label_names(model), max_length).rows[0]["input_ids"]])
     maps = []
     for net in (teacher, model):
-        weights = _attention(net, ids["input_ids"], ids["attention_mask"])
+        weights = _attention(net, ids)
         if weights is None:
             return []
         maps.append([[round(value, 4) for value in row] for row in weights.tolist()])
     predictions = [_told(predict(net, tokenizer, [example], max_length)[0], example) for net in (teacher, model)]
     return [
         {
-            "tokens": tokenizer.convert_ids_to_tokens(ids["input_ids"][0].tolist()),
+            "tokens": tokenizer.convert_ids_to_tokens(ids[0].tolist()),
             "layer": model.config.num_hidden_layers - 1,
             "head": "mean",
             "dense": maps[0],
@@ -123,14 +119,14 @@ def attention_example(
     ]
 
 
-def _attention(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
+def _attention(model: PreTrainedModel, ids: Tensor) -> Tensor | None:
     """Weights [T, T] of the last layer, mean over heads, for one row; None where the model gives none."""
     before = model.config._attn_implementation
     model.eval()
     try:
         model.config._attn_implementation = "eager"
         with torch.inference_mode():
-            attentions = model(input_ids=input_ids, attention_mask=attention_mask, output_attentions=True).attentions
+            attentions = model(ids, attention_mask=torch.ones_like(ids), output_attentions=True).attentions
     except (AttributeError, NotImplementedError, ValueError, TypeError):
         return None
     finally:
@@ -159,12 +155,8 @@ def _told(prediction: str | list[str], example: Example) -> str:
 
 
 def running_text(tokens: Sequence[str]) -> str:
-    """Tokens as a reader writes them: words with spaces between, single characters without, as in Chinese corpora."""
-    parts = [*tokens[:1]]
-    for before, token in pairwise(tokens):
-        wide = any(unicodedata.east_asian_width(character) in "WF" for character in (before[-1], token[0]))
-        parts.append(token if wide or len(before) == len(token) == 1 else f" {token}")
-    return "".join(parts)
+    """Tokens as a reader writes them."""
+    return "".join(spaced(tokens))
 
 
 def _examples(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -46,7 +48,8 @@ def encode(tokenizer, examples: Sequence[Example], labels: Sequence[str], max_le
     """Token ids and label ids of examples, at most max_length tokens a row.
 
     A text is cut at max_length. A sentence is cut into windows, after the last sentence end that fits (else the last pause, else
-    where the window is full), so that every token gets a prediction; the label sits on a token's first piece.
+    where the window is full), so that every token gets a prediction; the label sits on a token's first piece. A tokenizer that takes
+    a space for a part of the word behind it gets the tokens as a text would write them.
     """
     index = {label: i for i, label in enumerate(labels)}
     texts, sentences = by_kind(examples)
@@ -56,9 +59,12 @@ def encode(tokenizer, examples: Sequence[Example], labels: Sequence[str], max_le
         return EncodedSet(rows, list(range(len(rows))))
     budget = max_length - tokenizer.num_special_tokens_to_add()
     encoded, windows, tags, starts = EncodedSet(), [], [], []
-    for source, (example, pieces) in enumerate(zip(sentences, _piece_counts(tokenizer, sentences), strict=True)):
+    write = spaced if _wants_spaces(tokenizer) else list
+    written = [write(e.tokens) for e in sentences]
+    counts = _piece_counts(tokenizer, written)
+    for source, (example, words, pieces) in enumerate(zip(sentences, written, counts, strict=True)):
         for start, stop in cut_windows(example.tokens, pieces, budget):
-            windows.append(list(example.tokens[start:stop]))
+            windows.append(words[start:stop])
             tags.append(example.tags[start:stop])
             encoded.sources.append(source)
             starts.append(start)
@@ -96,15 +102,33 @@ def cut_windows(tokens: Sequence[str], pieces: Sequence[int], budget: int) -> It
         start = stop
 
 
-def _piece_counts(tokenizer, examples: Sequence[TagExample]) -> Iterator[list[int]]:
-    """Pieces that each token of each example becomes."""
-    distinct = sorted({token for example in examples for token in example.tokens})
+def spaced(tokens: Sequence[str]) -> list[str]:
+    """Tokens with the space that a reader writes before them: words with one, single characters without, as in Chinese corpora."""
+    parts = [*tokens[:1]]
+    for before, token in pairwise(tokens):
+        wide = any(unicodedata.east_asian_width(character) in "WF" for character in (before[-1], token[0]))
+        parts.append(token if wide or len(before) == len(token) == 1 else f" {token}")
+    return parts
+
+
+def _wants_spaces(tokenizer) -> bool:
+    """Whether a space is part of the word behind it, as for RoBERTa and GPT-2, so that words given without run together."""
+
+    def ids(text: str | list[str]) -> list[int]:
+        return tokenizer(text, is_split_into_words=isinstance(text, list), add_special_tokens=False)["input_ids"]
+
+    return ids(["a", "b"]) != ids("a b") == ids(["a", " b"])
+
+
+def _piece_counts(tokenizer, sentences: Sequence[Sequence[str]]) -> Iterator[list[int]]:
+    """Pieces that each token of each sentence becomes."""
+    distinct = sorted({token for tokens in sentences for token in tokens})
     ids = tokenizer(
         [[token] for token in distinct], is_split_into_words=True, add_special_tokens=False, truncation=False
     )["input_ids"]
     counts = {token: len(pieces) for token, pieces in zip(distinct, ids, strict=True)}
-    for example in examples:
-        yield [counts[token] for token in example.tokens]
+    for tokens in sentences:
+        yield [counts[token] for token in tokens]
 
 
 @dataclass
