@@ -294,8 +294,8 @@ def cpu_isas() -> tuple[str, ...]:
 def cpu_isa(dtype: torch.dtype) -> str:
     """The instruction set that runs for weights of dtype: of those that are allowed the best one that has kernels for it.
 
-    float32 and float16 have theirs up to avx512, bfloat16 also avx512_bf16 and amx_bf16, int8 all but
-    avx512 and amx_bf16.
+    float32 has its up to avx512, float16 also amx_bf16, bfloat16 that and avx512_bf16, int8 all but avx512
+    and amx_bf16.
 
     Raises SparsePruneError where the kernels cannot run, with the reason.
     """

@@ -9,10 +9,10 @@ extern "C" {
 
 int64_t tile_counts[3];  // loads, products, stores
 
-void bf16_linear(int amx, int64_t M, int64_t N, int64_t K, int64_t R, int64_t C, const int32_t* crow, const int32_t* col,
-                 const void* x, int64_t ldx, const void* w, const void* bias, int activation, const void* residual, void* y, int pair) {
-  LinearArgs a = {DType::bf16, M,   N, K,    R,    C, crow, col, nullptr, x,
-                  ldx,         w, bias, static_cast<Activation>(activation), residual, y, static_cast<Pair>(pair)};
+void linear(int amx, int dtype, int64_t M, int64_t N, int64_t K, int64_t R, int64_t C, const int32_t* crow, const int32_t* col,
+            const void* x, int64_t ldx, const void* w, const void* bias, int activation, const void* residual, void* y, int pair) {
+  const LinearArgs a = {static_cast<DType>(dtype), M, N, K, R, C, crow, col, nullptr, x, ldx, w, bias, static_cast<Activation>(activation),
+                        residual, y, static_cast<Pair>(pair)};
   (amx ? amx_bf16_kernels() : avx512_bf16_kernels())->linear(a, 0, M, 0, (N + R - 1) / R);
 }
 

@@ -101,7 +101,7 @@ def harness(tmp_path_factory):
         return ctypes.CDLL(str(folder / f"{name}.so"))
 
     # What takes longest first.
-    common = ("avx512_bf16_int8", "avx512_bf16", "amx_int8", "activation_tables", "scratch")
+    common = ("avx512_bf16_int8", "avx512_bf16", "avx512", "amx_int8", "activation_tables", "scratch")
     jobs = [(name, kernels / f"{name}.cpp", shipped) for name in (*common, "amx_bf16")]
     jobs += [("counted", kernels / "amx_bf16.cpp", [*shipped, "-DSPARSE_PRUNE_COUNT_TILES"])]
     jobs += [("door", tests / "amx_harness.cpp", ["-O1"]), ("trap", tests / "trap.cpp", ["-O3", "-mavx2", "-mfma"])]

@@ -109,7 +109,8 @@ def assert_close(got, exact, dense):
 def test_linear_matches_float64(isa, dtype, problem):
     p = Problem(*problem, dtype)
     with backends.force_isa(isa):
-        own = ("amx_bf16", "avx512_bf16") if dtype is torch.bfloat16 else ()  # beyond those of every dtype
+        # beyond those of every dtype
+        own = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_bf16",)}.get(dtype, ())
         best = next(i for i in backends.ISAS[backends.ISAS.index(isa) :] if i in (*own, "avx512", "avx2", "portable"))
         assert backends.cpu_isa(dtype) == best
         prepacked = sparse.cpu_prepack(p.packed.values)
@@ -167,6 +168,32 @@ def test_an_infinite_gradient_stays_in_its_token(isa):
         dvalues = sparse.bsr_sdd(p.dy, p.x, *p.bsr[:2], 32, 32)
     assert dvalues[0, 5].isposinf().all()
     assert dvalues.isfinite().sum() == 31 * 32
+
+
+@needs_kernels
+@each_isa
+def test_float16_that_is_not_finite(isa):
+    """AMX has pieces of finite numbers only: NaN and infinity reach the outputs that IEEE says, and no others."""
+    p = Problem(70, 320, 192, 32, 32, 0.5, torch.float16)
+    got = []
+    for weight_too in (False, True):
+        p.x[9, 50], p.x[40, 100] = torch.inf, torch.nan
+        if weight_too:
+            p.bsr[2][3, 5, 7] = -torch.inf
+        p.weight = p.packed.to_dense()
+        kept = p.packed.block_mask().repeat_interleave(32, 0).repeat_interleave(32, 1)
+        for threads in (1, 2, 3):
+            with backends.force_isa(isa), thread_count(threads):
+                got.append(p.linear())
+        assert torch.equal(got[-1].view(torch.int16), got[-2].view(torch.int16))
+        assert torch.equal(got[-1].view(torch.int16), got[-3].view(torch.int16))
+        x, w = p.x.double(), p.weight.double()
+        # what is pruned is not multiplied: one row of x at a time, where it is 0
+        dense = torch.stack([torch.where(kept, row * w, 0.0).sum(1) for row in x]) + p.bias + p.residual
+        finite = dense.isfinite()
+        assert finite.any(1)[9] and not finite[9].all() and torch.equal(finite, got[-1].isfinite())
+        assert torch.equal(dense.isnan(), got[-1].isnan())
+        assert (got[-1].double() - dense)[finite].abs().max() < 4e-3
 
 
 @needs_kernels
@@ -465,7 +492,7 @@ AMX_PROBLEMS = [
 def harness_linear(library, p, activation="none", into=None, pair=0, tiles=1):
     """The product by AMX, or with tiles = 0 by AVX512-BF16; into: y, which is the residual too; pair: of csrc/cpu/kernels.h."""
     m, k = p.x.shape
-    got = torch.full((m, p.n), torch.nan, dtype=torch.bfloat16) if into is None else into
+    got = torch.full((m, p.n), torch.nan, dtype=p.x.dtype) if into is None else into
     residual, prepacked = p.residual if into is None else into, sparse.cpu_prepack(p.packed.values)
     crow, col, x, w, bias, res, y = (
         ctypes.c_void_p(None if t is None else t.data_ptr())
@@ -473,13 +500,15 @@ def harness_linear(library, p, activation="none", into=None, pair=0, tiles=1):
     )
     sizes = [ctypes.c_int64(v) for v in (m, p.n, k, *p.packed.blocksize)]
     number = ACTIVATIONS.index(activation)
-    library.bf16_linear(tiles, *sizes, crow, col, x, ctypes.c_int64(p.x.stride(0)), w, bias, number, res, y, pair)
+    dtype = [torch.float32, torch.bfloat16, torch.float16].index(p.x.dtype)
+    library.linear(tiles, dtype, *sizes, crow, col, x, ctypes.c_int64(p.x.stride(0)), w, bias, number, res, y, pair)
     return got
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("problem", AMX_PROBLEMS, ids=str)
-def test_native_amx_matches_float64(harness, problem):
-    p = Problem(*problem, torch.bfloat16)
+def test_native_amx_matches_float64(harness, problem, dtype):
+    p = Problem(*problem, dtype)
     for activation in ACTIVATIONS:
         assert_close(
             harness_linear(harness["native"], p, activation),
@@ -488,10 +517,11 @@ def test_native_amx_matches_float64(harness, problem):
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("problem", AMX_PROBLEMS, ids=str)
-def test_native_amx_multiplies_each_row_of_a_pair_once(harness, problem):
+def test_native_amx_multiplies_each_row_of_a_pair_once(harness, problem, dtype):
     """Tiles share rows where their number asks for it; in a pair's second product y is what it multiplies."""
-    gate, up = (Problem(*problem, torch.bfloat16) for _ in range(2))
+    gate, up = (Problem(*problem, dtype) for _ in range(2))
     up.x = gate.x
     up.residual.zero_()
     got = harness_linear(harness["native"], gate, "silu", harness_linear(harness["native"], up, pair=1), pair=2)
@@ -514,19 +544,28 @@ def test_native_amx_takes_rows_a_page_apart(harness, n, k, block):
 
 
 @pytest.mark.parametrize(
-    ("block", "m", "loads", "products", "stores"),
+    ("dtype", "block", "m", "loads", "products", "stores"),
     [
-        ((32, 32), 128, 4 * 5, 4 * 4, 4 * 4),  # four times 32 rows, each 2 x 2 tiles: one of weights is loaded twice
-        ((64, 64), 128, 8 * 2 * 5, 8 * 2 * 4, 8 * 4),  # 16 rows by four columns: x once for 64 outputs
-        ((16, 16), 128, 8 * 2 / 2, 8 / 2, 8),  # two blocks side by side in one product
-        ((32, 32), 16, 3, 2, 2),
-        ((32, 32), 24, 5, 4, 4),
+        (
+            torch.bfloat16,
+            (32, 32),
+            128,
+            4 * 5,
+            4 * 4,
+            4 * 4,
+        ),  # four times 32 rows, each 2 x 2 tiles: one of weights is loaded twice
+        (torch.bfloat16, (64, 64), 128, 8 * 2 * 5, 8 * 2 * 4, 8 * 4),  # 16 rows by four columns: x once for 64 outputs
+        (torch.bfloat16, (16, 16), 128, 8 * 2 / 2, 8 / 2, 8),  # two blocks side by side in one product
+        (torch.bfloat16, (32, 32), 16, 3, 2, 2),
+        (torch.bfloat16, (32, 32), 24, 5, 4, 4),
+        (torch.float16, (32, 32), 128, 4 * 10, 4 * 16, 4 * 4),  # four products in the place of one
+        (torch.float16, (64, 64), 24, 2 * 2 * 10, 2 * 2 * 16, 2 * 4),
     ],
     ids=str,
 )
-def test_native_amx_counts(harness, block, m, loads, products, stores):
+def test_native_amx_counts(harness, dtype, block, m, loads, products, stores):
     """What docs/performance.md derives its bound from: tile instructions per block, and stores per block-row."""
-    p = Problem(m, 4 * block[0], 4 * block[1], *block, 1.0, torch.bfloat16)
+    p = Problem(m, 4 * block[0], 4 * block[1], *block, 1.0, dtype)
     counts = (ctypes.c_int64 * 3).in_dll(harness["counted"], "tile_counts")
     before = list(counts)
     harness_linear(harness["counted"], p)

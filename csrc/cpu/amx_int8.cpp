@@ -29,7 +29,7 @@ struct ByteTiles {
   using F = V::F;
   using Dot = Vnni<V>;
   using Sum = uint32_t;  // they may wrap
-  static constexpr int64_t size = 1;
+  static constexpr int64_t size = 1, pieces = 1;
   const Int8Args& a;
   template <int C, int A, int B>
   static inline void dot() { tile_dot_u8s8<C, A, B>(); }

@@ -7,7 +7,8 @@
 // instructions cost 43 cycles a step.
 //
 // Op provides: a (its LinearArgs or more), size (bytes of an input), Sum (float or uint32_t), dot<C, A, B>, and Columns<NT>(op, n, cols), the
-// outputs from n on, of which cols exist, whose write(z, m, rows) makes rows of y from m on of sums z[NT][16][16].
+// outputs from n on, of which cols exist, whose write(z, m, rows) makes rows of y from m on of sums z[NT][16][16]; pieces: 2 where an
+// input is the sum of two bf16, the second x_piece bytes behind the first, or w_piece.
 
 constexpr int64_t kTile = 16;  // rows of a tile, and sums in one of its rows
 
@@ -101,6 +102,29 @@ inline void amx_step(const char* x, int64_t second, int64_t ldx, bool streams_x,
   }
 }
 
+// The same where inputs are sums of two bf16, the larger first: all four products, of which each but the first finds one factor in its tiles.
+template <class Op, int MT, int NT>
+inline void amx_step_in_pieces(const Op& op, const char* x, int64_t second, int64_t ldx, const char* w, int64_t ldw) {
+  const auto load_x = [&](const char* at) {
+    tile_load<4>(at, ldx);
+    if constexpr (MT > 1) tile_load<5>(at + second, ldx);
+  };
+  const auto load_w = [&](const char* at) {
+    tile_load<6>(at, ldw);
+    if constexpr (NT > 1) tile_load<7>(at + 64, ldw);
+  };
+  const auto multiply = [] {
+    Op::template dot<0, 4, 6>();
+    if constexpr (NT > 1) Op::template dot<1, 4, 7>();
+    if constexpr (MT > 1) Op::template dot<2, 5, 6>();
+    if constexpr (MT > 1 && NT > 1) Op::template dot<3, 5, 7>();
+  };
+  load_w(w), load_x(x + op.x_piece), multiply();
+  load_w(w + op.w_piece), multiply();
+  load_x(x), multiply();
+  load_w(w), multiply();
+}
+
 // Block-row i, NT tiles of its weights (at w) by MT of x, into the tiles from C on.
 template <class Op, int MT, int NT, int C>
 inline void amx_block_row(const Op& op, const AmxShape& s, const char* x, int64_t i, const char* w) {
@@ -116,9 +140,13 @@ inline void amx_block_row(const Op& op, const AmxShape& s, const char* x, int64_
     if (joins)  // blocks side by side are one in memory too
       for (; e + 1 < end && col[e + 1] == col[e] + 1 && (!block || block[e + 1] == block[e] + 1); ++e) bytes += block_bytes;
     const char* x_end = xk + (x_bytes - k0 < bytes ? x_bytes - k0 : bytes);
-    if (whole)
-      for (; x_end - xk >= 64; xk += 64, wk += 64 * a.R) amx_step<Op, MT, NT, C, 4, 6>(xk, second, ldx, streams_x, wk, ldw, streams_w);
-    for (; xk < x_end; xk += step, wk += step * a.R) amx_step<Op, MT, NT, C, 5, 7>(xk, second, ldx, streams_x, wk, ldw, streams_w);
+    if constexpr (Op::pieces > 1) {
+      for (; xk < x_end; xk += 64, wk += 64 * a.R) amx_step_in_pieces<Op, MT, NT>(op, xk, second, ldx, wk, ldw);
+    } else {
+      if (whole)
+        for (; x_end - xk >= 64; xk += 64, wk += 64 * a.R) amx_step<Op, MT, NT, C, 4, 6>(xk, second, ldx, streams_x, wk, ldw, streams_w);
+      for (; xk < x_end; xk += step, wk += step * a.R) amx_step<Op, MT, NT, C, 5, 7>(xk, second, ldx, streams_x, wk, ldw, streams_w);
+    }
   }
 }
 
@@ -150,7 +178,8 @@ void amx_tile(const Op& op, const AmxShape& s, const char* x, int64_t m, int64_t
 template <class Op>
 auto amx_tile_of(bool tall, int64_t wide, int64_t own) {
   if (tall) return wide == 2 ? amx_tile<Op, 2, 2, 2> : amx_tile<Op, 2, 1, 1>;
-  if (wide == 4) return own >= 4 ? amx_tile<Op, 1, 4, 4> : own == 2 ? amx_tile<Op, 1, 4, 2> : amx_tile<Op, 1, 4, 1>;
+  if constexpr (Op::pieces > 1) return wide == 2 ? amx_tile<Op, 1, 2, 2> : amx_tile<Op, 1, 1, 1>;
+  else if (wide == 4) return own >= 4 ? amx_tile<Op, 1, 4, 4> : own == 2 ? amx_tile<Op, 1, 4, 2> : amx_tile<Op, 1, 4, 1>;
   if (wide == 2) return own >= 2 ? amx_tile<Op, 1, 2, 2> : amx_tile<Op, 1, 2, 1>;
   return amx_tile<Op, 1, 1, 1>;
 }
@@ -162,14 +191,15 @@ auto amx_tile_of(bool tall, int64_t wide, int64_t own) {
 template <class Op>
 void amx_range(const Op& op, const char* x, int64_t ldx, int64_t x_bytes, int64_t m0, int64_t m1, int64_t i0, int64_t i1) {
   const auto& a = op.a;
+  constexpr bool one_piece = Op::pieces == 1;
   const int64_t height = m1 - m0, block_bytes = a.C * Op::size, step = bytes_per_step(block_bytes);
   AmxShape s = {step, step == 64 || 64 % block_bytes == 0, kTile, kTile, ldx, x_bytes};
   const int64_t side = 4 * kTile / a.R;  // block-rows in four tiles of outputs, where more than one
-  const bool x_stays = (side == 4 || (side == 2 && step < 64)) && a.R % kTile == 0 && kTile * x_bytes <= 32768;
+  const bool x_stays = one_piece && (side == 4 || (side == 2 && step < 64)) && a.R % kTile == 0 && kTile * x_bytes <= 32768;
   // Four columns read x once for 64 outputs and write two lines of y side by side, but each of their products needs a load of weights: for
   // blocks that are as high, where the others would wait for x and y.
   const int64_t block_rows = (a.N + a.R - 1) / a.R, weight_bytes = a.crow[block_rows] * block_bytes * 4 * kTile / block_rows;
-  const bool four_columns = x_stays || (a.R % (4 * kTile) == 0 && (step < 64 || weight_bytes <= 65536));
+  const bool four_columns = x_stays || (one_piece && a.R % (4 * kTile) == 0 && (step < 64 || weight_bytes <= 65536));
   if (four_columns) {
     s.rows = height < kTile ? height : kTile;
   } else if (height < 2 * kTile) {  // two tiles of equal height, which may share a row, or one
@@ -181,9 +211,10 @@ void amx_range(const Op& op, const char* x, int64_t ldx, int64_t x_bytes, int64_
   Unfinished<Op> u;
   u.wide = 0;
   for (int64_t g0 = i0, g1; g0 < i1; g0 = g1) {
-    g1 = group_end(a, g0, i1, Op::size);
+    g1 = group_end(a, g0, i1, Op::size * Op::pieces);
     if (x_stays && g1 < i1 && g1 / side * side > g0) g1 = g1 / side * side;
-    const int64_t row_bytes = (a.crow[g1] - a.crow[g0]) * block_bytes * 2 * kTile / (g1 - g0);  // of weights, 32 outputs of a block-row
+    // Of weights, 32 outputs of a block-row.
+    const int64_t row_bytes = (a.crow[g1] - a.crow[g0]) * block_bytes * Op::pieces * 2 * kTile / (g1 - g0);
     const int64_t panel = (x_stays ? 1 : row_bytes <= 8192 ? 4 : 8) * kTile;
     s.streams_x = !x_stays && step == 64 && row_bytes > 16384 && height * x_bytes > 32768;
     const int64_t outputs = g1 * a.R < a.N ? g1 * a.R : a.N;

@@ -2,7 +2,7 @@
 // what docs/performance.md derives its bound from.
 //
 // Tile registers are fixed: 0..3 accumulate (row * 2 + column, or four columns), 4 and 5 hold x, 6 and 7 weights; 4 and 6 whole steps of 64
-// bytes, 5 and 7 a block's own. One of each is enough: hardware renames them.
+// bytes, 5 and 7 a block's own. One of each is enough: hardware renames them. Numbers in pieces have whole steps only, and use both.
 
 struct TileConfig {  // the 64 bytes that ldtilecfg reads
   uint8_t palette, start_row, reserved[14];
@@ -48,6 +48,10 @@ SPARSE_PRUNE_DOT(0, 5, 7)
 SPARSE_PRUNE_DOT(1, 5, 7)
 SPARSE_PRUNE_DOT(2, 5, 7)
 SPARSE_PRUNE_DOT(3, 5, 7)
+#ifndef SPARSE_PRUNE_AMX_INT8
+SPARSE_PRUNE_DOT(1, 4, 7)
+SPARSE_PRUNE_DOT(2, 5, 6)
+#endif
 #undef SPARSE_PRUNE_DOT
 #define SPARSE_PRUNE_ACCUMULATOR(T)                                                                               \
   template <> inline void tile_load<T>(const void* p, int64_t s) { SPARSE_PRUNE_COUNT(0); _tile_loadd(T, p, s); } \

@@ -87,7 +87,7 @@ const Kernels* kernels_of(Isa isa) {
 const EncoderKernels& encoder_for(DType dtype) {
   const Kernels* linear = &kernels_for(dtype);
   if (dtype == DType::f64) return *portable_f64_encoder();
-  if (linear == amx_bf16_kernels()) return *amx_bf16_encoder();
+  if (linear == amx_bf16_kernels()) return dtype == DType::bf16 ? *amx_bf16_encoder() : *avx512_encoder();
   if (linear == avx512_bf16_kernels()) return *avx512_bf16_encoder();
   if (linear == avx512_kernels()) return *avx512_encoder();
   return linear == avx2_kernels() ? *avx2_encoder() : *portable_encoder();
@@ -197,7 +197,7 @@ void prepack_as(const void* values, int64_t nnzb, int64_t R, int64_t C, bool tra
 const Kernels& kernels_for(DType dtype) {
   if (dtype == DType::f64) return *portable_f64_kernels();
   int isa = std::min<int>(best(), allowed.load(std::memory_order_relaxed));
-  if (dtype != DType::bf16) isa = std::min<int>(isa, avx512);
+  if (dtype == DType::f32 || (dtype == DType::f16 && isa != amx_bf16)) isa = std::min<int>(isa, avx512);
   return *kernels_of(static_cast<Isa>(isa));
 }
 
