@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..distill import IGNORED_LABEL
-from .data import Example, TagExample, by_kind
+from .data import Example, by_kind
 
 SENTENCE_ENDS, PAUSES = frozenset("。！？；!?;"), frozenset("，、：,:)）》」”")
 
@@ -48,8 +48,8 @@ def encode(tokenizer, examples: Sequence[Example], labels: Sequence[str], max_le
     """Token ids and label ids of examples, at most max_length tokens a row.
 
     A text is cut at max_length. A sentence is cut into windows, after the last sentence end that fits (else the last pause, else
-    where the window is full), so that every token gets a prediction; the label sits on a token's first piece. A tokenizer that takes
-    a space for a part of the word behind it gets the tokens as a text would write them.
+    where the window is full), so that every token gets a prediction; the label sits on a token's first piece. Where a
+    space is part of the word behind it (RoBERTa, GPT-2), the tokenizer gets the tokens as a text would write them.
     """
     index = {label: i for i, label in enumerate(labels)}
     texts, sentences = by_kind(examples)
