@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from sparse_prune import backends
 
 ISAS = backends.cpu_isas()
 needs_kernels = pytest.mark.skipif(not ISAS, reason=backends._reason or "built")
-ISA_PARAMS = [
-    pytest.param(isa, marks=pytest.mark.skipif(isa not in ISAS, reason=f"this processor or build has no {isa}"))
-    for isa in backends.ISAS
-]
+# The sets that have kernels of their own for weights of a dtype; under any other the next of these runs, with the same code.
+KERNELS = {
+    torch.float32: ("avx512", "avx2", "portable"),
+    torch.bfloat16: ("amx_bf16", "avx512_bf16", "avx512", "avx2", "portable"),
+    torch.float16: ("amx_bf16", "avx512", "avx2", "portable"),
+}
+
+
+def _param(isa: str, *values: object):
+    return pytest.param(
+        isa, *values, marks=pytest.mark.skipif(isa not in ISAS, reason=f"this processor or build has no {isa}")
+    )
+
+
+ISA_PARAMS = [_param(isa) for isa in backends.ISAS]
 each_isa = pytest.mark.parametrize("isa", ISA_PARAMS)
+
+
+def each_kernel(*dtypes: torch.dtype):
+    """Parameters isa and dtype: every set of instructions with kernels of its own for a dtype, of dtypes or of all three."""
+    pairs = [(isa, dtype) for dtype in dtypes or KERNELS for isa in KERNELS[dtype]]
+    return pytest.mark.parametrize(("isa", "dtype"), [_param(*pair) for pair in pairs], ids=str)

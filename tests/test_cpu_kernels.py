@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cpu_isas import ISAS, each_isa, needs_kernels
+from cpu_isas import ISAS, KERNELS, each_isa, each_kernel, needs_kernels
 
 from sparse_prune import backends, ops, reference  # noqa: F401  (ops defines the schemas)
 from sparse_prune.benchmark import thread_count
@@ -104,15 +104,19 @@ def assert_close(got, exact, dense):
 
 @needs_kernels
 @each_isa
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_best_kernels_that_are_allowed_run(isa):
+    with backends.force_isa(isa):
+        for dtype, sets in KERNELS.items():
+            assert backends.cpu_isa(dtype) == next(i for i in backends.ISAS[backends.ISAS.index(isa) :] if i in sets)
+
+
+@needs_kernels
+@each_kernel()
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_linear_matches_float64(isa, dtype, problem):
     p = Problem(*problem, dtype)
     with backends.force_isa(isa):
-        # beyond those of every dtype
-        own = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_bf16",)}.get(dtype, ())
-        best = next(i for i in backends.ISAS[backends.ISAS.index(isa) :] if i in (*own, "avx512", "avx2", "portable"))
-        assert backends.cpu_isa(dtype) == best
+        assert backends.cpu_isa(dtype) == isa
         prepacked = sparse.cpu_prepack(p.packed.values)
         for activation in ACTIVATIONS:
             got = p.linear(activation, prepacked)
@@ -126,8 +130,7 @@ def test_linear_matches_float64(isa, dtype, problem):
 
 
 @needs_kernels
-@each_isa
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_kernel(torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("r", [16, 32, 64])
 def test_output_larger_than_a_cache(isa, dtype, r):
     """16 MiB of y and more are written past the caches, where every row of a block begins a cache line: the bits of its halves."""
@@ -143,8 +146,7 @@ def test_output_larger_than_a_cache(isa, dtype, r):
 
 
 @needs_kernels
-@each_isa
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@each_kernel()
 @pytest.mark.parametrize("problem", [*PROBLEMS, (1300, 64, 64, 32, 32, 0.5)], ids=str)
 def test_gradient_products_match_float64(isa, dtype, problem):
     p = Problem(*problem, dtype)
@@ -158,10 +160,10 @@ def test_gradient_products_match_float64(isa, dtype, problem):
 
 
 @needs_kernels
-@each_isa
-def test_an_infinite_gradient_stays_in_its_token(isa):
+@each_kernel(torch.bfloat16)
+def test_an_infinite_gradient_stays_in_its_token(isa, dtype):
     """Tokens 0 to 31 are one product of the AMX kernel, and what is left of them must not meet the padding of the next."""
-    p = Problem(40, 32, 32, 32, 32, 1.0, torch.bfloat16)
+    p = Problem(40, 32, 32, 32, 32, 1.0, dtype)
     p.dy[20, 5] = torch.inf
     p.x[20] = 1
     with backends.force_isa(isa):
@@ -171,10 +173,10 @@ def test_an_infinite_gradient_stays_in_its_token(isa):
 
 
 @needs_kernels
-@each_isa
-def test_float16_that_is_not_finite(isa):
+@each_kernel(torch.float16)
+def test_float16_that_is_not_finite(isa, dtype):
     """AMX has pieces of finite numbers only: NaN and infinity reach the outputs that IEEE says, and no others."""
-    p = Problem(70, 320, 192, 32, 32, 0.5, torch.float16)
+    p = Problem(70, 320, 192, 32, 32, 0.5, dtype)
     got = []
     for weight_too in (False, True):
         p.x[9, 50], p.x[40, 100] = torch.inf, torch.nan
@@ -207,13 +209,12 @@ def test_float64_products_are_exact_to_rounding():
 
 
 @needs_kernels
-@each_isa
+@each_kernel(torch.float32)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activation_is_as_accurate_as_pytorch(isa, activation):
+def test_activation_is_as_accurate_as_pytorch(isa, dtype, activation):
     """A 1x1 weight of 1 leaves act(x); the floats tried are dense near 0 and reach past where exp over- and underflows."""
-    x = torch.cat([torch.linspace(-12, 12, 60_001), torch.logspace(-30, 38, 2001), -torch.logspace(-30, 38, 2001)])[
-        :, None
-    ]
+    x = torch.cat([torch.linspace(-12, 12, 60_001), torch.logspace(-30, 38, 2001), -torch.logspace(-30, 38, 2001)])
+    x = x[:, None].to(dtype)
     one = BsrWeight.from_dense(torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), (1, 1))
     exact = reference.ACTIVATIONS[activation](x.double())
     with backends.force_isa(isa):
@@ -231,8 +232,7 @@ def test_activation_is_as_accurate_as_pytorch(isa, activation):
 
 
 @needs_kernels
-@each_isa
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_kernel(torch.bfloat16, torch.float16)
 def test_16_bit_results_are_rounded_to_nearest_even(isa, dtype):
     """Every normal 16-bit number times 1.25 is exact in float32, so one rounding decides each bit of y."""
     x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
@@ -244,11 +244,11 @@ def test_16_bit_results_are_rounded_to_nearest_even(isa, dtype):
 
 
 @needs_kernels
-@each_isa
+@each_kernel(torch.bfloat16)
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
-def test_activation_to_bf16_is_rounded_right_but_for_a_unit(isa, activation):
+def test_activation_to_bf16_is_rounded_right_but_for_a_unit(isa, dtype, activation):
     """Every bfloat16 is tried: 2 of 100 may be a unit off, none more, and what lies below 5e-7 may be 0."""
-    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)[:, None]
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
     w = BsrWeight.from_dense(torch.ones(1, 1, dtype=x.dtype), torch.ones(1, 1, dtype=torch.bool), (1, 1))
     with backends.force_isa(isa):
         got = sparse.bsr_linear(x, w.crow_indices, w.col_indices, w.values, None, 1, None, activation, None)
@@ -262,8 +262,7 @@ def test_activation_to_bf16_is_rounded_right_but_for_a_unit(isa, activation):
 
 
 @needs_kernels
-@each_isa
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@each_kernel()
 @pytest.mark.parametrize(("block", "density"), [(32, 0.5), (16, 0.2)])
 def test_threads_do_not_change_the_bits(isa, dtype, block, density):
     # Over 9 million multiply-adds: enough work for 3 threads. In blocks of 16 lanes are tokens for one thread, outputs for three.
@@ -323,8 +322,7 @@ def _glu_dense(gate, up, activation, bias=True):
 
 
 @needs_kernels
-@each_isa
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@each_kernel()
 @pytest.mark.parametrize("problem", GLU_PROBLEMS, ids=str)
 def test_glu_matches_float64(isa, dtype, problem):
     arguments, gate, up = _glu(problem, dtype)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cpu_isas import each_isa, needs_kernels
+from cpu_isas import each_kernel, needs_kernels
 from test_cpu_kernels import assert_close
 
 from sparse_prune import backends, ops, reference
 from sparse_prune.benchmark import thread_count
 
 sparse = torch.ops.sparse_prune
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # B, T, heads, d: one token, odd lengths and sizes, a cut block of queries, more than one strip of keys, no rows at all.
 SHAPES = [(1, 1, 1, 5), (3, 7, 2, 32), (2, 128, 2, 64), (2, 200, 3, 33), (1, 25, 1, 80), (0, 4, 2, 8), (2, 0, 2, 8)]
 
@@ -38,8 +37,7 @@ def in_double(arguments):
 
 
 @needs_kernels
-@each_isa
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_kernel()
 @pytest.mark.parametrize("mask", ["none", "bias", "keys", "bias queries"])
 def test_attention_matches_float64(isa, dtype, mask):
     with backends.force_isa(isa):
@@ -50,9 +48,9 @@ def test_attention_matches_float64(isa, dtype, mask):
 
 
 @needs_kernels
-@each_isa
-def test_attention_without_a_key_and_with_huge_scores(isa):
-    q, k, v = torch.randn(3, 2, 9, 2, 16).unbind(0)
+@each_kernel(torch.float32)
+def test_attention_without_a_key_and_with_huge_scores(isa, dtype):
+    q, k, v = torch.randn(3, 2, 9, 2, 16, dtype=dtype).unbind(0)
     keep = torch.ones(2, 1, 1, 9, dtype=torch.bool)
     keep[1] = False
     with backends.force_isa(isa):
@@ -66,8 +64,7 @@ def test_attention_without_a_key_and_with_huge_scores(isa):
 
 
 @needs_kernels
-@each_isa
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_kernel()
 @pytest.mark.parametrize("affine", [True, False])
 def test_layer_norm_matches_float64(isa, dtype, affine):
     with backends.force_isa(isa):
@@ -88,10 +85,10 @@ def test_double_runs_too():
 
 
 @needs_kernels
-@each_isa
-def test_threads_do_not_change_a_bit(isa):
-    arguments = operands((1, 200, 2, 64), torch.bfloat16, "bias keys")
-    x = torch.randn(300, 1024)
+@each_kernel(torch.float32, torch.bfloat16)
+def test_threads_do_not_change_a_bit(isa, dtype):
+    arguments = operands((1, 200, 2, 64), dtype, "bias keys")
+    x = torch.randn(300, 1024, dtype=dtype)
     with backends.force_isa(isa):
         results = []
         for threads in (1, 2, 3, 7):
