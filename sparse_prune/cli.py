@@ -269,12 +269,20 @@ def prune(
     density: Annotated[float, typer.Option(help="kept fraction of the encoder's blocks, in (0, 1]")] = 0.2,
     block: Annotated[str, typer.Option(help="block size, output features x input features")] = "32x32",
     criterion: Annotated[
-        str, typer.Option(help="what makes a block worth keeping: magnitude, gradient, taylor, movement, ...")
+        str,
+        typer.Option(help="what makes a block worth keeping: magnitude, threshold, gradient, taylor, movement, ..."),
     ] = "taylor",
     schedule: Annotated[str, typer.Option(help="how the density falls: oneshot, linear, cubic, iterative")] = "cubic",
     scope: Annotated[
         str, typer.Option(help="global: the blocks of all layers compete; local: those of one layer")
     ] = "global",
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="with --criterion threshold or gradient: prune blocks of a mean below alpha * max|r|. None: bisected for --density"
+        ),
+    ] = None,
+    relative_to: Annotated[str, typer.Option(help="r of --alpha: grad, as in the article, or weight")] = "grad",
     distill: Annotated[bool, typer.Option(help="learn from the dense model too")] = True,
     epochs: Epochs = None,
     learning_rate: Rate = None,

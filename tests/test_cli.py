@@ -32,6 +32,8 @@ PRUNE_OPTIONS = {
         "criterion",
         "schedule",
         "scope",
+        "alpha",
+        "relative-to",
         "distill",
         "epochs",
     ),
@@ -154,6 +156,22 @@ def test_the_whole_path(run, reviews, dense, tmp_path):
     assert code == 0 and (out / "report.html").is_file() and (tmp_path / "picture.png").is_file(), text
 
 
+def test_alpha_reaches_the_pruner(run, monkeypatch, tmp_path):
+    from sparse_prune import tasks
+
+    class Reached(Exception):
+        pass
+
+    def caught(args, report):
+        raise Reached(tasks.training._prune_config(args))
+
+    monkeypatch.setattr(tasks, "prune", caught)
+    options = ("--criterion", "threshold", "--alpha", "0.25", "--relative-to", "weight")
+    with pytest.raises(Reached) as stop:
+        run("prune", "--model", "m", *options, "--out", tmp_path / "o")
+    assert stop.value.args == (sp.PruneConfig("threshold", alpha=0.25, relative_to="weight"),)
+
+
 def test_recipe(run, reviews, dense, tmp_path):
     from sparse_prune.recipes import read_recipe
 
@@ -193,6 +211,14 @@ MISTAKES = {
         "blocksize: expected a block",
     ),
     "criterion": (("prune", "--model", "DENSE", "--criterion", "luck", "--out", "o"), "criterion: expected one of"),
+    "alpha of another criterion": (
+        ("prune", "--model", "DENSE", "--alpha", "0.5", "--out", "o"),
+        "alpha: expected a number of at least 0, with criterion 'threshold' or 'gradient', got 0.5 with criterion 'taylor'",
+    ),
+    "alpha relative to nothing": (
+        ("prune", "--model", "DENSE", "--relative-to", "loss", "--out", "o"),
+        "relative_to: expected one of grad, weight, got 'loss'",
+    ),
     "recipe": (("train", "--recipe", "nowhere.yaml", "--out", "o"), "--recipe: expected a YAML file, got nothing"),
     "recipe option": (("train", "--recipe", "RECIPE", "--out", "o"), "options out of batch-size, epochs, "),
     "recipe value": (("prune", "--recipe", "LIST", "--model", "DENSE", "--out", "o"), "density: expected one value"),
