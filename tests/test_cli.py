@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -282,6 +283,18 @@ MISTAKES = {
         ("train", "--out", "OTHER/x"),
         "expected a path that can be used, got Not a",
     ),
+    "a dtype that is none": (
+        ("bench", "linear", "--dtype", "float99"),
+        "dtypes: expected names among float32, bfloat16,",
+    ),
+    "a dtype that weights cannot have": (
+        ("bench", "linear", "--dtype", "int32"),
+        "dtypes: expected names among float32, bfloat16,",
+    ),
+    "a dtype that no model has": (
+        ("bench", "model", "DENSE", "--length", "16", "--dtype", "float99"),
+        "dtypes: expected names among float32,",
+    ),
     "SnowNLP's lines": (("baseline", "--task", "poetry", "--out", "o"), "task: expected one of"),
 }
 
@@ -347,11 +360,14 @@ def test_a_damaged_packed_model(run, reviews, dense, tmp_path):
     file = tmp_path / "packed" / "model.safetensors"
     tensors, metadata = serialization.read_tensors(file)
     name = "garlic.encoder.layers.0.ffn_in"
-    for part, wrong in {
-        "col_indices": lambda x: x.flip(0),
-        "crow_indices": lambda x: x[:-1],
-        "values": lambda x: x[:-1],
-    }.items():
+    for part, wrong in (
+        ("col_indices", lambda x: x.flip(0)),
+        ("col_indices", lambda x: x - x.max() - 1),  # negative
+        ("col_indices", lambda x: x + 1000),  # out of range
+        ("crow_indices", lambda x: x[:-1]),
+        ("values", lambda x: x[:-1]),
+        ("values", lambda x: x.int()),  # a dtype that no packed layer has
+    ):
         changed = tensors | {f"{name}.{part}": wrong(tensors[f"{name}.{part}"]).contiguous()}
         safetensors.torch.save_file(changed, file, metadata)
         code, text = run("eval", tmp_path / "packed", "--eval", reviews)
@@ -360,6 +376,95 @@ def test_a_damaged_packed_model(run, reviews, dense, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     code, text = run("eval", tmp_path / "packed", "--eval", reviews)
     assert code == 2 and "model.safetensors" in text and "Traceback" not in text
+
+
+DAMAGES = {
+    "a weight missing": "a checkpoint with all weights of the model, got none for garlic.encoder.layers.0.ffn_in.weight",
+    "a head missing": "a checkpoint with all weights of the model, got none for classifier.bias and",
+    "integers": "garlic.encoder.layers.0.ffn_in.weight: expected floating point, got I8",
+    "integers in a .bin": "garlic.encoder.layers.0.ffn_in.weight: expected floating point, got torch.int8",
+    "no heads": "model: expected garlic, a model directory or a name on the Hugging Face hub, got",
+    "an empty .bin": "model: expected garlic, a model directory or a name on the Hugging Face hub, got",
+    "a foreign pickle": "model: expected garlic, a model directory or a name on the Hugging Face hub, got",
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_dense_model_is_one_sentence(case, run, reviews, dense, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(dense, damaged)
+    file, binary = damaged / "model.safetensors", damaged / "pytorch_model.bin"
+    tensors, metadata = serialization.read_tensors(file)
+    name = "garlic.encoder.layers.0.ffn_in.weight"
+    if case == "a weight missing":
+        del tensors[name]
+    elif case == "a head missing":
+        tensors = {key: value for key, value in tensors.items() if key.startswith("garlic.")}
+    elif case.startswith("integers"):
+        tensors[name] = (100 * tensors[name]).to(torch.int8)
+    safetensors.torch.save_file(tensors, file, metadata)
+    if case == "no heads":
+        settings = json.loads((damaged / "config.json").read_text()) | {"num_attention_heads": 0}
+        (damaged / "config.json").write_text(json.dumps(settings))
+    if "bin" in case or case == "a foreign pickle":
+        file.unlink()
+        torch.save(tensors, binary)
+    if case == "an empty .bin":
+        binary.write_bytes(b"")
+    elif case == "a foreign pickle":
+        binary.write_bytes(pickle.dumps(tmp_path))
+    for command in (("eval", damaged, "--eval", reviews), ("pack", damaged, "--out", tmp_path / "o")):
+        code, text = run(*command)
+        assert code == 2 and DAMAGES[case] in text and "Traceback" not in text, text
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_a_new_head_may_be_missing_but_no_weight_of_the_encoder(dense, tmp_path):
+    from sparse_prune.tasks.models import load_model
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(dense, damaged)
+    tensors, metadata = serialization.read_tensors(damaged / "model.safetensors")
+    encoder = {key: value for key, value in tensors.items() if key.startswith("garlic.")}
+    safetensors.torch.save_file(encoder, damaged / "model.safetensors", metadata)
+    assert load_model(damaged, "sentiment", ["bad", "good", "so-so"])[0].config.num_labels == 3
+    del encoder["garlic.encoder.layers.0.ffn_in.weight"]
+    safetensors.torch.save_file(encoder, damaged / "model.safetensors", metadata)
+    with pytest.raises(sp.SparsePruneError, match="got none for garlic.encoder.layers.0.ffn_in.weight;"):
+        load_model(damaged, "sentiment", ["bad", "good", "so-so"])
+
+
+BAD_FILES = {  # name: (file, content, what is told after its path)
+    "no header": ("a.tsv", "好\tgood\n", ", line 1: expected a header with the columns text and label"),
+    "three columns": (
+        "a.tsv",
+        "text\tlabel\n好\tgood\n好\t很\tgood\n",
+        ", line 3: expected 2 columns as in the header, got 3",
+    ),
+    "no text": ("a.tsv", "text\tlabel\n好\tgood\n \tbad\n", ", line 3: expected a text, got an empty one"),
+    "no label": ("a.csv", "text,label\n好,good\n坏,\n", ", line 3: expected a label, got an empty one"),
+    "a quote left open": ("a.csv", 'text,label\n好,good\n"坏,bad\n', ", line 3: expected a CSV row"),
+    "no JSON": ("a.jsonl", '{"text": "好", "label": "good"}\n{"text"\n', ", line 2: expected a JSON object"),
+    "JSON of another kind": ("a.jsonl", '{"text": "好"}\n', ", line 1: expected an object with text and label"),
+    "another ending": ("a.xml", "<text/>", ": expected a file ending in .tsv, .csv or .jsonl"),
+    "GB18030": ("a.tsv", "text\tlabel\n好\tgood\n".encode("gb18030"), ", line 2: expected UTF-8 text"),
+    "empty": ("a.tsv", "", ": expected at least one example, got none"),
+    "a header alone": ("a.csv", "text,label\n", ": expected at least one example, got none"),
+    "empty CoNLL": ("a.conll", "\n\n", ": expected at least one example, got none"),
+    "a token alone": ("a.conll", "王\tB-PER\n明\n", ", line 2: expected `token TAB tag`"),
+    "an entity without a beginning": ("a.conll", "王\tO\n明\tI-PER\n", ", line 2: expected a BIO tag"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_is_told_with_its_line(case, run, tmp_path):
+    name, content, message = BAD_FILES[case]
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    task = "ner" if name.endswith(".conll") else "sentiment"
+    code, text = run("train", "--task", task, "--train", file, "--eval", file, "--out", tmp_path / "o")
+    assert code == 2 and f"error: {file}{message}" in text and "Traceback" not in text, text
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_interrupt_says_how_to_go_on(run, monkeypatch, reviews, tmp_path):

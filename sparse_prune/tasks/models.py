@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import pickle
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -28,7 +29,7 @@ from ..errors import SparsePruneError
 from ..linears import is_linear
 from ..models.garlic import train_tokenizer
 from ..models.garlic_config import GarlicConfig
-from ..serialization import is_packed, load_packed, read_json
+from ..serialization import is_packed, load_packed, read_json, weights_files
 from .data import Example, TagExample, by_kind, check_task
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -38,6 +39,11 @@ HEADS = {
     "sentiment": "ForSequenceClassification",
     "ner": "ForTokenClassification",
 }  # how the names of their classes end
+# What reading a directory that others wrote, or damaged, may raise.
+UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError, EOFError),
+    *(SafetensorError, pickle.UnpicklingError),
+)
 
 
 def labels_of(examples: Sequence[Example]) -> list[str]:
@@ -73,7 +79,8 @@ def load_model(
     labels   the classes of the head; None takes them from the model's config, which must then have been trained for the task
     dtype    of the parameters; "auto" for that of the checkpoint
 
-    Raises SparsePruneError where nothing can be loaded, or the model was trained for the other task.
+    Raises SparsePruneError where nothing can be loaded, the model was trained for the other task, or its weights are not all there
+    (a new head's need not be) or integers.
     """
     source, auto = str(name), AUTO_MODELS[check_task(task)]
     # A path that leads nowhere is no name on the hub, where asking takes a minute if there is no network.
@@ -95,11 +102,11 @@ def load_model(
             model = load_packed(auto.from_config(config, dtype=own), source).eval()
         else:
             options = {} if labels is None else {**_label_settings(labels), "ignore_mismatched_sizes": True}
-            model = auto.from_pretrained(source, dtype=dtype, **options)
+            model = _pretrained(auto, source, labels is not None, dtype=dtype, **options)
             model.config.problem_type = None  # the loss of a single label, whatever the checkpoint was trained with
     except SparsePruneError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except UNREADABLE as error:
         told = textwrap.shorten(str(error), 200, placeholder=" ...")
         expected = "garlic, a model directory or a name on the Hugging Face hub"
         raise SparsePruneError(
@@ -118,6 +125,44 @@ def load_model(
             "model", "a tokenizer with a padding token", "none", "set pad_token in its tokenizer_config.json"
         )
     return check_finite(source, model), tokenizer
+
+
+def _pretrained(auto: Any, source: str, new_head: bool, **options: Any) -> PreTrainedModel:
+    """auto.from_pretrained(source); raises SparsePruneError for what it would pass over: weights that are missing, or integers.
+
+    new_head  the head is to be trained, and the encoder's pooler with it: these may be missing
+    """
+    for file in stored_weights(source):
+        for name, dtype in _stored_dtypes(file):
+            if name.endswith((".weight", ".bias")) and dtype.startswith(("I", "U", "BOOL", "torch.int", "torch.uint")):
+                remedy = "pass the checkpoint from before it was quantized, or dequantize it"
+                raise SparsePruneError(f"{file}: {name}", "floating point", dtype, remedy)
+    model, found = auto.from_pretrained(source, output_loading_info=True, **options)
+    base = "" if model.base_model is model else f"{model.base_model_prefix}."
+    missing = sorted(found["missing_keys"])
+    if new_head:
+        missing = [name for name in missing if name.startswith(base) and not name.startswith(f"{base}pooler.")]
+    if missing:
+        got = f"none for {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+        raise SparsePruneError(source, "a checkpoint with all weights of the model", got, "save or download it again")
+    return model
+
+
+def stored_weights(directory: str | Path) -> list[Path]:
+    """The files of weights in a model directory: safetensors, or where there are none, PyTorch's."""
+    return [file for file in weights_files(directory) if file.is_file()] or [
+        *Path(directory).glob("pytorch_model*.bin")
+    ]
+
+
+def _stored_dtypes(file: Path) -> Iterator[tuple[str, str]]:
+    """Name and dtype of each tensor in a file of weights."""
+    if file.suffix == ".bin":
+        state = torch.load(file, map_location="meta", weights_only=True)
+        yield from ((name, str(tensor.dtype)) for name, tensor in state.items())
+        return
+    with safe_open(file, "pt") as stored:
+        yield from ((name, stored.get_slice(name).get_dtype()) for name in stored.keys())  # noqa: SIM118
 
 
 def check_finite(source: str, model: Model) -> Model:
@@ -149,8 +194,10 @@ def load_encoder(name: str | Path) -> nn.Module:
         return load_model(source, task)[0].base_model.eval()
     auto = AutoModel if task is None else AUTO_MODELS[task]
     try:
-        return check_finite(source, auto.from_pretrained(source, dtype=torch.float32).base_model.eval())
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        return check_finite(source, _pretrained(auto, source, True, dtype=torch.float32).base_model.eval())
+    except SparsePruneError:
+        raise
+    except UNREADABLE as error:
         told = textwrap.shorten(str(error), 200, placeholder=" ...")
         raise SparsePruneError("model", "a Hugging Face encoder", f"{source} ({told})", "check the path") from None
 

@@ -22,10 +22,9 @@ from ..serialization import (
     load_masks,
     read_json,
     save_packed,
-    weights_files,
 )
 from .data import TASKS
-from .models import check_model_dir, encoder_filter, load_model, quiet, task_of
+from .models import check_model_dir, encoder_filter, load_model, quiet, stored_weights, task_of
 from .store import check_out, record
 
 
@@ -69,8 +68,7 @@ def pack(
         raise SparsePruneError(str(source), "a dense, pruned model", "a packed one", "use it as it is")
     check_out(out, source)
     model, tokenizer = load_model(source, _task_of(source), dtype="auto")
-    files = [file for file in weights_files(source) if file.is_file()] or [*source.glob("pytorch_model*.bin")]
-    before = sum(file.stat().st_size for file in files)
+    before = sum(file.stat().st_size for file in stored_weights(source))
     layers = None if packed else _sparsified(model, source, blocksize)
     rounded = None if dtype is None else quantize_(model, dtype=dtype, weight_only=weight_only)
     if rounded is not None and not rounded.converted:
