@@ -737,6 +737,7 @@ def bench_gpu_bounds(
     Needs a checkout, Triton and a C++ compiler, and nvcc for the CUDA C++ kernels; the whole table takes some ten minutes.
     """
     from . import __version__, gpu_bounds
+    from .serialization import atomic_path
     from .tuning import write_table
 
     if table is not None:
@@ -754,8 +755,8 @@ def bench_gpu_bounds(
     text = tables(rows)
     console.print(text, markup=False, soft_wrap=True)
     if markdown is not None:
-        markdown.parent.mkdir(parents=True, exist_ok=True)
-        markdown.write_text(text, encoding="utf-8")
+        with atomic_path(markdown) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     _write_json(json_file, rows)
 
 

@@ -7,9 +7,12 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -122,9 +125,13 @@ def test_help_names_every_command(run):
     assert code == 0
     for command in ("demo", "train", "prune", "pack", "eval", "bench", "report", "info", "doctor"):
         assert command in text
-    for command in ("train", "prune"):
+    for command, options in {
+        "train": ("--model", "--epochs"),
+        "prune": ("--density", "--alpha"),
+        "eval": ("--eval",),
+    }.items():
         code, text = run(command, "--help")
-        assert code == 0 and "--density" in text or command == "train"
+        assert code == 0 and all(option in text for option in options), command
 
 
 def test_the_whole_path(run, reviews, dense, tmp_path):
@@ -476,6 +483,59 @@ def test_interrupt_says_how_to_go_on(run, monkeypatch, reviews, tmp_path):
     monkeypatch.setattr(tasks, "train", stopped)
     code, text = run("train", "--train", reviews, "--eval", reviews, "--out", tmp_path / "o")
     assert code == 130 and "goes on from the last finished epoch" in text
+
+
+def test_ctrl_c_loses_at_most_the_running_epoch(reviews, tmp_path):
+    """A real SIGINT to a real process; the same command then goes on to the weights of a run that nobody stopped."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from sparse_prune.models.garlic import train_tokenizer
+
+    tokenizer = train_tokenizer([reviews.read_text(encoding="utf-8")], max_length=32)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForSequenceClassification(BertConfig(**size, vocab_size=len(tokenizer))).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    files = ("--model", tmp_path / "tiny", "--train", reviews, "--eval", reviews)
+
+    def start(out: str) -> subprocess.Popen:
+        command = [
+            sys.executable,
+            "-m",
+            "sparse_prune",
+            "train",
+            *files,
+            "--epochs",
+            "10",
+            "--batch-size",
+            "16",
+            "--out",
+            out,
+        ]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": tmp_path}
+        pipes["env"] = os.environ | {"OMP_NUM_THREADS": "1"}
+        # A shell's background job ignores SIGINT, and its children with it.
+        return subprocess.Popen(command, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+    def steps(text: str) -> list[int]:
+        return [int(step) for step in re.findall(r"^train +(\d+)/30 ", text, re.M)]
+
+    whole, stopped = start("whole"), start("parts")
+    work = tmp_path / ".parts.work"
+    while not any(work.glob("checkpoint-*/trainer_state.json")):
+        assert stopped.poll() is None, stopped.communicate()[0]
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGINT)
+    text, _ = stopped.communicate()
+    assert stopped.returncode == 130 and "stopped; the same command goes on from the last finished epoch" in text, text
+    assert "Traceback" not in text and not (tmp_path / "parts").exists() and steps(text)[-1] < 30
+    resumed = start("parts")
+    text, _ = resumed.communicate()
+    assert resumed.returncode == 0 and steps(text)[0] > 3 and steps(text)[-1] == 30, text
+    text, _ = whole.communicate()
+    assert whole.returncode == 0 and steps(text)[0] == 1, text
+    whole, parts = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "tiny", "whole"]
 
 
 def test_block_text():
