@@ -131,7 +131,8 @@ def test_help_names_every_command(run):
         "eval": ("--eval",),
     }.items():
         code, text = run(command, "--help")
-        assert code == 0 and all(option in text for option in options), command
+        shown = re.findall(r"^│ +\*? *(--[\w-]+)", text, re.M)
+        assert code == 0 and {*options} <= {*shown}, command
 
 
 def test_the_whole_path(run, reviews, dense, tmp_path):
