@@ -6,6 +6,8 @@ anything is timed; candidates take turns, and the median over the turns counts. 
     dense          PyTorch as it is            dense fused    the dense model after fuse_encoder_
     compile        torch.compile of it         shrunk         dense, heads and FFN rows removed down to the sparse model's size
     sparse         sparsify_ of it, fused      openvino, onnxruntime   the dense model; deepsparse   the pruned one
+
+Only encoders of KINDS can be fused and shrunk; of any other model, the row says that these candidates are absent, and why.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import contextlib
 import copy
 import statistics
 import tempfile
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,25 +42,26 @@ from .criteria import block_mask
 from .errors import SparsePruneError
 from .fuse import KINDS, fuse_encoder_, unfuse_encoder_
 from .layers import SparseLinear
+from .linears import as_matrix, is_linear
 from .masks import expand_mask
 
 
 def prune_by_magnitude_(model: nn.Module, density: float, blocksize: tuple[int, int], inside) -> dict[str, Tensor]:
-    """Zero the blocks of least magnitude in each nn.Linear where inside(name, module), in place; the masks that are left."""
+    """Zero the blocks of least magnitude in each linear layer where inside(name, module), in place; the masks that are left."""
     masks = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and inside(name, module):
-            check_block_fits(blocksize, module.weight.shape)
-            masks[name] = block_mask(module.weight, blocksize, density)
-            with torch.no_grad():
-                module.weight.mul_(expand_mask(masks[name], blocksize, module.weight.shape))
+        if is_linear(module) and inside(name, module):
+            weight = as_matrix(module, module.weight.detach())
+            check_block_fits(blocksize, weight.shape)
+            masks[name] = block_mask(weight, blocksize, density)
+            weight.mul_(expand_mask(masks[name], blocksize, weight.shape))
     if not masks:
-        raise SparsePruneError("model", "nn.Linear layers in its encoder", "none", "pass a self-attention encoder")
+        raise SparsePruneError("model", "linear layers in its encoder", "none", "pass a self-attention encoder")
     return masks
 
 
 def shrink_(model: nn.Module, density: float) -> None:
-    """Remove heads and FFN rows from every layer, in place, until its linear layers keep `density` of their parameters.
+    """Remove heads and FFN rows from every layer of _stacks, in place, until its linear layers keep `density` of their parameters.
 
     The rival of block sparsity: what remains is dense and needs no kernel of ours. Weights are cut without regard to accuracy.
     """
@@ -92,17 +96,14 @@ def _keep_inputs(linear: nn.Linear, columns: int) -> None:
 
 
 def _stacks(model: nn.Module) -> list[nn.Module]:
-    found = [module for module in model.modules() if type(module).__name__ in KINDS]
-    if not found:
-        raise SparsePruneError(
-            "model", f"an encoder with one of {', '.join(KINDS)}", type(model).__name__, "choose one of these families"
-        )
-    return found
+    """The encoders in model whose layers are known, which alone can be shrunk and fused."""
+    return [module for module in model.modules() if type(module).__name__ in KINDS]
 
 
 def parameters_of(model: nn.Module) -> int:
-    """Parameters of the encoder stacks; a sparse layer counts its kept blocks."""
-    return sum(parameter.numel() for stack in _stacks(model) for parameter in stack.parameters())
+    """Parameters of the layers, which Hugging Face's models hold in an nn.ModuleList; a sparse layer counts its kept blocks."""
+    lists = nn.ModuleList(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return sum(parameter.numel() for parameter in lists.parameters())
 
 
 class _Exported(nn.Module):
@@ -114,7 +115,7 @@ class _Exported(nn.Module):
         super().__init__()
         self.model = copy.deepcopy(model).to(torch.float32)  # Hugging Face forbids float() where blocks are sparse
         unfuse_encoder_(self.model)
-        self.garlic = type(_stacks(model)[0]).__name__ == "GarlicEncoder"
+        self.garlic = self.model.config.model_type == "garlic"
         self.model.config._attn_implementation = "eager"
         # torch.onnx.export gives every module the mode of this one back: in training mode, the embeddings would drop out.
         self.eval()
@@ -216,17 +217,17 @@ def bench_model(
 ) -> list[dict]:
     """Milliseconds of a whole encoder, one row per batch and length with every candidate in it, timed in turns.
 
-    model     the dense encoder without its head, a Hugging Face model that fuse_encoder_ knows
-    inside    inside(name, module) says which nn.Linear are pruned
+    model     the dense encoder of tokens without its head, a Hugging Face model
+    inside    inside(name, module) says which linear layers are pruned
     packed    its packed twin, which then is the one sparse candidate; None: pruned here to each of densities
     compiled  also time torch.compile of the dense model
     peers     runtime -> interpreter, as peers.installed() finds them; a peer that fails is reported with its reason
 
-    A row: batch, length, blocksize, threads, `machine()`, candidates: [{name, dtype, ms, error, parameters}], failed: name ->
-    reason, versions of peers. error is relative to float64 with the same weights; parameters are those of the encoder's layers.
+    A row: batch, length, blocksize, threads, `machine()`, candidates: [{name, dtype, ms, error, parameters}], absent and failed:
+    name -> reason, versions of peers. error is relative to float64 with the same weights, parameters those of the encoder's layers.
 
-    Raises SparsePruneError for an unknown dtype or model, a block larger than a weight, threads below 1, seconds below 0, and for
-    peers without onnx; ArithmeticError for a wrong result of ours.
+    Raises SparsePruneError for an unknown dtype, a model that reads no tokens, a block larger than a weight, threads below 1,
+    seconds below 0, and for peers without onnx; ArithmeticError for a wrong result of ours.
     """
     check_seconds(seconds)
     check_threads(threads)
@@ -236,9 +237,14 @@ def bench_model(
     for name in dtypes:
         if name not in DTYPES:
             raise SparsePruneError("dtypes", f"names among {', '.join(DTYPES)}", name, "choose some of these")
+    reads: Any = getattr(model, "main_input_name", "input_ids")
+    if reads != "input_ids":
+        raise SparsePruneError(
+            "model", "one that reads tokens", f"one that reads {reads}", "choose an encoder of texts"
+        )
     model = copy.deepcopy(model).to(torch.float32).eval()
     unfuse_encoder_(model)
-    variants, sources = _variants(model, inside, () if packed is not None else densities, blocksize, packed)
+    variants, sources, absent = _variants(model, inside, () if packed is not None else densities, blocksize, packed)
     sizes = {name: parameters_of(net) for name, (net, _) in variants.items()}
     if compiled:
         variants["compile"] = model, "dense"
@@ -251,14 +257,10 @@ def bench_model(
     generator = torch.Generator().manual_seed(0)
     rows = []
     with tempfile.TemporaryDirectory() as folder, thread_count(threads) as used:
-        files = {
-            name: (exported := _Exported(net), exported.save(Path(folder, f"{name}.onnx".replace(" ", "-"))))
-            for name, net in sources.items()
-            if any(_takes(runtime, name) for runtime in peers)
-        }
+        files = _exports(sources, peers, Path(folder), absent)
         for batch, length in ((batch, length) for batch in batches for length in lengths):
             row: dict[str, Any] = {"kind": "model", **machine(), "threads": used, "batch": batch, "length": length}
-            row |= {"blocksize": list(blocksize), "candidates": [], "failed": {}, "versions": {}}
+            row |= {"blocksize": list(blocksize), "candidates": [], "absent": absent, "failed": {}, "versions": {}}
             config: Any = model.config
             ids = torch.randint(5, config.vocab_size, (batch, length), generator=generator)
             arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -280,30 +282,56 @@ def bench_model(
 
 def _variants(
     model, inside, densities, blocksize, packed
-) -> tuple[dict[str, tuple[nn.Module, str]], dict[str, nn.Module]]:
-    """Candidates of ours and PyTorch's, name -> (model, source), and the sources: dense float32 models with the same weights."""
+) -> tuple[dict[str, tuple[nn.Module, str]], dict[str, nn.Module], dict[str, str]]:
+    """Candidates of ours and PyTorch's, name -> (model, source); the sources: dense float32 models with the same weights; and the
+    candidates that there are not, name -> reason.
+    """
     sources = {"dense": model}
-    variants = {"dense": (model, "dense"), "dense fused": (copy.deepcopy(model), "dense")}
+    variants, absent = {"dense": (model, "dense")}, {}
+    known = bool(_stacks(model))
+    if known:
+        variants["dense fused"] = copy.deepcopy(model), "dense"
+    else:
+        absent["dense fused"] = f"{type(model).__name__} is none of the encoders that can be fused, {', '.join(KINDS)}"
     if packed is not None:
         variants["sparse"] = copy.deepcopy(packed).to(torch.float32).eval(), "sparse"
         sources["sparse"] = copy.deepcopy(variants["sparse"][0])
         unfuse_encoder_(sources["sparse"])
         layers = [layer for layer in sources["sparse"].modules() if isinstance(layer, SparseLinear)]
         swap_modules(sources["sparse"], {layer: layer.to_dense() for layer in layers})
+    elif not known:
+        absent["shrunk"] = f"which heads and FFN rows can go is known for {', '.join(KINDS)} alone"
     for density in densities:
         pruned = copy.deepcopy(model)
         masks = prune_by_magnitude_(pruned, density, blocksize, inside)
-        sparse, shrunk = copy.deepcopy(pruned), copy.deepcopy(model)
+        sparse = copy.deepcopy(pruned)
         sparsify_(sparse, BlockSparseConfig(blocksize=blocksize, max_density=1.0), inside, masks)
-        shrink_(shrunk, density)
-        for name, net in ((f"shrunk {density:g}", shrunk), (f"shrunk {density:g} fused", copy.deepcopy(shrunk))):
-            variants[name] = net, f"shrunk {density:g}"
+        if known:
+            shrunk = sources[f"shrunk {density:g}"] = copy.deepcopy(model)
+            shrink_(shrunk, density)
+            for name, net in ((f"shrunk {density:g}", shrunk), (f"shrunk {density:g} fused", copy.deepcopy(shrunk))):
+                variants[name] = net, f"shrunk {density:g}"
         variants[f"sparse {density:g}"] = sparse, f"sparse {density:g}"
-        sources |= {f"sparse {density:g}": pruned, f"shrunk {density:g}": shrunk}
+        sources[f"sparse {density:g}"] = pruned
     for name, (net, _) in variants.items():
         if name.endswith("fused") or name.startswith("sparse"):
             fuse_encoder_(net)
-    return variants, sources
+    return variants, sources, absent
+
+
+def _exports(sources, peers, folder: Path, absent: dict[str, str]) -> dict[str, tuple[_Exported, Path]]:
+    """The sources that peers take, as ONNX; absent tells of peers whose model the exporter cannot write."""
+    files = {}
+    for name, net in sources.items():
+        takers = [runtime for runtime in peers if _takes(runtime, name)]
+        if takers:
+            exported = _Exported(net)
+            try:
+                files[name] = exported, exported.save(folder / f"{name}.onnx".replace(" ", "-"))
+            except Exception as error:  # what PyTorch's exporter raises has no common class
+                why = textwrap.shorten(str(error), 200, placeholder=" ...")
+                absent |= dict.fromkeys(takers, f"{type(net).__name__} cannot be exported to ONNX: {why}")
+    return files
 
 
 def _compiled(model: nn.Module, dtype: str) -> nn.Module:

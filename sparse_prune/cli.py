@@ -833,7 +833,7 @@ GPU_NUMBERS = (("speedup", 2), ("share", 2), ("useful_tflops", 1), ("gbytes_per_
 
 @bench_app.command("model")
 def bench_model(
-    model: Annotated[str, typer.Argument(help="directory of a dense encoder (Garlic or the BERT family), or garlic")],
+    model: Annotated[str, typer.Argument(help="directory of a dense encoder of texts, or garlic")],
     packed: Annotated[
         Path | None,
         typer.Argument(help="directory of its packed twin", show_default="pruned here by magnitude, for speed alone"),
@@ -855,7 +855,8 @@ def bench_model(
 
     `sparse-prune bench model garlic` times an untrained Garlic, pruned here; `sparse-prune bench model DENSE PACKED` your model and
     what `pack` made of it. "fused" is dense after fuse_encoder_; sparse always is. "shrunk" lost heads and FFN rows until it is as
-    small as the sparse one: if it is accurate enough for you, you need no sparsity. Results are checked against float64 first.
+    small as the sparse one: if it is accurate enough for you, you need no sparsity. Both are for Garlic and the BERT family alone.
+    Results are checked against float64 first.
     """
     from . import benchmark_model
     from .benchmark import short
@@ -908,8 +909,9 @@ def bench_model(
         size = f"{sizes[name] / 1e6:.2f} M" if sizes[name] else ""
         table.add_row(name, short(kind), size, *cells)
     console.print(table)
-    for reason in dict.fromkeys(f"{name}: {why}" for row in rows for name, why in row["failed"].items()):
-        _say("failed", reason)
+    for kind in ("absent", "failed"):
+        for reason in dict.fromkeys(f"{name}: {why}" for row in rows for name, why in row[kind].items()):
+            _say(kind, reason)
     _show_machine(rows)
     if rows[0]["versions"]:
         _say("peers", ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items()))

@@ -275,14 +275,21 @@ def swap_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
             module.use_nested_tensor = False
 
 
-def nonzero_masks(model: nn.Module, blocksize: tuple[int, int]) -> dict[str, Tensor]:
-    """Block masks of the zeros that each linear layer's weight already has: False where a whole block is zero.
+def nonzero_masks(model: nn.Module, blocksize: Sequence[int]) -> dict[str, Tensor]:
+    """Block masks of the zeros that a model which was pruned elsewhere already has: what sparsify_ takes as masks.
 
-    Layers without such a block are left out.
+    Module name -> bool [ceil(N/R), ceil(K/C)], False where a whole block (R, C) of the weight [N, K] is zero, for each linear layer
+    (nn.Linear, Conv1D) with such a block. `suggest_blocksize` finds the size that a weight's zeros form.
+
+    Raises SparsePruneError for a block size that is not two positive integers, and for a model on the meta device.
     """
-    nonzero = {name: as_matrix(module, module.weight.detach()) != 0 for name, module in linear_modules(model).items()}
-    masks = {name: block_sum(kept.float(), blocksize) > 0 for name, kept in nonzero.items()}
-    return {name: mask for name, mask in masks.items() if not mask.all()}
+    blocksize, masks = check_blocksize(blocksize), {}
+    for name, module in linear_modules(model).items():
+        check_there(name, module.weight)
+        mask = block_sum((as_matrix(module, module.weight.detach()) != 0).float(), blocksize) > 0
+        if not mask.all():
+            masks[name] = mask
+    return masks
 
 
 def _shared_weights(model: nn.Module) -> set[int]:

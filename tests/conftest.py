@@ -56,6 +56,23 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(*arguments) -> (exit code, what was printed to stdout and stderr)."""
+
+    from sparse_prune import cli
+
+    def call(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["sparse-prune", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+            sys.exit(0)
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out + captured.err
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def harness(tmp_path_factory):
     """The functions of amx_harness.cpp with kernels as setup.py compiles them ("native"), and with bf16's tiles "counted".

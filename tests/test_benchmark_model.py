@@ -27,7 +27,18 @@ SIZES = {
 MAKERS = {
     "garlic": lambda: garlic.GarlicModel(garlic.GarlicConfig(**SIZES, ngram_buckets=64, ngram_size=8)),
     "bert": lambda: transformers.BertModel(transformers.BertConfig(**SIZES, max_position_embeddings=16)),
+    "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(**SIZES, max_position_embeddings=16)),
+    "distilbert": lambda: transformers.DistilBertModel(
+        transformers.DistilBertConfig(
+            vocab_size=50, dim=64, hidden_dim=256, n_layers=2, n_heads=4, max_position_embeddings=16
+        )
+    ),
+    "mpnet": lambda: transformers.MPNetModel(transformers.MPNetConfig(**SIZES, max_position_embeddings=16)),
+    "gpt2": lambda: transformers.GPT2Model(
+        transformers.GPT2Config(vocab_size=50, n_embd=64, n_layer=2, n_head=4, n_positions=16)
+    ),
 }
+OTHERS = ("mpnet", "gpt2")  # whose layers neither fuse_encoder_ nor shrink_ knows
 SMALL = {"densities": [0.5], "blocksize": (16, 16), "batches": [2], "lengths": [9], "seconds": 0.0}
 
 
@@ -42,10 +53,19 @@ def test_candidates(kind):
     rows = benchmark_model.bench_model(model, encoder_filter(model), **SMALL)
     found = {(c["name"], c["dtype"]): c for c in rows[0]["candidates"]}
     names = ("dense", "dense fused", "shrunk 0.5", "shrunk 0.5 fused", "sparse 0.5")
+    if kind in OTHERS:
+        names, absent = ("dense", "sparse 0.5"), rows[0]["absent"]
+        assert "is none of the encoders that can be fused, GarlicEncoder, Bert" in absent["dense fused"]
+        assert absent["shrunk"].startswith("which heads and FFN rows can go is known for GarlicEncoder, BertEncoder,")
+    else:
+        assert not rows[0]["absent"]
     assert set(found) == {(name, dtype) for name in names for dtype in ("float32", "bfloat16")}
     assert all(c["ms"] > 0 for c in found.values())
-    dense, sparse, shrunk = (found[name, "float32"]["parameters"] for name in ("dense", "sparse 0.5", "shrunk 0.5"))
-    assert abs(sparse / shrunk - 1) < 0.1 and sparse < 0.6 * dense, "the rival has the size of the sparse model"
+    sizes = {name: found[name, "float32"]["parameters"] for name in names}
+    assert sizes["dense"] == 2 * (4 * 64 * 64 + 2 * 64 * 256 + 9 * 64 + 256), "of both layers, bias and LayerNorm too"
+    assert 0.5 < sizes["sparse 0.5"] / sizes["dense"] < 0.55, "half of the matrices, and biases and norms"
+    if kind not in OTHERS:
+        assert abs(sizes["sparse 0.5"] / sizes["shrunk 0.5"] - 1) < 0.1, "the rival has the size of the sparse model"
 
 
 @pytest.mark.parametrize("int8", (False, True))
@@ -58,7 +78,9 @@ def test_a_packed_twin(kind, int8):
         sp.quantize_(packed)
     rows = benchmark_model.bench_model(model, encoder_filter(model), **SMALL, packed=packed)
     found = {(c["name"], c["dtype"]): c["error"] for c in rows[0]["candidates"]}
-    assert {name for name, _ in found} == {"dense", "dense fused", "sparse"}, "the twin takes the place of densities"
+    names = {"dense", "sparse"} if kind in OTHERS else {"dense", "dense fused", "sparse"}
+    assert {name for name, _ in found} == names, "the twin takes the place of densities"
+    assert set(rows[0]["absent"]) == {"dense", "dense fused", "sparse"} - names
     assert (found["sparse", "float32"] > 1e-5) == int8, "int8 rounds, float32 does not"
 
 
@@ -86,6 +108,28 @@ def test_the_export_computes_the_same(kind, tmp_path):
     with torch.no_grad():
         wanted = model(input_ids=ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(got[mask.bool()], wanted[mask.bool()], atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_that_onnx_cannot_hold_is_timed_without_the_peers_that_read_it(monkeypatch):
+    pytest.importorskip("onnx")
+
+    def fail(*_):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(benchmark_model._Exported, "save", fail)
+    model = made("bert")
+    rows = benchmark_model.bench_model(model, encoder_filter(model), **SMALL, peers={"openvino": sys.executable})
+    assert rows[0]["absent"] == {"openvino": "BertModel cannot be exported to ONNX: no such operator"}
+    assert len(rows[0]["candidates"]) == 10 and not rows[0]["failed"]
+
+
+def test_a_model_that_reads_no_tokens_is_refused():
+    settings = {key: SIZES[key] for key in SIZES if key != "vocab_size"}
+    model = transformers.ViTModel(transformers.ViTConfig(**settings, image_size=32, patch_size=8))
+    with pytest.raises(
+        SparsePruneError, match="model: expected one that reads tokens, got one that reads pixel_values"
+    ):
+        benchmark_model.bench_model(model, encoder_filter(model), **SMALL)
 
 
 def test_peers_need_onnx(monkeypatch):

@@ -6,7 +6,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparse_prune as sp
-from sparse_prune.convert import nonzero_masks
 
 
 class Tied(nn.Module):
@@ -87,8 +86,10 @@ def test_zeros_already_there():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     with torch.no_grad():
         model[1].weight[:32, 32:] = 0
-    masks = nonzero_masks(model, (32, 32))
+    masks = sp.nonzero_masks(model, (32, 32))
     assert list(masks) == ["1"] and masks["1"].tolist() == [[True, False], [True, True]]
+    with pytest.raises(sp.SparsePruneError, match="blocksize: expected two positive integers"):
+        sp.nonzero_masks(model, (0, 32))
 
 
 def test_a_model_with_no_linear():
@@ -169,3 +170,5 @@ def test_a_model_on_the_meta_device_has_nothing_to_prune():
         sp.sparsify_(model, sp.BlockSparseConfig((16, 16)))
     with pytest.raises(sp.SparsePruneError, match="0.weight: expected numbers, got none, on the meta device"):
         sp.Pruner(model, sp.PruneConfig(blocksize=(16, 16)))
+    with pytest.raises(sp.SparsePruneError, match="0.weight: expected numbers, got none, on the meta device"):
+        sp.nonzero_masks(model, (16, 16))

@@ -69,7 +69,7 @@ def test_the_code_for_hugging_face_runs(tmp_path, monkeypatch):
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
     config = transformers.BertConfig(**sizes, vocab_size=50)
     transformers.BertForSequenceClassification(config).save_pretrained("my-model")
-    four_lines, with_trainer = _code("docs/huggingface.md")
+    four_lines, pruned_elsewhere, with_trainer = _code("docs/huggingface.md")
     exec(compile(four_lines, "docs/huggingface.md", "exec"), names := {})
     assert len(names["result"].converted) == 6
 
@@ -80,6 +80,11 @@ def test_the_code_for_hugging_face_runs(tmp_path, monkeypatch):
     assert torch.equal(loaded["model"](text).logits, names["model"].eval()(text).logits)
 
     load = transformers.AutoModelForSequenceClassification.from_pretrained
+    zeroed = load("my-model")
+    zeroed.bert.encoder.layer[0].intermediate.dense.weight.detach()[:32, 32:] = 0
+    exec(compile(pruned_elsewhere, "docs/huggingface.md", "exec"), names := {"sp": sp, "model": zeroed})
+    assert names["result"].converted == ["bert.encoder.layer.0.intermediate.dense"]
+
     arguments = {
         "max_steps": 10,
         "per_device_train_batch_size": 2,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -27,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from .. import bsr
 from ..errors import SparsePruneError
 from ..linears import is_linear
+from ..models import garlic
 from ..models.garlic import train_tokenizer
 from ..models.garlic_config import GarlicConfig
 from ..serialization import is_packed, load_packed, read_json, weights_files
@@ -39,11 +41,6 @@ HEADS = {
     "sentiment": "ForSequenceClassification",
     "ner": "ForTokenClassification",
 }  # how the names of their classes end
-# What reading a directory that others wrote, or damaged, may raise.
-UNREADABLE = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError, EOFError),
-    *(SafetensorError, pickle.UnpicklingError),
-)
 
 
 def labels_of(examples: Sequence[Example]) -> list[str]:
@@ -88,7 +85,8 @@ def load_model(
     named = Path(source).exists() or (parent != Path() and parent.is_dir())
     if named or source.startswith((".", "~", "/")) or source.count("/") > 1:
         check_model_dir(source)
-    try:
+    expected = "garlic, a model directory or a name on the Hugging Face hub"
+    with _reading(source, expected, "check the path, or the name and the network"):
         tokenizer = AutoTokenizer.from_pretrained(source)
         config = AutoConfig.from_pretrained(source)
         if labels is None and task_of(config.architectures) != task:
@@ -96,26 +94,19 @@ def load_model(
             raise SparsePruneError(
                 source, f"a model trained for {task}", got, "train it first with `sparse-prune train`"
             )
-        if is_packed(source):  # our own reader names the tensor that is wrong; transformers' does not
-            del config.quantization_config
-            own = (config.dtype or torch.float32) if dtype == "auto" else dtype
-            model = load_packed(auto.from_config(config, dtype=own), source).eval()
+        if is_packed(source):
+            model = _read_packed(source, config, auto.from_config, dtype)
         else:
             options = {} if labels is None else {**_label_settings(labels), "ignore_mismatched_sizes": True}
-            model = _pretrained(auto, source, labels is not None, dtype=dtype, **options)
+            _check_floating(source)
+            model, told = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+            missing = sorted(told["missing_keys"])
+            if labels is not None:  # a new head is trained, and the encoder's pooler with it
+                base = f"{model.base_model_prefix}."
+                missing = [name for name in missing if name.startswith(base) and not name.startswith(f"{base}pooler.")]
+            check_all_there(source, model, missing)
             model.config.problem_type = None  # the loss of a single label, whatever the checkpoint was trained with
-    except SparsePruneError:
-        raise
-    except UNREADABLE as error:
-        told = textwrap.shorten(str(error), 200, placeholder=" ...")
-        expected = "garlic, a model directory or a name on the Hugging Face hub"
-        raise SparsePruneError(
-            "model", expected, f"{source} ({told})", "check the path, or the name and the network"
-        ) from None
-    if getattr(config, "is_encoder_decoder", False) and hasattr(model.base_model, "decoder"):
-        raise SparsePruneError(
-            "model", "an encoder", f"{type(model).__name__}, which decodes too", "choose another model"
-        )
+    _check_encoder(model)
     if not tokenizer.is_fast:
         raise SparsePruneError(
             "model", "a model with a fast tokenizer", type(tokenizer).__name__, "choose another model"
@@ -127,25 +118,18 @@ def load_model(
     return check_finite(source, model), tokenizer
 
 
-def _pretrained(auto: Any, source: str, new_head: bool, **options: Any) -> PreTrainedModel:
-    """auto.from_pretrained(source); raises SparsePruneError for what it would pass over: weights that are missing, or integers.
-
-    new_head  the head is to be trained, and the encoder's pooler with it: these may be missing
-    """
-    for file in stored_weights(source):
-        for name, dtype in _stored_dtypes(file):
-            if name.endswith((".weight", ".bias")) and dtype.startswith(("I", "U", "BOOL", "torch.int", "torch.uint")):
-                remedy = "pass the checkpoint from before it was quantized, or dequantize it"
-                raise SparsePruneError(f"{file}: {name}", "floating point", dtype, remedy)
-    model, found = auto.from_pretrained(source, output_loading_info=True, **options)
-    base = "" if model.base_model is model else f"{model.base_model_prefix}."
-    missing = sorted(found["missing_keys"])
-    if new_head:
-        missing = [name for name in missing if name.startswith(base) and not name.startswith(f"{base}pooler.")]
-    if missing:
-        got = f"none for {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-        raise SparsePruneError(source, "a checkpoint with all weights of the model", got, "save or download it again")
+def check_finite(source: str, model: Model) -> Model:
+    """model itself; raises SparsePruneError where a weight is NaN or infinite."""
+    for name, weight in model.named_parameters():
+        bsr.check_finite(weight, f"{source}: {name}")
     return model
+
+
+def check_all_there(source: str | Path, model: nn.Module, missing: Sequence[str]) -> None:
+    """Raise SparsePruneError where weights are missing from the files of model, which transformers then draws at random."""
+    if missing:
+        got, remedy = f"{len(missing)} missing, such as {missing[0]}", "save the whole model again, in floating point"
+        raise SparsePruneError(str(source), f"all weights of a {type(model).__name__}", got, remedy)
 
 
 def stored_weights(directory: str | Path) -> list[Path]:
@@ -153,6 +137,15 @@ def stored_weights(directory: str | Path) -> list[Path]:
     return [file for file in weights_files(directory) if file.is_file()] or [
         *Path(directory).glob("pytorch_model*.bin")
     ]
+
+
+def _check_floating(source: str) -> None:
+    """Raise SparsePruneError where a weight in a model directory is integers, which transformers takes without their scale."""
+    for file in stored_weights(source):
+        for name, dtype in _stored_dtypes(file):
+            if name.endswith((".weight", ".bias")) and dtype.startswith(("I", "U", "BOOL", "torch.int", "torch.uint")):
+                remedy = "pass the checkpoint from before it was quantized, or dequantize it"
+                raise SparsePruneError(f"{file}: {name}", "floating point", dtype, remedy)
 
 
 def _stored_dtypes(file: Path) -> Iterator[tuple[str, str]]:
@@ -165,13 +158,6 @@ def _stored_dtypes(file: Path) -> Iterator[tuple[str, str]]:
         yield from ((name, stored.get_slice(name).get_dtype()) for name in stored.keys())  # noqa: SIM118
 
 
-def check_finite(source: str, model: Model) -> Model:
-    """model itself; raises SparsePruneError where a weight is NaN or infinite."""
-    for name, weight in model.named_parameters():
-        bsr.check_finite(weight, f"{source}: {name}")
-    return model
-
-
 def check_dense(name: str | Path) -> None:
     """Raise SparsePruneError where a directory holds a packed model, which has no dense layers left to train."""
     if is_packed(name):
@@ -180,26 +166,83 @@ def check_dense(name: str | Path) -> None:
         )
 
 
+def load_dir(path: str | Path, kind: Any, dtype: torch.dtype | str = "auto") -> tuple[PreTrainedModel, Sequence[str]]:
+    """The model in a directory, dense or packed, and the names of the weights that its files lack; in evaluation.
+
+    kind     what class_of the directory says, or an Auto class
+    dtype    of the parameters; "auto" for that of the checkpoint
+
+    The files are safetensors or, where there are none, pytorch_model.bin; of these tensors are read and nothing else, so that no
+    code runs. Raises SparsePruneError where they cannot be read or do not fit the class, or a weight is NaN, infinite or an
+    integer.
+    """
+    source = str(path)
+    with _reading(source, f"the weights of a {kind.__name__}", "save it again with its save_pretrained"):
+        if is_packed(source):
+            config = kind.config_class.from_pretrained(source)
+            return _read_packed(source, config, kind._from_config, dtype), ()
+        _check_floating(source)
+        model, told = kind.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    return check_finite(source, model), sorted(told["missing_keys"])
+
+
+def class_of(path: str | Path) -> type[PreTrainedModel] | None:
+    """The class, of transformers or ours, that config.json in a directory names; None where it names none.
+
+    Raises SparsePruneError for any other class: code that comes with a directory is never run.
+    """
+    check_model_dir(path)
+    file = Path(path, "config.json")
+    settings = read_json(file)
+    name = next(iter(settings.get("architectures") or ()), None) if isinstance(settings, dict) else None
+    if name is None:
+        return None
+    found = getattr(transformers, str(name), None) or getattr(garlic, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and getattr(found, "config_class", None)):
+        remedy = "convert it in Python: sparse_prune.nonzero_masks, sparsify_, save_packed"
+        raise SparsePruneError(f"{file}: architectures", "a model class of transformers", name, remedy)
+    return found
+
+
 def load_encoder(name: str | Path) -> nn.Module:
     """The encoder without a head in a directory, dense or packed, or an untrained Garlic for "garlic"; in evaluation.
 
     Raises SparsePruneError where there is no such model.
     """
-    source = str(name)
-    if source == GARLIC:
+    if str(name) == GARLIC:
         return AutoModel.from_config(GarlicConfig()).eval()
-    check_model_dir(source)
-    task = task_of(read_json(Path(source, "config.json")).get("architectures"))
-    if task is not None and is_packed(source):
-        return load_model(source, task)[0].base_model.eval()
-    auto = AutoModel if task is None else AUTO_MODELS[task]
+    model, _ = load_dir(name, class_of(name) or AutoModel, torch.float32)
+    _check_encoder(model)
+    return model.base_model
+
+
+@contextlib.contextmanager
+def _reading(source: str, expected: str, remedy: str) -> Iterator[None]:
+    """Errors of the libraries that read a model, told as one SparsePruneError."""
     try:
-        return check_finite(source, _pretrained(auto, source, True, dtype=torch.float32).base_model.eval())
+        yield
     except SparsePruneError:
         raise
-    except UNREADABLE as error:
-        told = textwrap.shorten(str(error), 200, placeholder=" ...")
-        raise SparsePruneError("model", "a Hugging Face encoder", f"{source} ({told})", "check the path") from None
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError),
+        *(ArithmeticError, EOFError, SafetensorError, pickle.UnpicklingError),
+    ) as error:
+        told = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
+        raise SparsePruneError("model", expected, f"{source} ({told})", remedy) from None
+
+
+def _read_packed(source: str, config: Any, make: Callable[..., Model], dtype: torch.dtype | str) -> Model:
+    """A packed model by our own reader, which names the tensor that is wrong; transformers' does not."""
+    del config.quantization_config
+    own = (config.dtype or torch.float32) if dtype == "auto" else dtype
+    return load_packed(make(config, dtype=own), source).eval()
+
+
+def _check_encoder(model: PreTrainedModel) -> None:
+    if getattr(model.config, "is_encoder_decoder", False) and hasattr(model.base_model, "decoder"):
+        raise SparsePruneError(
+            "model", "an encoder", f"{type(model).__name__}, which decodes too", "choose another model"
+        )
 
 
 def check_model_dir(path: str | Path) -> None:

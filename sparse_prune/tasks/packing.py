@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..convert import BlockSparseConfig, QuantizeResult, SparsifyResult, nonzero_masks, quantize_, sparsify_
 from ..errors import SparsePruneError
-from ..linears import linear_modules, matrix_shape
+from ..linears import as_matrix, linear_modules, matrix_shape
 from ..masks import element_density, suggest_blocksize
 from ..serialization import (
     MASKS_NAME,
@@ -20,12 +22,16 @@ from ..serialization import (
     atomic_dir,
     is_packed,
     load_masks,
-    read_json,
     save_packed,
 )
-from .data import TASKS
-from .models import check_model_dir, encoder_filter, load_model, quiet, stored_weights, task_of
+from .models import check_all_there, class_of, encoder_filter, load_dir, quiet, stored_weights
 from .store import check_out, record
+
+# What stands beside weights and config.json in a model's directory: for texts, images or sound, and for generating.
+COMPANIONS = (
+    *("*token*.json", "chat_template.*", "vocab.*", "merges.txt", "*.model", "bpe.codes"),
+    *("*processor_config.json", "generation_config.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -58,16 +64,24 @@ def pack(
 ) -> PackResult:
     """Write the packed twin of a pruned model directory to out, with config and tokenizer; dtype rounds its blocks (quantize_).
 
-    The masks are those in masks.safetensors; without that file, blocks that are zero throughout in the encoder's layers, of
-    blocksize (None: the size that most of these layers' zeros form). What is not rounded keeps its dtype. Raises SparsePruneError
-    where the directory is not a model, is packed already (unless to be rounded), or has nothing to pack.
+    The model may be of any class of transformers. The masks are those in masks.safetensors; without that file, blocks that are zero
+    throughout in the encoder's layers, of blocksize (None: the size that most of these layers' zeros form). What is not rounded
+    keeps its dtype.
+
+    Raises SparsePruneError where the directory is not a model, lacks some of its weights, is packed already (unless to be
+    rounded), or has nothing to pack.
     """
     source, out = Path(model_dir), Path(out)
     packed = is_packed(source)
     if packed and dtype is None:
         raise SparsePruneError(str(source), "a dense, pruned model", "a packed one", "use it as it is")
     check_out(out, source)
-    model, tokenizer = load_model(source, _task_of(source), dtype="auto")
+    kind = class_of(source)
+    if kind is None:
+        remedy = 'name it, such as "architectures": ["BertModel"]'
+        raise SparsePruneError(str(source / "config.json"), "the model's class under architectures", "none", remedy)
+    model, missing = load_dir(source, kind)
+    check_all_there(source, model, missing)
     before = sum(file.stat().st_size for file in stored_weights(source))
     layers = None if packed else _sparsified(model, source, blocksize)
     rounded = None if dtype is None else quantize_(model, dtype=dtype, weight_only=weight_only)
@@ -76,7 +90,8 @@ def pack(
         raise SparsePruneError(str(source), "blocks in floating point", got, remedy)
     with atomic_dir(out) as temporary:
         save_packed(model, temporary)
-        tokenizer.save_pretrained(temporary)
+        for file in {file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()}:
+            shutil.copy(file, temporary)
         packed_bytes = (temporary / WEIGHTS_NAME).stat().st_size
         record(temporary, "pack", {})
     return PackResult(layers, rounded, before, packed_bytes)
@@ -104,33 +119,36 @@ def _sparsified(model: nn.Module, source: Path, blocksize: tuple[int, int] | Non
         blocksize = found
     else:
         inside = encoder_filter(model)
-        blocksize = blocksize or _common_blocksize(model, inside)
-        masks = {
-            name: mask
-            for name, mask in nonzero_masks(model, blocksize).items()
-            if inside(name, model.get_submodule(name))
-        }
-    if not masks:
-        got = f"no block of {blocksize[0]}x{blocksize[1]} zeros"
-        raise SparsePruneError(str(source), "a pruned model", got, "prune it first with `sparse-prune prune`")
+        linears = {name: module for name, module in linear_modules(model).items() if inside(name, module)}
+        weights = [as_matrix(module, module.weight.detach()) for module in linears.values()]
+        blocksize = blocksize or _common_blocksize(weights)
+        masks = {name: mask for name, mask in nonzero_masks(model, blocksize).items() if name in linears}
+        if not masks:
+            raise SparsePruneError(str(source), "a model pruned in blocks", *_why_none(weights, blocksize))
     return pack_(model, masks, blocksize)
 
 
-def _common_blocksize(model: nn.Module, inside: Callable[[str, nn.Module], bool]) -> tuple[int, int]:
-    """The block size that the zeros of most encoder layers form; 32x32 where they form none, for the error that follows."""
-    linears = (m for name, m in model.named_modules() if isinstance(m, nn.Linear) and inside(name, m))
-    found = Counter(fit.blocksize for fit in (suggest_blocksize(linear.weight) for linear in linears) if fit)
+def _common_blocksize(weights: Iterable[Tensor]) -> tuple[int, int]:
+    """The block size that the zeros of most of weights form; 32x32 where they form none, for the error that follows."""
+    found = Counter(fit.blocksize for fit in map(suggest_blocksize, weights) if fit)
     return found.most_common(1)[0][0] if found else (32, 32)
 
 
-def _task_of(model_dir: Path) -> str:
-    check_model_dir(model_dir)
-    path = model_dir / "config.json"
-    architectures = read_json(path).get("architectures")
-    task = task_of(architectures)
-    if task is None:
-        got = ", ".join(architectures or ()) or "no architecture"
-        raise SparsePruneError(
-            str(path), f"a model for {' or '.join(TASKS)}", got, "train it with `sparse-prune train`"
-        )
-    return task
+def _why_none(weights: Iterable[Tensor], blocksize: tuple[int, int]) -> tuple[str, str]:
+    """What weights, none of which has a block of blocksize that is zero, have instead, and what to do."""
+    fours = torch.zeros(5, dtype=torch.int64)  # of the groups of four weights in a row, how many hold 0, 1, .. 4 zeros
+    for weight in weights:
+        zeros = F.pad(weight == 0, (0, -weight.shape[1] % 4)).unflatten(1, (-1, 4)).sum(2)
+        if zeros.sum() > 0.01 * weight.numel():  # fewer are no pruning
+            fours += torch.bincount(zeros.flatten(), minlength=5)
+    got, remedy = f"no block of {blocksize[0]}x{blocksize[1]} zeros", "with `sparse-prune prune` or a Pruner"
+    zeros, groups = int(fours @ torch.arange(5)), int(fours.sum())
+    if not groups:
+        return got, f"prune it first {remedy}"
+    remedy = f"prune it in blocks {remedy}"
+    if fours[2] > 0.95 * groups:
+        return "two zeros in every four weights (2:4), which only GPUs' sparse tensor cores gain from", remedy
+    got = f"{zeros / groups / 4:.0%} zeros and {got}"
+    if 4 * fours[4] > 0.95 * zeros:
+        return f"{got}, but runs of four", f"{remedy}, or store the runs, for size alone, with --block 1x4"
+    return f"{got}: they are scattered", remedy
