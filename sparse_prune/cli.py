@@ -341,7 +341,8 @@ def pack(
     import torch
 
     dtype = torch.int8 if int8 else torch.float8_e4m3fn if e4m3 else None
-    result = tasks.pack(model, out, parse_block(block) if block else None, dtype, weight_only)
+    with _progress("from the start") as report:
+        result = tasks.pack(model, out, parse_block(block) if block else None, dtype, weight_only, report)
     for table in (result.layers, result.rounded):
         if table is not None:
             console.print(str(table), markup=False, highlight=False)
@@ -365,7 +366,8 @@ def evaluate(
     """Score a model on labelled examples."""
     from . import tasks
 
-    result = tasks.evaluate(model, task, eval_file, max_length)
+    with _progress("from the start") as report:
+        result = tasks.evaluate(model, task, eval_file, max_length, report=report)
     _show_score(result)
     _write_json(json_file, result)
 

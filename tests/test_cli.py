@@ -527,6 +527,28 @@ def test_ctrl_c_loses_at_most_the_running_epoch(reviews, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "tiny", "whole"]
 
 
+def test_eval_and_pack_show_how_far_they_are(run, dense, reviews, tmp_path):
+    from sparse_prune.tasks.data import load_sentiment
+    from sparse_prune.tasks.evaluation import predict
+    from sparse_prune.tasks.models import load_model
+
+    code, text = run("eval", dense, "--eval", reviews)
+    assert code == 0 and re.search(r"^eval +1/1 batches$", text, re.M), text
+    told = []
+    predict(*load_model(dense, "sentiment"), load_sentiment(reviews), 32, 16, report=lambda *step: told.append(step))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    zeroed = tmp_path / "zeroed"
+    shutil.copytree(dense, zeroed)
+    tensors, metadata = serialization.read_tensors(zeroed / "model.safetensors")
+    tensors["garlic.encoder.layers.0.ffn_in.weight"][:64] = 0
+    safetensors.torch.save_file(tensors, zeroed / "model.safetensors", metadata)
+    code, text = run("pack", zeroed, "--block", "32", "--int8", "--out", tmp_path / "packed")
+    assert code == 0 and re.findall(r"^pack +(\d/4) (.*)$", text, re.M) == [
+        *(("0/4", "reading the model"), ("1/4", "packing its blocks"), ("2/4", "rounding"), ("3/4", "writing")),
+        ("4/4", "done"),
+    ], text
+
+
 def test_block_text():
     assert (
         cli.parse_block("32x32") == (32, 32) and cli.parse_block("64X16") == (64, 16) and cli.parse_block("8") == (8, 8)

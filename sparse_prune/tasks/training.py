@@ -357,7 +357,14 @@ def fit_pruned(args: PruneArgs, parts: dict[str, list[Example]], mark: str, repo
 
 
 @quiet()
-def evaluate(model_dir: Path, task: str, file: Path | None = None, max_length: int = 128, seed: int = 0) -> dict:
+def evaluate(
+    model_dir: Path,
+    task: str,
+    file: Path | None = None,
+    max_length: int = 128,
+    seed: int = 0,
+    report: Report | None = None,
+) -> dict:
     """Score a dense or packed model directory on a file (none: the built-in test part).
 
     Returns {"task", "score": {"name", "value", "per_class"}, "examples", "seconds"}.
@@ -369,7 +376,8 @@ def evaluate(model_dir: Path, task: str, file: Path | None = None, max_length: i
     if file is not None:
         examples = load_examples(task, file, label_names(model))
     started = time.perf_counter()
-    scored = score_examples(model, tokenizer, examples, max_length)
+    tell = (lambda done, of: report("eval", done, of, "batches")) if report else None
+    scored = score_examples(model, tokenizer, examples, max_length, tell)
     return {
         "task": task,
         "score": _plain(scored),
@@ -555,8 +563,15 @@ def _mark(kind: str, args: RunArgs) -> str:
     return fingerprint(kind, args, {name: getattr(args, name) for name in ("train", "eval", "dev", "model")}, ("out",))
 
 
-def score_examples(model: PreTrainedModel, tokenizer, examples: Sequence[Example], max_length: int) -> Score:
-    return score(examples, predict(model, tokenizer, examples, max_length_of(model, tokenizer, max_length)))
+def score_examples(
+    model: PreTrainedModel,
+    tokenizer,
+    examples: Sequence[Example],
+    max_length: int,
+    report: Callable[[int, int], None] | None = None,
+) -> Score:
+    length = max_length_of(model, tokenizer, max_length)
+    return score(examples, predict(model, tokenizer, examples, length, report=report))
 
 
 def _plain(scored: Score) -> dict:
