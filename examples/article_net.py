@@ -31,9 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from sparse_prune.criteria import find_alpha
-from sparse_prune.errors import SparsePruneError
-from sparse_prune.pruner import PruneConfig, Pruner
+from sparse_prune import PruneConfig, Pruner, SparsePruneError, find_alpha
 
 CHARACTERS, HIDDEN = 1000, 64
 TRAIN_TEXTS, TEST_TEXTS = 4000, 1000

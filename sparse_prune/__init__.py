@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from .bsr import BsrWeight
 from .convert import BlockSparseConfig, QuantizeResult, SparsifyResult, nonzero_masks, quantize_, sparsify_
-from .criteria import block_mask
+from .criteria import AlphaSearch, block_mask, find_alpha, threshold_mask
 from .errors import SparsePruneError
 from .fuse import fuse_encoder_, unfuse_encoder_
 from .integrations import watch
@@ -25,6 +25,7 @@ from .serialization import load_packed, save_packed
 __version__ = "0.1.0"
 watch()
 __all__ = [
+    "AlphaSearch",
     "BlockSparseConfig",
     "BsrWeight",
     "PruneConfig",
@@ -37,6 +38,7 @@ __all__ = [
     "block_mask",
     "bsr_linear",
     "bsr_linear_glu",
+    "find_alpha",
     "fuse_encoder_",
     "fused_glu",
     "fused_linear",
@@ -46,6 +48,7 @@ __all__ = [
     "save_packed",
     "show_config",
     "sparsify_",
+    "threshold_mask",
     "unfuse_encoder_",
     "suggest_blocksize",
 ]

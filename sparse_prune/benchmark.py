@@ -374,7 +374,8 @@ def _kept_rows(path: Path, about: dict) -> dict[str, dict]:
         if all(row.get(name) == value for name, value in about.items() if name != "threads"):
             found[json.dumps(entry["problem"])] = row
     if text and not text.endswith("\n"):
-        path.write_text("".join(f"{line}\n" for line in text.splitlines()[:-1]), encoding="utf-8")
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in text.splitlines()[:-1]), encoding="utf-8")
     return found
 
 

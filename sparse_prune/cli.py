@@ -269,12 +269,20 @@ def prune(
     density: Annotated[float, typer.Option(help="kept fraction of the encoder's blocks, in (0, 1]")] = 0.2,
     block: Annotated[str, typer.Option(help="block size, output features x input features")] = "32x32",
     criterion: Annotated[
-        str, typer.Option(help="what makes a block worth keeping: magnitude, gradient, taylor, movement, ...")
+        str,
+        typer.Option(help="what makes a block worth keeping: magnitude, threshold, gradient, taylor, movement, ..."),
     ] = "taylor",
     schedule: Annotated[str, typer.Option(help="how the density falls: oneshot, linear, cubic, iterative")] = "cubic",
     scope: Annotated[
         str, typer.Option(help="global: the blocks of all layers compete; local: those of one layer")
     ] = "global",
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="with --criterion threshold or gradient: prune blocks of a mean below alpha * max|r|. None: bisected for --density"
+        ),
+    ] = None,
+    relative_to: Annotated[str, typer.Option(help="r of --alpha: grad, as in the article, or weight")] = "grad",
     distill: Annotated[bool, typer.Option(help="learn from the dense model too")] = True,
     epochs: Epochs = None,
     learning_rate: Rate = None,
@@ -333,7 +341,8 @@ def pack(
     import torch
 
     dtype = torch.int8 if int8 else torch.float8_e4m3fn if e4m3 else None
-    result = tasks.pack(model, out, parse_block(block) if block else None, dtype, weight_only)
+    with _progress("from the start") as report:
+        result = tasks.pack(model, out, parse_block(block) if block else None, dtype, weight_only, report)
     for table in (result.layers, result.rounded):
         if table is not None:
             console.print(str(table), markup=False, highlight=False)
@@ -357,7 +366,8 @@ def evaluate(
     """Score a model on labelled examples."""
     from . import tasks
 
-    result = tasks.evaluate(model, task, eval_file, max_length)
+    with _progress("from the start") as report:
+        result = tasks.evaluate(model, task, eval_file, max_length, report=report)
     _show_score(result)
     _write_json(json_file, result)
 
@@ -729,6 +739,7 @@ def bench_gpu_bounds(
     Needs a checkout, Triton and a C++ compiler, and nvcc for the CUDA C++ kernels; the whole table takes some ten minutes.
     """
     from . import __version__, gpu_bounds
+    from .serialization import atomic_path
     from .tuning import write_table
 
     if table is not None:
@@ -746,8 +757,8 @@ def bench_gpu_bounds(
     text = tables(rows)
     console.print(text, markup=False, soft_wrap=True)
     if markdown is not None:
-        markdown.parent.mkdir(parents=True, exist_ok=True)
-        markdown.write_text(text, encoding="utf-8")
+        with atomic_path(markdown) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     _write_json(json_file, rows)
 
 

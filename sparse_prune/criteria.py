@@ -1,6 +1,7 @@
 """What makes a weight worth keeping: saliency per element, and the masks that follow from it.
 
-Every criterion gives one number per element of W[N, K]; a block is worth the sum over its elements. A granularity is a block size:
+Every criterion gives one number per element of W[N, K]; a block is worth the sum over its elements, and under the article's two
+criteria, threshold and gradient, their mean. A granularity is a block size:
 element (1, 1), block (R, C), row (1, K), column (N, 1), the rows of a head (head_dim, K); see `granularity_blocksize`.
 """
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import SparsePruneError
-from .masks import block_sum, check_blocksize, check_density, top_mask
+from .masks import block_mean, block_sum, check_blocksize, check_density, top_mask
 
 GRANULARITIES = ("element", "block", "row", "column", "head")
 
@@ -64,17 +65,19 @@ class Criterion:
     saliency     function of the tensors in `needs`, in that order, to [N, K]
     needs        names out of "weight", "grad", "activation_norm", "generator"
     loss_units   True where saliency estimates a change of the loss, so that layers compare as they are
+    article      True for the article's two methods: blocks compare by the mean over their elements, with one threshold
     """
 
     saliency: Callable[..., Tensor]
     needs: tuple[str, ...]
     loss_units: bool = False
+    article: bool = False
 
 
 CRITERIA: dict[str, Criterion] = {
     "magnitude": Criterion(magnitude, ("weight",)),
-    "threshold": Criterion(magnitude, ("weight",)),
-    "gradient": Criterion(gradient, ("grad",)),
+    "threshold": Criterion(magnitude, ("weight",), article=True),
+    "gradient": Criterion(gradient, ("grad",), article=True),
     "taylor": Criterion(taylor, ("weight", "grad"), loss_units=True),
     "movement": Criterion(movement, ("weight", "grad"), loss_units=True),
     "fisher": Criterion(fisher, ("weight", "grad"), loss_units=True),
@@ -153,7 +156,7 @@ def block_mask(
     activation_norm: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Keep the blocks of weight[N, K] with the highest summed saliency: bool [ceil(N/R), ceil(K/C)], True = kept.
+    """Keep the blocks of weight[N, K] with the highest saliency: bool [ceil(N/R), ceil(K/C)], True = kept.
 
     max(1, round(density * blocks)) blocks stay; ties go to the lower index, so equal arguments give equal masks.
 
@@ -162,14 +165,16 @@ def block_mask(
     activation_norm  [K], needed by wanda
     generator        seeds random
 
-    "threshold" and "gradient" keep the same blocks as the article's threshold with the alpha that gives this density; see
-    `threshold_mask` for the article's rule with a given alpha.
+    A block's saliency is the sum over its elements. Under "threshold" and "gradient" it is their mean, so that the same blocks stay
+    as by `threshold_mask`, the article's rule, with the alpha that `find_alpha` bisects for this density (which keeps or drops ties
+    together). The two differ only where an edge cuts blocks.
 
     Raises SparsePruneError for a density outside (0, 1], a block that cannot fit, a missing tensor, or NaN.
     """
     check_density(density)
     saliency = element_saliency(weight, criterion, grad=grad, activation_norm=activation_norm, generator=generator)
-    return top_mask(block_sum(saliency, check_blocksize(blocksize, weight.shape)), density)
+    of_block = block_mean if CRITERIA[criterion].article else block_sum
+    return top_mask(of_block(saliency, check_blocksize(blocksize, weight.shape)), density)
 
 
 def granularity_blocksize(
@@ -200,10 +205,7 @@ def _article_terms(
             raise SparsePruneError(name, '"weight" or "grad"', repr(value), "choose one of the two")
     criterion = {"weight": "threshold", "grad": "gradient"}
     saliency = element_saliency(weight, criterion[on], grad=grad)
-    blocksize = check_blocksize(blocksize, weight.shape)
-    values = saliency
-    if blocksize != (1, 1):
-        values = block_sum(saliency, blocksize) / block_sum(torch.ones_like(saliency), blocksize)
+    values = block_mean(saliency, check_blocksize(blocksize, weight.shape))
     if reference is None:
         reference = float(element_saliency(weight, criterion[relative_to], grad=grad).max())
     return values, reference
@@ -262,7 +264,6 @@ def find_alpha(
     The density falls in steps as alpha grows, and tied values fall together, so some densities do not exist; `reachable` gives the
     neighbours. At least one block is always kept. Arguments as in threshold_mask; raises SparsePruneError also when max|r| is 0.
     """
-    check_density(density)
     values, reference = _article_terms(weight, grad, on, relative_to, blocksize, reference)
     if reference <= 0:
         raise SparsePruneError(
@@ -272,8 +273,19 @@ def find_alpha(
             "a threshold relative to 0 prunes nothing: check the backward pass",
         )
 
+    return bisect_alpha(values, reference, density)
+
+
+def bisect_alpha(values: Tensor, reference: float, density: float, elements: Tensor | None = None) -> AlphaSearch:
+    """find_alpha on block means, of one weight or of many: values >= alpha * reference keeps `density` of the blocks.
+
+    elements  float64, as many as values: how much each block counts; None: all alike
+    """
+    check_density(density)
+    sizes = torch.ones_like(values, dtype=torch.float64) if elements is None else elements
+
     def kept(alpha: float) -> float:
-        return float((values >= alpha * reference).double().mean())
+        return float(sizes[values >= alpha * reference].sum() / sizes.sum())
 
     low, high = 0.0, float(values.max()) / reference * 2 + 1.0  # everything, and nothing, is kept
     while kept(low) > density:

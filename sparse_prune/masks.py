@@ -80,6 +80,21 @@ def block_sum(matrix: Tensor, blocksize: Sequence[int]) -> Tensor:
     return pad_to_blocks(matrix, blocksize).sum((1, 3))
 
 
+def block_elements(shape: Sequence[int], blocksize: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """Elements of each block of a weight of shape (N, K), float64 [ceil(N/R), ceil(K/C)]: fewer where an edge cuts it."""
+    sides = []
+    for size, step, count in zip(shape, blocksize, grid_shape(shape, blocksize), strict=True):
+        side = torch.full((count,), step, dtype=torch.float64, device=device)
+        side[-1] = size - (count - 1) * step
+        sides.append(side)
+    return torch.outer(*sides)
+
+
+def block_mean(matrix: Tensor, blocksize: Sequence[int]) -> Tensor:
+    """Mean of matrix[N, K] over each block, [ceil(N/R), ceil(K/C)], of the elements that a cut block has."""
+    return block_sum(matrix, blocksize) / block_elements(matrix.shape, blocksize, matrix.device).to(matrix.dtype)
+
+
 def check_mask(block_mask: Tensor, shape: Sequence[int], blocksize: Sequence[int]) -> Tensor:
     """Return block_mask; raises SparsePruneError unless it is a bool tensor of grid_shape(shape, blocksize)."""
     expected = grid_shape(shape, blocksize)
@@ -108,12 +123,8 @@ def expand_mask(block_mask: Tensor, blocksize: Sequence[int], shape: Sequence[in
 def element_density(block_mask: Tensor, blocksize: Sequence[int], shape: Sequence[int]) -> float:
     """Kept elements over all elements of a weight of shape (N, K); not the density of blocks where edge blocks are cut."""
     check_mask(block_mask, shape, blocksize)
-    (n, k), (r, c) = shape, blocksize
-    rows, cols = grid_shape(shape, blocksize)
-    heights = torch.full((rows,), r, dtype=torch.float64, device=block_mask.device)
-    widths = torch.full((cols,), c, dtype=torch.float64, device=block_mask.device)
-    heights[-1], widths[-1] = n - (rows - 1) * r, k - (cols - 1) * c
-    return float(heights @ block_mask.double() @ widths) / (n * k)
+    elements = block_elements(shape, blocksize, block_mask.device)
+    return float((elements * block_mask).sum() / elements.sum())
 
 
 def top_mask(saliency: Tensor, density: float) -> Tensor:

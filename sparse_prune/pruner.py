@@ -15,6 +15,7 @@ from .criteria import (
     CRITERIA,
     GRANULARITIES,
     at_least_float32,
+    bisect_alpha,
     check_criterion,
     element_saliency,
     granularity_blocksize,
@@ -23,7 +24,16 @@ from .errors import SparsePruneError
 from .heads import HeadGroup, find_heads
 from .linears import as_matrix, check_there, is_conv1d, linear_modules, matrix_shape
 from .masked import KeptBlocks, masked_linear, runs_masked
-from .masks import block_sum, check_blocksize, check_density, element_density, expand_mask, grid_shape, top_mask
+from .masks import (
+    block_elements,
+    block_sum,
+    check_blocksize,
+    check_density,
+    element_density,
+    expand_mask,
+    grid_shape,
+    top_mask,
+)
 from .schedules import Schedule
 
 if TYPE_CHECKING:
@@ -40,7 +50,8 @@ class PruneConfig:
     density       final kept fraction, in (0, 1]
     blocksize     (R, C), for granularity "block"
     granularity   "element", "block", "row", "column" or "head"
-    floor         share of its blocks that each layer keeps at least under scope "global"; one block always stays
+    floor         share of its blocks that each layer keeps at least under scope "global"; one block always stays. The article's
+                  criteria, "threshold" and "gradient", know no floor
     total_steps   optimizer steps of the whole training
     warmup        steps before the first block goes: a count (int), or a share of total_steps (float below 1)
     cooldown      steps at the end with final masks: a count (int), or a share of total_steps (float below 1)
@@ -49,8 +60,8 @@ class PruneConfig:
     smoothing     b in S <- b S + (1 - b) s, the running saliency, so that early and single noisy steps fade
     regrow        True: a pruned block keeps competing with the weights it had, and returns with them if it wins, until masks are
                   final; False: it stays pruned
-    alpha         the article's rule in place of a density, for criterion "threshold" (|w|) or "gradient" (|grad|): prune where the
-                  value is below alpha * max|r|; alpha grows along the schedule from 0
+    alpha         for criterion "threshold" (|w|) or "gradient" (|grad|), the article's rule with this alpha in place of a density:
+                  prune where a block's mean is below alpha * max|r|; alpha grows along the schedule from 0
     relative_to   r of that rule: "grad", as in the article, or "weight"
     seed          of criterion "random"
     skip_pruned   True: on a CPU, layers that are down to half of their blocks or fewer skip the pruned ones in training too, where
@@ -551,6 +562,8 @@ class Pruner:
         """What to keep at this density, by config.scope."""
         if not self.config.regrow:
             saliency = {key: value.masked_fill(~self._kept[key], -torch.inf) for key, value in saliency.items()}
+        if self._criterion.article:
+            return self._above_bisected(self._means(saliency), density)
         if self.config.scope == "local":
             return {key: top_mask(value, density) for key, value in saliency.items()}
         scores, costs = [], []
@@ -572,26 +585,48 @@ class Pruner:
         parts = kept.split([unit.size for unit in self._units.values()])
         return dict(zip(self._units, parts, strict=True))
 
+    def _means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over decisions as means over the elements that each has."""
+        return {key: total / self._elements(key).to(total.dtype) for key, total in sums.items()}
+
+    def _elements(self, key: str) -> Tensor:
+        """Elements of each decision of a unit, float64 [size]: fewer where an edge cuts a block."""
+        unit, total = self._units[key], self._new(self._units[key], 0.0, torch.float64)
+        for member in unit.members:
+            elements = block_elements(matrix_shape(self._modules[member.name]), member.blocksize, total.device)
+            total += elements.view(member.repeats, unit.size).sum(0)
+        return total
+
+    def _above_bisected(self, means: dict[str, Tensor], density: float) -> dict[str, Tensor]:
+        """The article's rule with the threshold that leaves this density: one for the model, or for each layer under scope "local".
+
+        The threshold is alpha * max|r| for some alpha whatever r is, so it is bisected on the means' own scale.
+        """
+
+        def threshold(values: Tensor, elements: Tensor | None = None) -> float:
+            scale = float(values.max()) or 1.0
+            return bisect_alpha(values, scale, density, elements).alpha * scale
+
+        if self.config.scope == "local":
+            return {key: values >= threshold(values) for key, values in means.items()}
+        least = threshold(torch.cat(list(means.values())), torch.cat([self._elements(key) for key in means]))
+        return {key: values >= least for key, values in means.items()}
+
     def _above_threshold(self, alpha: float) -> dict[str, Tensor]:
         """The article's rule on this step's weights and gradients: mean |v| of a block >= alpha * max|r|."""
-        self._check_grads()
-        means: dict[str, Tensor] = {}
-        largest: dict[str, Tensor] = {}
-        for key, unit in self._units.items():
-            total: Any = 0.0
-            for member in unit.members:
-                tensors = {"weight": self._competing_weight(member.name), "grad": self._grad(member.name)}
-                tensors = {kind: self._whole(member.name, part) for kind, part in tensors.items()}
-                values = element_saliency(tensors["weight"], self.config.criterion, grad=tensors["grad"])
-                count = block_sum(torch.ones_like(values), member.blocksize)
-                both = torch.stack((block_sum(values, member.blocksize), count))
-                total = total + both.view(2, member.repeats, unit.size).sum(1)
-                reference = at_least_float32(tensors[self.config.relative_to]).abs().max()
-                largest[key] = torch.maximum(largest.get(key, reference), reference)
-            means[key] = total[0] / total[1]
-        means = self.reduce_saliency(means)
+        if "grad" in (self.config.relative_to, *self._criterion.needs):
+            self._check_grads()
+        means = self.reduce_saliency(self._means(self._unit_saliency()))
+        tensors = {"weight": self._competing_weight, "grad": self._grad}[self.config.relative_to]
+        largest = {
+            key: max(
+                float(at_least_float32(self._whole(member.name, tensors(member.name))).abs().max())
+                for member in unit.members
+            )
+            for key, unit in self._units.items()
+        }
         if self.config.scope == "global":
-            largest = dict.fromkeys(largest, torch.stack(list(largest.values())).max())
+            largest = dict.fromkeys(largest, max(largest.values()))
         kept = {key: means[key] >= alpha * largest[key] for key in self._units}
         return kept if self.config.regrow else {key: self._kept[key] & kept[key] for key in kept}
 

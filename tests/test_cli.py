@@ -6,9 +6,13 @@ import importlib
 import importlib.util
 import json
 import os
+import pickle
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,6 +39,8 @@ PRUNE_OPTIONS = {
         "criterion",
         "schedule",
         "scope",
+        "alpha",
+        "relative-to",
         "distill",
         "epochs",
     ),
@@ -108,9 +114,14 @@ def test_help_names_every_command(run):
     assert code == 0
     for command in ("demo", "train", "prune", "pack", "eval", "bench", "report", "info", "doctor"):
         assert command in text
-    for command in ("train", "prune"):
+    for command, options in {
+        "train": ("--model", "--epochs"),
+        "prune": ("--density", "--alpha"),
+        "eval": ("--eval",),
+    }.items():
         code, text = run(command, "--help")
-        assert code == 0 and "--density" in text or command == "train"
+        shown = re.findall(r"^│ +\*? *(--[\w-]+)", text, re.M)
+        assert code == 0 and {*options} <= {*shown}, command
 
 
 def test_the_whole_path(run, reviews, dense, tmp_path):
@@ -141,6 +152,22 @@ def test_the_whole_path(run, reviews, dense, tmp_path):
 
     code, text = run("report", out, "--picture", tmp_path / "picture.png")
     assert code == 0 and (out / "report.html").is_file() and (tmp_path / "picture.png").is_file(), text
+
+
+def test_alpha_reaches_the_pruner(run, monkeypatch, tmp_path):
+    from sparse_prune import tasks
+
+    class Reached(Exception):
+        pass
+
+    def caught(args, report):
+        raise Reached(tasks.training._prune_config(args))
+
+    monkeypatch.setattr(tasks, "prune", caught)
+    options = ("--criterion", "threshold", "--alpha", "0.25", "--relative-to", "weight")
+    with pytest.raises(Reached) as stop:
+        run("prune", "--model", "m", *options, "--out", tmp_path / "o")
+    assert stop.value.args == (sp.PruneConfig("threshold", alpha=0.25, relative_to="weight"),)
 
 
 FAMILIES = {  # tokenizer, model, and pieces, so few that words are made of several
@@ -293,6 +320,14 @@ MISTAKES = {
         "blocksize: expected a block",
     ),
     "criterion": (("prune", "--model", "DENSE", "--criterion", "luck", "--out", "o"), "criterion: expected one of"),
+    "alpha of another criterion": (
+        ("prune", "--model", "DENSE", "--alpha", "0.5", "--out", "o"),
+        "alpha: expected a number of at least 0, with criterion 'threshold' or 'gradient', got 0.5 with criterion 'taylor'",
+    ),
+    "alpha relative to nothing": (
+        ("prune", "--model", "DENSE", "--relative-to", "loss", "--out", "o"),
+        "relative_to: expected one of grad, weight, got 'loss'",
+    ),
     "recipe": (("train", "--recipe", "nowhere.yaml", "--out", "o"), "--recipe: expected a YAML file, got nothing"),
     "recipe option": (("train", "--recipe", "RECIPE", "--out", "o"), "options out of batch-size, epochs, "),
     "recipe value": (("prune", "--recipe", "LIST", "--model", "DENSE", "--out", "o"), "density: expected one value"),
@@ -359,6 +394,18 @@ MISTAKES = {
         ("train", "--out", "OTHER/x"),
         "expected a path that can be used, got Not a",
     ),
+    "a dtype that is none": (
+        ("bench", "linear", "--dtype", "float99"),
+        "dtypes: expected names among float32, bfloat16,",
+    ),
+    "a dtype that weights cannot have": (
+        ("bench", "linear", "--dtype", "int32"),
+        "dtypes: expected names among float32, bfloat16,",
+    ),
+    "a dtype that no model has": (
+        ("bench", "model", "DENSE", "--length", "16", "--dtype", "float99"),
+        "dtypes: expected names among float32,",
+    ),
     "SnowNLP's lines": (("baseline", "--task", "poetry", "--out", "o"), "task: expected one of"),
 }
 
@@ -424,11 +471,14 @@ def test_a_damaged_packed_model(run, reviews, dense, tmp_path):
     file = tmp_path / "packed" / "model.safetensors"
     tensors, metadata = serialization.read_tensors(file)
     name = "garlic.encoder.layers.0.ffn_in"
-    for part, wrong in {
-        "col_indices": lambda x: x.flip(0),
-        "crow_indices": lambda x: x[:-1],
-        "values": lambda x: x[:-1],
-    }.items():
+    for part, wrong in (
+        ("col_indices", lambda x: x.flip(0)),
+        ("col_indices", lambda x: x - x.max() - 1),  # negative
+        ("col_indices", lambda x: x + 1000),  # out of range
+        ("crow_indices", lambda x: x[:-1]),
+        ("values", lambda x: x[:-1]),
+        ("values", lambda x: x.int()),  # a dtype that no packed layer has
+    ):
         changed = tensors | {f"{name}.{part}": wrong(tensors[f"{name}.{part}"]).contiguous()}
         safetensors.torch.save_file(changed, file, metadata)
         code, text = run("eval", tmp_path / "packed", "--eval", reviews)
@@ -437,6 +487,95 @@ def test_a_damaged_packed_model(run, reviews, dense, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     code, text = run("eval", tmp_path / "packed", "--eval", reviews)
     assert code == 2 and "model.safetensors" in text and "Traceback" not in text
+
+
+DAMAGES = {
+    "a weight missing": "all weights of a GarlicForSequenceClassification, got 1 missing, such as garlic.encoder.layers.0.ffn_in",
+    "a head missing": "all weights of a GarlicForSequenceClassification, got 2 missing, such as classifier.bias;",
+    "integers": "garlic.encoder.layers.0.ffn_in.weight: expected floating point, got I8",
+    "integers in a .bin": "garlic.encoder.layers.0.ffn_in.weight: expected floating point, got torch.int8",
+    "no heads": "by zero)",
+    "an empty .bin": "damaged (EOFError)",
+    "a foreign pickle": "damaged (Weights only load failed.",
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_dense_model_is_one_sentence(case, run, reviews, dense, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(dense, damaged)
+    file, binary = damaged / "model.safetensors", damaged / "pytorch_model.bin"
+    tensors, metadata = serialization.read_tensors(file)
+    name = "garlic.encoder.layers.0.ffn_in.weight"
+    if case == "a weight missing":
+        del tensors[name]
+    elif case == "a head missing":
+        tensors = {key: value for key, value in tensors.items() if key.startswith("garlic.")}
+    elif case.startswith("integers"):
+        tensors[name] = (100 * tensors[name]).to(torch.int8)
+    safetensors.torch.save_file(tensors, file, metadata)
+    if case == "no heads":
+        settings = json.loads((damaged / "config.json").read_text()) | {"num_attention_heads": 0}
+        (damaged / "config.json").write_text(json.dumps(settings))
+    if "bin" in case or case == "a foreign pickle":
+        file.unlink()
+        torch.save(tensors, binary)
+    if case == "an empty .bin":
+        binary.write_bytes(b"")
+    elif case == "a foreign pickle":
+        binary.write_bytes(pickle.dumps(tmp_path))
+    for command in (("eval", damaged, "--eval", reviews), ("pack", damaged, "--out", tmp_path / "o")):
+        code, text = run(*command)
+        assert code == 2 and DAMAGES[case] in text and "Traceback" not in text, text
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_a_new_head_may_be_missing_but_no_weight_of_the_encoder(dense, tmp_path):
+    from sparse_prune.tasks.models import load_model
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(dense, damaged)
+    tensors, metadata = serialization.read_tensors(damaged / "model.safetensors")
+    encoder = {key: value for key, value in tensors.items() if key.startswith("garlic.")}
+    safetensors.torch.save_file(encoder, damaged / "model.safetensors", metadata)
+    assert load_model(damaged, "sentiment", ["bad", "good", "so-so"])[0].config.num_labels == 3
+    del encoder["garlic.encoder.layers.0.ffn_in.weight"]
+    safetensors.torch.save_file(encoder, damaged / "model.safetensors", metadata)
+    with pytest.raises(sp.SparsePruneError, match="got 1 missing, such as garlic.encoder.layers.0.ffn_in.weight;"):
+        load_model(damaged, "sentiment", ["bad", "good", "so-so"])
+
+
+BAD_FILES = {  # name: (file, content, what is told after its path)
+    "no header": ("a.tsv", "好\tgood\n", ", line 1: expected a header with the columns text and label"),
+    "three columns": (
+        "a.tsv",
+        "text\tlabel\n好\tgood\n好\t很\tgood\n",
+        ", line 3: expected 2 columns as in the header, got 3",
+    ),
+    "no text": ("a.tsv", "text\tlabel\n好\tgood\n \tbad\n", ", line 3: expected a text, got an empty one"),
+    "no label": ("a.csv", "text,label\n好,good\n坏,\n", ", line 3: expected a label, got an empty one"),
+    "a quote left open": ("a.csv", 'text,label\n好,good\n"坏,bad\n', ", line 3: expected a CSV row"),
+    "no JSON": ("a.jsonl", '{"text": "好", "label": "good"}\n{"text"\n', ", line 2: expected a JSON object"),
+    "JSON of another kind": ("a.jsonl", '{"text": "好"}\n', ", line 1: expected an object with text and label"),
+    "another ending": ("a.xml", "<text/>", ": expected a file ending in .tsv, .csv or .jsonl"),
+    "GB18030": ("a.tsv", "text\tlabel\n好\tgood\n".encode("gb18030"), ", line 2: expected UTF-8 text"),
+    "empty": ("a.tsv", "", ": expected at least one example, got none"),
+    "a header alone": ("a.csv", "text,label\n", ": expected at least one example, got none"),
+    "empty CoNLL": ("a.conll", "\n\n", ": expected at least one example, got none"),
+    "a token alone": ("a.conll", "王\tB-PER\n明\n", ", line 2: expected `token TAB tag`"),
+    "an entity without a beginning": ("a.conll", "王\tO\n明\tI-PER\n", ", line 2: expected a BIO tag"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_is_told_with_its_line(case, run, tmp_path):
+    name, content, message = BAD_FILES[case]
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    task = "ner" if name.endswith(".conll") else "sentiment"
+    code, text = run("train", "--task", task, "--train", file, "--eval", file, "--out", tmp_path / "o")
+    assert code == 2 and f"error: {file}{message}" in text and "Traceback" not in text, text
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_interrupt_says_how_to_go_on(run, monkeypatch, reviews, tmp_path):
@@ -448,6 +587,81 @@ def test_interrupt_says_how_to_go_on(run, monkeypatch, reviews, tmp_path):
     monkeypatch.setattr(tasks, "train", stopped)
     code, text = run("train", "--train", reviews, "--eval", reviews, "--out", tmp_path / "o")
     assert code == 130 and "goes on from the last finished epoch" in text
+
+
+def test_ctrl_c_loses_at_most_the_running_epoch(reviews, tmp_path):
+    """A real SIGINT to a real process; the same command then goes on to the weights of a run that nobody stopped."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from sparse_prune.models.garlic import train_tokenizer
+
+    tokenizer = train_tokenizer([reviews.read_text(encoding="utf-8")], max_length=32)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForSequenceClassification(BertConfig(**size, vocab_size=len(tokenizer))).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    files = ("--model", tmp_path / "tiny", "--train", reviews, "--eval", reviews)
+
+    def start(out: str) -> subprocess.Popen:
+        command = [
+            sys.executable,
+            "-m",
+            "sparse_prune",
+            "train",
+            *files,
+            "--epochs",
+            "10",
+            "--batch-size",
+            "16",
+            "--out",
+            out,
+        ]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": tmp_path}
+        pipes["env"] = os.environ | {"OMP_NUM_THREADS": "1"}
+        # A shell's background job ignores SIGINT, and its children with it.
+        return subprocess.Popen(command, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+    def steps(text: str) -> list[int]:
+        return [int(step) for step in re.findall(r"^train +(\d+)/30 ", text, re.M)]
+
+    whole, stopped = start("whole"), start("parts")
+    work = tmp_path / ".parts.work"
+    while not any(work.glob("checkpoint-*/trainer_state.json")):
+        assert stopped.poll() is None, stopped.communicate()[0]
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGINT)
+    text, _ = stopped.communicate()
+    assert stopped.returncode == 130 and "stopped; the same command goes on from the last finished epoch" in text, text
+    assert "Traceback" not in text and not (tmp_path / "parts").exists() and steps(text)[-1] < 30
+    resumed = start("parts")
+    text, _ = resumed.communicate()
+    assert resumed.returncode == 0 and steps(text)[0] > 3 and steps(text)[-1] == 30, text
+    text, _ = whole.communicate()
+    assert whole.returncode == 0 and steps(text)[0] == 1, text
+    whole, parts = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "tiny", "whole"]
+
+
+def test_eval_and_pack_show_how_far_they_are(run, dense, reviews, tmp_path):
+    from sparse_prune.tasks.data import load_sentiment
+    from sparse_prune.tasks.evaluation import predict
+    from sparse_prune.tasks.models import load_model
+
+    code, text = run("eval", dense, "--eval", reviews)
+    assert code == 0 and re.search(r"^eval +1/1 batches$", text, re.M), text
+    told = []
+    predict(*load_model(dense, "sentiment"), load_sentiment(reviews), 32, 16, report=lambda *step: told.append(step))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    zeroed = tmp_path / "zeroed"
+    shutil.copytree(dense, zeroed)
+    tensors, metadata = serialization.read_tensors(zeroed / "model.safetensors")
+    tensors["garlic.encoder.layers.0.ffn_in.weight"][:64] = 0
+    safetensors.torch.save_file(tensors, zeroed / "model.safetensors", metadata)
+    code, text = run("pack", zeroed, "--block", "32", "--int8", "--out", tmp_path / "packed")
+    assert code == 0 and re.findall(r"^pack +(\d/4) (.*)$", text, re.M) == [
+        *(("0/4", "reading the model"), ("1/4", "packing its blocks"), ("2/4", "rounding"), ("3/4", "writing")),
+        ("4/4", "done"),
+    ], text
 
 
 def test_block_text():

@@ -46,15 +46,17 @@ def plain_saliency(name: str, t: dict[str, torch.Tensor]) -> list[list[float]]:
     return [[formulas[name](w[i][j], g[i][j], x[j]) for j in range(k)] for i in range(n)]
 
 
-def plain_mask(saliency: list[list[float]], blocksize: tuple[int, int], density: float) -> torch.Tensor:
-    """Blocks by sum, best first, with Python's sort."""
+def plain_mask(
+    saliency: list[list[float]], blocksize: tuple[int, int], density: float, by_mean: bool = False
+) -> torch.Tensor:
+    """Blocks by sum or mean, best first, with Python's sort."""
     n, k = len(saliency), len(saliency[0])
     rows, cols = math.ceil(n / blocksize[0]), math.ceil(k / blocksize[1])
-    sums = [[0.0] * cols for _ in range(rows)]
+    blocks: dict[tuple[int, int], list[float]] = {}
     for i in range(n):
         for j in range(k):
-            sums[i // blocksize[0]][j // blocksize[1]] += saliency[i][j]
-    order = sorted((-sums[r][c], r, c) for r in range(rows) for c in range(cols))
+            blocks.setdefault((i // blocksize[0], j // blocksize[1]), []).append(saliency[i][j])
+    order = sorted((-sum(block) / (len(block) if by_mean else 1), *place) for place, block in blocks.items())
     mask = torch.zeros(rows, cols, dtype=torch.bool)
     for _, r, c in order[: max(1, round(density * rows * cols))]:
         mask[r, c] = True
@@ -77,7 +79,12 @@ def test_every_criterion_at_every_granularity(criterion, granularity, density):
     blocksize = granularity_blocksize(granularity, (N, K), (5, 3), HEAD)
     given = {name: t[name] for name in ("grad", "activation_norm") if name in CRITERIA[criterion].needs}
     mask = block_mask(t["weight"], blocksize, density, criterion, **given)
-    assert torch.equal(mask, plain_mask(plain_saliency(criterion, t), blocksize, density))
+    article = criterion in ("threshold", "gradient")
+    assert torch.equal(mask, plain_mask(plain_saliency(criterion, t), blocksize, density, by_mean=article))
+    if article:  # the same blocks, cut ones among them, as by the alpha that bisection finds
+        rule = {"on": "weight" if criterion == "threshold" else "grad", "blocksize": blocksize}
+        alpha = find_alpha(t["weight"], t["grad"], density, **rule).alpha
+        assert torch.equal(mask, threshold_mask(t["weight"], t["grad"], alpha, **rule))
 
 
 def test_granularities_are_block_sizes():

@@ -19,13 +19,14 @@ def test_expand_and_sum_agree_with_loops(shape, blocksize, seed):
     mask = torch.rand(grid, generator=generator) < 0.5
     weight = torch.randn(shape, generator=generator, dtype=torch.float64)
     expanded = masks.expand_mask(mask, blocksize, shape)
-    sums = masks.block_sum(weight, blocksize)
+    sums, means = masks.block_sum(weight, blocksize), masks.block_mean(weight, blocksize)
     assert expanded.shape == shape and sums.shape == grid
     for i in range(grid[0]):
         for j in range(grid[1]):
             block = slice(i * r, min(n, (i + 1) * r)), slice(j * c, min(k, (j + 1) * c))
             assert (expanded[block] == mask[i, j]).all()
             assert sums[i, j] == pytest.approx(weight[block].sum().item(), abs=1e-12)
+            assert means[i, j] == pytest.approx(weight[block].mean().item(), abs=1e-12)
     assert masks.element_density(mask, blocksize, shape) == pytest.approx(expanded.double().mean().item())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_prune.criteria import CRITERIA, block_mask, element_saliency, find_alpha, threshold_mask
+from sparse_prune.criteria import CRITERIA, bisect_alpha, block_mask, element_saliency, find_alpha, threshold_mask
 from sparse_prune.errors import SparsePruneError
 from sparse_prune.heads import HeadGroup, find_heads
-from sparse_prune.masks import element_density, expand_mask
+from sparse_prune.masks import block_mean, element_density, expand_mask
 from sparse_prune.pruner import PruneConfig, Pruner
 
 ONE_SHOT = {"schedule": "oneshot", "warmup": 0, "cooldown": 0, "total_steps": 1, "update_every": 1, "smoothing": 0.0}
@@ -450,25 +451,22 @@ class Separate(nn.Module):
         setattr(self, out, nn.Linear(hidden, hidden))
 
 
-@pytest.mark.parametrize("criterion", sorted(set(CRITERIA) - {"random"}))
+@pytest.mark.parametrize("criterion", sorted(CRITERIA))
 def test_fused_heads_are_decided_as_one(criterion):
     model = Attention(24, 6)
-    pruner = Pruner(model, PruneConfig(criterion, granularity="head", density=0.5, **ONE_SHOT))
+    pruner = Pruner(model, PruneConfig(criterion, granularity="head", density=0.5, seed=7, **ONE_SHOT))
     x = torch.randn(3, 5, 24)
     model(x).square().sum().backward()
     qkv, out = model.qkv.weight, model.out.weight
     sums = {name: seen[:-1].float() for name, seen in pruner._seen.items()}
-    saliency = torch.zeros(6)
-    for head in range(6):
-        rows = [slice(part * 24 + head * 4, part * 24 + head * 4 + 4) for part in range(3)]
-        columns = slice(head * 4, head * 4 + 4)
-        for name, weight, index in [("qkv", qkv, (r, slice(None))) for r in rows] + [
-            ("out", out, (slice(None), columns))
-        ]:
-            extra = {"grad": weight.grad} if "grad" in CRITERIA[criterion].needs else {}
-            if criterion == "wanda":
-                extra = {"activation_norm": (sums[name] / 15).sqrt()}
-            saliency[head] += element_saliency(weight, criterion, **extra)[index].sum()
+    saliency, generator = torch.zeros(6), torch.Generator().manual_seed(7)
+    for name, weight in (("qkv", qkv), ("out", out)):
+        needs = CRITERIA[criterion].needs
+        extra = {"grad": weight.grad} if "grad" in needs else {"generator": generator} if "generator" in needs else {}
+        if "activation_norm" in needs:
+            extra = {"activation_norm": (sums[name] / 15).sqrt()}
+        element = element_saliency(weight, criterion, **extra)
+        saliency += element.view(3, 6, -1).sum((0, 2)) if name == "qkv" else element.view(24, 6, 4).sum((0, 2))
     best = set(saliency.topk(3).indices.tolist())
     pruner.step()
     for head in range(6):
@@ -478,6 +476,59 @@ def test_fused_heads_are_decided_as_one(criterion):
         assert (qkv[head * 4 : head * 4 + 4] != 0).any() == kept == (out[:, head * 4 : head * 4 + 4] != 0).any()
     assert pruner.density() == 0.5 and "ffn" not in pruner.masks
     assert pruner.blocksizes == {"qkv": (4, 24), "out": (24, 4)}
+
+
+@pytest.mark.parametrize("granularity", ["element", "block", "row", "column", "head"])
+@pytest.mark.parametrize("criterion", ["threshold", "gradient"])
+def test_a_density_is_the_articles_rule_with_the_alpha_found_for_it(criterion, granularity):
+    """One max|r| and one threshold for all layers, though the second half's weights are ten times those of the first."""
+    model = nn.Sequential(Attention(24, 6), Attention(24, 6))
+    with torch.no_grad():
+        for parameter in model[1].parameters():
+            parameter *= 10
+    given = copy.deepcopy(model)
+    x = torch.randn(3, 5, 24)
+    for net in (model, given):
+        net(x).square().mean().backward()
+    weights = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    values = {name: (w if criterion == "threshold" else w.grad).detach().abs() for name, w in weights.items()}
+    config = {"granularity": granularity, "blocksize": (8, 8), **ONE_SHOT}
+    found = Pruner(model, PruneConfig(criterion, density=0.5, **config))
+    sizes = found.blocksizes
+    if granularity == "head":
+        means = {}
+        for i in "01":
+            qkv, out = values[f"{i}.qkv"].view(3, 6, 4, 24), values[f"{i}.out"].view(24, 6, 4)
+            parts = [part.transpose(0, 1).reshape(6, -1) for part in (qkv, out)]
+            mean = torch.cat(parts, 1).mean(1)  # [heads]
+            means |= {f"{i}.qkv": mean.repeat(3)[:, None], f"{i}.out": mean[None]}
+    else:
+        means = {name: block_mean(value, sizes[name]) for name, value in values.items()}
+    counts = torch.cat(
+        [torch.full((mean.numel(),), math.prod(sizes[name]), dtype=torch.float64) for name, mean in means.items()]
+    )
+    largest = max(float(weights[name].grad.abs().max()) for name in means)
+    alpha = bisect_alpha(torch.cat([mean.flatten() for mean in means.values()]), largest, 0.5, counts).alpha
+    given = Pruner(given, PruneConfig(criterion, alpha=alpha, **config))
+    found.step(), given.step()
+    for name, mean in means.items():
+        assert torch.equal(found.masks[name], mean >= alpha * largest)
+        assert torch.equal(found.masks[name], given.masks[name])
+    halves = [torch.cat([mask.flatten() for name, mask in found.masks.items() if name[0] == i]) for i in "01"]
+    first, second = (float(half.float().mean()) for half in halves)
+    assert abs(first - second) > 0.2  # each layer against its own mean would keep half of both
+    assert found.density() == pytest.approx(0.5, abs=0.05)
+
+
+def test_cut_blocks_under_the_articles_rule_compare_by_their_mean():
+    model = nn.Sequential(nn.Linear(10, 8), nn.Linear(8, 10))  # in 8x8 blocks: a whole one each, and one of 16 elements
+    with torch.no_grad():
+        model[0].weight[:, :8], model[0].weight[:, 8:] = 0.2, 0.4
+        model[1].weight[:8], model[1].weight[8:] = 0.3, 0.1
+    pruner = Pruner(model, PruneConfig("threshold", density=0.5, blocksize=(8, 8), **ONE_SHOT))
+    pruner.step()  # no gradients: which blocks a density leaves does not depend on max|r|
+    assert pruner.masks["0"].tolist() == [[False, True]] and pruner.masks["1"].tolist() == [[True], [False]]
+    assert pruner.density() == 0.5  # of elements: 64 + 16 of 160
 
 
 def test_separate_heads_and_shared_keys():

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -63,16 +64,55 @@ def test_any_sentences_survive_conll(tmp_path_factory):
     round_trip()
 
 
-@given(st.text(max_size=200))
-def test_the_conll_loader_ends_in_examples_or_our_error(tmp_path_factory, content):
-    path = tmp_path_factory.mktemp("data") / "x.conll"
-    path.write_text(content, encoding="utf-8", newline="", errors="replace")
-    try:
-        examples = data.load_ner(path)
-    except SparsePruneError as error:
-        assert str(path) in str(error)
-    else:
-        assert all(len(e.tokens) == len(e.tags) >= 1 for e in examples)
+# Bytes, text, and text of the characters that formats are made of, which gets further into a loader.
+CONTENTS = st.one_of(
+    st.binary(max_size=60),
+    st.text(max_size=200).map(lambda text: text.encode(errors="replace")),
+    st.text('ab好\t\n\r,"{}[]: \\ud\x00', max_size=60).map(str.encode),
+    st.lists(
+        st.sampled_from(['{"text": "a", "label": 1}', "a\tb", "a,b", '"a"",', "B-PER", "王\tB-PER", "明\tI-PER", ""])
+    ).map(lambda lines: "\n".join(lines).encode()),
+)
+
+
+@pytest.mark.parametrize("suffix", ["conll", "tsv", "csv", "jsonl"])
+@pytest.mark.parametrize("header", [b"", b"text\tlabel\n", b"label,text\r\n"], ids=["bare", "tabs", "commas"])
+def test_loaders_end_in_examples_or_our_error(tmp_path_factory, suffix, header):
+    path = tmp_path_factory.mktemp("data") / f"x.{suffix}"
+
+    @given(CONTENTS)
+    def load(content):
+        path.write_bytes(header + content)
+        try:
+            examples = data.load_examples("ner" if suffix == "conll" else "sentiment", path)
+        except SparsePruneError as error:
+            assert str(path) in str(error)
+            return
+        assert examples
+        for example in examples:
+            if isinstance(example, TagExample):
+                assert len(example.tokens) == len(example.tags) >= 1
+            else:
+                assert example.text.strip() and example.label.strip() == example.label != ""
+
+    load()
+
+
+@pytest.mark.parametrize("name", ["x.tsv", "x.conll"])
+def test_an_interrupted_file_is_not_there(tmp_path, monkeypatch, name):
+    """The demo takes a file that is there for a whole one."""
+
+    def half(path, content, **options):
+        path.write_bytes(content.encode()[: len(content) // 2])
+        raise KeyboardInterrupt
+
+    examples = [TagExample(("王",), ("B-PER",))] if name == "x.conll" else [TextExample("好", "good")]
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "write_text", half)
+        data.save_examples(examples, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    data.save_examples(examples, tmp_path / name)
+    assert data.load_examples("ner" if name == "x.conll" else "sentiment", tmp_path / name) == examples
 
 
 @pytest.mark.parametrize(

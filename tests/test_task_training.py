@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,14 +14,14 @@ import transformers
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
-from sparse_prune import backends, tasks
+from sparse_prune import backends, cli, tasks
 from sparse_prune.distill import DistillConfig
 from sparse_prune.errors import SparsePruneError
 from sparse_prune.integrations import trainer as bridge
 from sparse_prune.models.garlic import train_tokenizer
 from sparse_prune.models.garlic_config import GarlicConfig
 from sparse_prune.serialization import load_masks
-from sparse_prune.tasks import training
+from sparse_prune.tasks import data, training
 from sparse_prune.tasks.ablation import AblationArgs
 from sparse_prune.tasks.analysis import running_text
 from sparse_prune.tasks.data import TagExample, TextExample, save_examples
@@ -102,6 +103,55 @@ def test_from_files_to_packed(files, task):
     again = tasks.pack(pruned, files / "repacked")
     assert again.packed_bytes == metrics["sparse"]["bytes"]
     assert not list(files.glob(".*.work"))
+
+
+@pytest.mark.parametrize("task", ["sentiment", "ner"])
+def test_the_demo_from_end_to_end_and_again(task, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("snownlp")
+    pytest.importorskip("matplotlib")
+    texts = [TextExample(f"{e.text}{i}", e.label) for i in range(3) for e in REVIEWS]
+    sentences = [TagExample((*e.tokens, str(i)), (*e.tags, "O")) for i, e in enumerate(SENTENCES * 3)]
+    monkeypatch.setattr(data, "_reviews", lambda: texts)
+    monkeypatch.setattr(data, "_peoples_daily", lambda: sentences)
+    data.builtin.cache_clear()
+    out = tmp_path / "demo"
+    monkeypatch.setattr(
+        "sys.argv", ["sparse-prune", "demo", "--task", task, "--out", str(out), "--json", str(tmp_path / "j")]
+    )
+    try:
+        cli.main()
+    except SystemExit as stop:
+        assert not stop.code, capsys.readouterr()
+    finally:
+        data.builtin.cache_clear()
+    told = capsys.readouterr().out
+    metrics = json.loads((out / "metrics.json").read_text())
+    name = "accuracy" if task == "sentiment" else "f1"
+    assert metrics["task"] == task and metrics["sparse"]["density"] == pytest.approx(0.2, abs=0.05)
+    assert set(metrics["dense"]) == {name, "latency_ms", "bytes"} and set(metrics["seconds"]) == {"train", "prune"}
+    assert json.loads((tmp_path / "j").read_text()) == metrics
+    for row in (name, "density", "latency", "throughput", "encoder", "file", "trained, pruned in"):
+        assert f"│ {row} " in told
+    for line in (f"report      {out / 'report.html'}", f"packed      {out / 'packed'}", f"data        {out / 'data'}"):
+        assert line in told.splitlines()
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>") and "0.2" in page
+    part = out / "data" / f"{task}-test.{'tsv' if task == 'sentiment' else 'conll'}"
+    assert tasks.evaluate(out / "packed", task, part)["score"]["value"] == pytest.approx(metrics["sparse"][name])
+    assert {path.name for path in out.iterdir()} == {
+        *("data", f"dense-{task}", f"pruned-{task}", "packed"),
+        *("metrics.json", "analysis.json", "report.html"),
+    }
+    for step in ("_fit", "score_examples", "measure_latency"):
+        monkeypatch.setattr(training, step, lambda *_, **__: pytest.fail("done twice"))
+    monkeypatch.setattr(data, "save_examples", lambda *_: pytest.fail("written twice"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+        sys.exit(0)
+    assert stop.value.code == 0 and json.loads((out / "metrics.json").read_text()) == metrics
+    assert [line for line in capsys.readouterr().out.splitlines() if "│" in line] == [
+        line for line in told.splitlines() if "│" in line
+    ]
 
 
 def test_a_small_file_gets_more_epochs():

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import SparsePruneError
+from ..serialization import atomic_path
 
 TASKS = ("sentiment", "ner")
 ENTITY_TYPES = {"nr": "PER", "ns": "LOC", "nt": "ORG"}
@@ -258,10 +259,9 @@ def _check_some(path: Path, examples: list) -> list:
 def save_examples(examples: Sequence[Example], path: str | Path) -> None:
     """Write examples in the format load_examples reads: by suffix .tsv, .csv, .jsonl for texts, CoNLL (any suffix) for tags.
 
-    TSV has no quoting, so tabs and line breaks inside a text become spaces there.
+    The file appears whole or not at all. TSV has no quoting, so tabs and line breaks inside a text become spaces there.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     texts, sentences = by_kind(examples)
     if sentences:
         content = "\n".join(
@@ -277,7 +277,8 @@ def save_examples(examples: Sequence[Example], path: str | Path) -> None:
     else:
         flat = ((re.sub(r"[\t\r\n]+", " ", e.text), e.label) for e in texts)
         content = "text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in flat)
-    path.write_text(content, encoding="utf-8", newline="")
+    with atomic_path(path) as temporary:
+        temporary.write_text(content, encoding="utf-8", newline="")
 
 
 # --- the built-in pair --------------------------------------------------------------------------------------------------------

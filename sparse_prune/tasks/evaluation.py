@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,15 +39,19 @@ def predict(
     batch_size: int = 64,
     *,
     autocast: bool = False,
+    report: Callable[[int, int], None] | None = None,
 ) -> list[str] | list[list[str]]:
-    """A label per text, or a BIO tag per token; the labels of examples are not read. autocast runs the model in bf16."""
+    """A label per text, or a BIO tag per token; the labels of examples are not read. autocast runs the model in bf16.
+
+    report(done, of) is told after each batch.
+    """
     labels = label_names(model)
     texts, sentences = by_kind(examples)
     blank: list[Example] = [TextExample(e.text, labels[0]) for e in texts]
     blank += [TagExample(e.tokens, (labels[0],) * len(e.tokens)) for e in sentences]
     data = encode(tokenizer, blank, labels, max_length)
     check_ids(model, data.rows, tokenizer.pad_token_id)
-    rows = predict_rows(model, data, tokenizer.pad_token_id, batch_size, autocast=autocast)
+    rows = predict_rows(model, data, tokenizer.pad_token_id, batch_size, autocast=autocast, report=report)
     if texts:
         return [labels[row] for row in rows]
     tags = [["O"] * len(e.tokens) for e in sentences]
@@ -58,7 +62,13 @@ def predict(
 
 
 def predict_rows(
-    model: PreTrainedModel, data: EncodedSet, pad_token_id: int, batch_size: int = 64, *, autocast: bool = False
+    model: PreTrainedModel,
+    data: EncodedSet,
+    pad_token_id: int,
+    batch_size: int = 64,
+    *,
+    autocast: bool = False,
+    report: Callable[[int, int], None] | None = None,
 ) -> list:
     """The label id of each row, or the label ids at each row's labelled positions, in the order of data.
 
@@ -72,9 +82,11 @@ def predict_rows(
     training = model.training
     model.eval()
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        for indices, batch in zip(batches, loader, strict=True):
+        for number, (indices, batch) in enumerate(zip(batches, loader, strict=True), 1):
             inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
             logits = model(**inputs).logits.float().cpu()
+            if report:
+                report(number, len(batches))
             if logits.dim() == 2:
                 for i, label in zip(indices, logits.argmax(-1).tolist(), strict=True):
                     results[i] = label

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -31,7 +31,7 @@ from ..linears import is_linear
 from ..models import garlic
 from ..models.garlic import train_tokenizer
 from ..models.garlic_config import GarlicConfig
-from ..serialization import is_packed, load_packed, read_json
+from ..serialization import is_packed, load_packed, read_json, weights_files
 from .data import Example, TagExample, by_kind, check_task
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -76,7 +76,8 @@ def load_model(
     labels   the classes of the head; None takes them from the model's config, which must then have been trained for the task
     dtype    of the parameters; "auto" for that of the checkpoint
 
-    Raises SparsePruneError where nothing can be loaded, or the model was trained for the other task.
+    Raises SparsePruneError where nothing can be loaded, the model was trained for the other task, or its weights are not all there
+    (a new head's need not be) or integers.
     """
     source, auto = str(name), AUTO_MODELS[check_task(task)]
     # A path that leads nowhere is no name on the hub, where asking takes a minute if there is no network.
@@ -97,7 +98,13 @@ def load_model(
             model = _read_packed(source, config, auto.from_config, dtype)
         else:
             options = {} if labels is None else {**_label_settings(labels), "ignore_mismatched_sizes": True}
-            model = auto.from_pretrained(source, dtype=dtype, **options)
+            _check_floating(source)
+            model, told = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+            missing = sorted(told["missing_keys"])
+            if labels is not None:  # a new head is trained, and the encoder's pooler with it
+                base = f"{model.base_model_prefix}."
+                missing = [name for name in missing if name.startswith(base) and not name.startswith(f"{base}pooler.")]
+            check_all_there(source, model, missing)
             model.config.problem_type = None  # the loss of a single label, whatever the checkpoint was trained with
     _check_encoder(model)
     if not tokenizer.is_fast:
@@ -118,6 +125,39 @@ def check_finite(source: str, model: Model) -> Model:
     return model
 
 
+def check_all_there(source: str | Path, model: nn.Module, missing: Sequence[str]) -> None:
+    """Raise SparsePruneError where weights are missing from the files of model, which transformers then draws at random."""
+    if missing:
+        got, remedy = f"{len(missing)} missing, such as {missing[0]}", "save the whole model again, in floating point"
+        raise SparsePruneError(str(source), f"all weights of a {type(model).__name__}", got, remedy)
+
+
+def stored_weights(directory: str | Path) -> list[Path]:
+    """The files of weights in a model directory: safetensors, or where there are none, PyTorch's."""
+    return [file for file in weights_files(directory) if file.is_file()] or [
+        *Path(directory).glob("pytorch_model*.bin")
+    ]
+
+
+def _check_floating(source: str) -> None:
+    """Raise SparsePruneError where a weight in a model directory is integers, which transformers takes without their scale."""
+    for file in stored_weights(source):
+        for name, dtype in _stored_dtypes(file):
+            if name.endswith((".weight", ".bias")) and dtype.startswith(("I", "U", "BOOL", "torch.int", "torch.uint")):
+                remedy = "pass the checkpoint from before it was quantized, or dequantize it"
+                raise SparsePruneError(f"{file}: {name}", "floating point", dtype, remedy)
+
+
+def _stored_dtypes(file: Path) -> Iterator[tuple[str, str]]:
+    """Name and dtype of each tensor in a file of weights."""
+    if file.suffix == ".bin":
+        state = torch.load(file, map_location="meta", weights_only=True)
+        yield from ((name, str(tensor.dtype)) for name, tensor in state.items())
+        return
+    with safe_open(file, "pt") as stored:
+        yield from ((name, stored.get_slice(name).get_dtype()) for name in stored.keys())  # noqa: SIM118
+
+
 def check_dense(name: str | Path) -> None:
     """Raise SparsePruneError where a directory holds a packed model, which has no dense layers left to train."""
     if is_packed(name):
@@ -133,13 +173,15 @@ def load_dir(path: str | Path, kind: Any, dtype: torch.dtype | str = "auto") -> 
     dtype    of the parameters; "auto" for that of the checkpoint
 
     The files are safetensors or, where there are none, pytorch_model.bin; of these tensors are read and nothing else, so that no
-    code runs. Raises SparsePruneError where they cannot be read or do not fit the class, or a weight is NaN or infinite.
+    code runs. Raises SparsePruneError where they cannot be read or do not fit the class, or a weight is NaN, infinite or an
+    integer.
     """
     source = str(path)
     with _reading(source, f"the weights of a {kind.__name__}", "save it again with its save_pretrained"):
         if is_packed(source):
             config = kind.config_class.from_pretrained(source)
             return _read_packed(source, config, kind._from_config, dtype), ()
+        _check_floating(source)
         model, told = kind.from_pretrained(source, dtype=dtype, output_loading_info=True)
     return check_finite(source, model), sorted(told["missing_keys"])
 
@@ -183,9 +225,9 @@ def _reading(source: str, expected: str, remedy: str) -> Iterator[None]:
         raise
     except (
         *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError),
-        *(SafetensorError, pickle.UnpicklingError),
+        *(ArithmeticError, EOFError, SafetensorError, pickle.UnpicklingError),
     ) as error:
-        told = textwrap.shorten(str(error), 200, placeholder=" ...")
+        told = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
         raise SparsePruneError("model", expected, f"{source} ({told})", remedy) from None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,9 +23,8 @@ from ..serialization import (
     is_packed,
     load_masks,
     save_packed,
-    weights_files,
 )
-from .models import class_of, encoder_filter, load_dir, quiet
+from .models import check_all_there, class_of, encoder_filter, load_dir, quiet, stored_weights
 from .store import check_out, record
 
 # What stands beside weights and config.json in a model's directory: for texts, images or sound, and for generating.
@@ -62,6 +61,7 @@ def pack(
     blocksize: tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
     weight_only: bool = False,
+    report: Callable[[str, int, int, str], None] | None = None,
 ) -> PackResult:
     """Write the packed twin of a pruned model directory to out, with config and tokenizer; dtype rounds its blocks (quantize_).
 
@@ -81,26 +81,26 @@ def pack(
     if kind is None:
         remedy = 'name it, such as "architectures": ["BertModel"]'
         raise SparsePruneError(str(source / "config.json"), "the model's class under architectures", "none", remedy)
+    tell = report or (lambda *_: None)
+    tell("pack", 0, 4, "reading the model")
     model, missing = load_dir(source, kind)
-    if missing:
-        got, remedy = (
-            f"{len(missing)} missing, such as {missing[0]}",
-            "save the model that was pruned, in floating point",
-        )
-        raise SparsePruneError(str(source), f"all weights of a {kind.__name__}", got, remedy)
-    files = [file for file in weights_files(source) if file.is_file()] or [*source.glob("pytorch_model*.bin")]
-    before = sum(file.stat().st_size for file in files)
+    check_all_there(source, model, missing)
+    before = sum(file.stat().st_size for file in stored_weights(source))
+    tell("pack", 1, 4, "packing its blocks")
     layers = None if packed else _sparsified(model, source, blocksize)
+    tell("pack", 2, 4, "rounding" if dtype else "packed")
     rounded = None if dtype is None else quantize_(model, dtype=dtype, weight_only=weight_only)
     if rounded is not None and not rounded.converted:
         got, remedy = "ones that are rounded already", "pack the pruned model that they come from"
         raise SparsePruneError(str(source), "blocks in floating point", got, remedy)
+    tell("pack", 3, 4, "writing")
     with atomic_dir(out) as temporary:
         save_packed(model, temporary)
         for file in {file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()}:
             shutil.copy(file, temporary)
         packed_bytes = (temporary / WEIGHTS_NAME).stat().st_size
         record(temporary, "pack", {})
+    tell("pack", 4, 4, "done")
     return PackResult(layers, rounded, before, packed_bytes)
 
 

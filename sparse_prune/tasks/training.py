@@ -168,14 +168,16 @@ class TrainArgs(RunArgs):
 class PruneArgs(RunArgs):
     """Arguments of prune: those of RunArgs, and
 
-    model      directory of a trained model
-    density    kept fraction of the encoder's blocks, in (0, 1]
-    block      block size (rows, columns)
-    criterion  what makes a block worth keeping
-    schedule   how the density falls
-    scope      "global": blocks of all layers compete; "local": within their layer
-    distill    learn from the dense model too
-    curve      measure score and latency on the way down
+    model        directory of a trained model
+    density      kept fraction of the encoder's blocks, in (0, 1]
+    block        block size (rows, columns)
+    criterion    what makes a block worth keeping
+    schedule     how the density falls
+    scope        "global": blocks of all layers compete; "local": within their layer
+    alpha        of the article's rule, which then takes the place of density; see PruneConfig, as for relative_to
+    relative_to  what alpha is relative to, "grad" or "weight"
+    distill      learn from the dense model too
+    curve        measure score and latency on the way down
     """
 
     model: Path
@@ -184,6 +186,8 @@ class PruneArgs(RunArgs):
     criterion: str = "taylor"
     schedule: str = "cubic"
     scope: str = "global"
+    alpha: float | None = None
+    relative_to: str = "grad"
     distill: bool = True
     curve: bool = True
 
@@ -326,7 +330,8 @@ def check_prune_args(args: PruneArgs) -> None:
 
 def _prune_config(args: PruneArgs, **more: Any) -> PruneConfig:
     """args as a Pruner takes them."""
-    return PruneConfig(args.criterion, args.schedule, args.scope, args.density, args.block, **more)
+    names = ("criterion", "schedule", "scope", "density", "alpha", "relative_to")
+    return PruneConfig(**{name: getattr(args, name) for name in names}, blocksize=args.block, **more)
 
 
 def fit_pruned(args: PruneArgs, parts: dict[str, list[Example]], mark: str, report: Report | None) -> Pruned:
@@ -352,7 +357,14 @@ def fit_pruned(args: PruneArgs, parts: dict[str, list[Example]], mark: str, repo
 
 
 @quiet()
-def evaluate(model_dir: Path, task: str, file: Path | None = None, max_length: int = 128, seed: int = 0) -> dict:
+def evaluate(
+    model_dir: Path,
+    task: str,
+    file: Path | None = None,
+    max_length: int = 128,
+    seed: int = 0,
+    report: Report | None = None,
+) -> dict:
     """Score a dense or packed model directory on a file (none: the built-in test part).
 
     Returns {"task", "score": {"name", "value", "per_class"}, "examples", "seconds"}.
@@ -364,7 +376,8 @@ def evaluate(model_dir: Path, task: str, file: Path | None = None, max_length: i
     if file is not None:
         examples = load_examples(task, file, label_names(model))
     started = time.perf_counter()
-    scored = score_examples(model, tokenizer, examples, max_length)
+    tell = (lambda done, of: report("eval", done, of, "batches")) if report else None
+    scored = score_examples(model, tokenizer, examples, max_length, tell)
     return {
         "task": task,
         "score": _plain(scored),
@@ -550,8 +563,15 @@ def _mark(kind: str, args: RunArgs) -> str:
     return fingerprint(kind, args, {name: getattr(args, name) for name in ("train", "eval", "dev", "model")}, ("out",))
 
 
-def score_examples(model: PreTrainedModel, tokenizer, examples: Sequence[Example], max_length: int) -> Score:
-    return score(examples, predict(model, tokenizer, examples, max_length_of(model, tokenizer, max_length)))
+def score_examples(
+    model: PreTrainedModel,
+    tokenizer,
+    examples: Sequence[Example],
+    max_length: int,
+    report: Callable[[int, int], None] | None = None,
+) -> Score:
+    length = max_length_of(model, tokenizer, max_length)
+    return score(examples, predict(model, tokenizer, examples, length, report=report))
 
 
 def _plain(scored: Score) -> dict:
