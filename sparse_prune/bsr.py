@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import SparsePruneError
-from .masks import block_sum, check_blocksize, check_mask, element_density, grid_shape, pad_to_blocks, suggest_blocksize
+from .masks import block_sum, check_blocksize, check_mask, grid_shape, pad_to_blocks, suggest_blocksize
 
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT8_MAX = 127  # symmetric: -128 is never used
@@ -335,7 +335,10 @@ class BsrWeight:
     @property
     def density(self) -> float:
         """Kept elements over N * K."""
-        return element_density(self.block_mask(), self.blocksize, self.shape)
+        (n, k), (r, c) = self.shape, self.blocksize
+        heights = (n - block_rows(self.crow_indices, self.nnzb) * r).clamp(max=r)  # [nnzb]
+        widths = (k - self.col_indices.long() * c).clamp(max=c)  # [nnzb]
+        return float((heights * widths).sum()) / (n * k)
 
     @property
     def nbytes(self) -> int:

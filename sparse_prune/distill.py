@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import SparsePruneError
 
+__all__ = ["DistillConfig", "distillation_loss", "hidden_loss"]
 IGNORED_LABEL = -100  # of a token that no loss counts, as in torch and transformers
 
 

@@ -26,7 +26,7 @@ def check_blocksize(blocksize: Sequence[int], shape: Sequence[int] | None = None
     try:
         block_rows, block_cols = blocksize
         valid = int(block_rows) == block_rows >= 1 and int(block_cols) == block_cols >= 1
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         valid = False
     if not valid:
         raise SparsePruneError(

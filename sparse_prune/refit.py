@@ -20,6 +20,8 @@ from .errors import SparsePruneError
 from .linears import as_matrix
 from .masks import check_blocksize, check_mask
 
+__all__ = ["input_grams", "refit", "refit_"]
+
 
 @torch.no_grad()
 def refit(weight: Tensor, mask: Tensor, blocksize: Sequence[int], gram: Tensor, damping: float = 0.01) -> Tensor:

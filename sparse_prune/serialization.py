@@ -26,19 +26,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .bsr import QUANTIZED, BsrWeight, check_finite, dtype_name, validate_bsr
+from .bsr import QUANTIZED, VALUE_DTYPES, BsrWeight, check_finite, dtype_name, validate_bsr
 from .convert import announce, swap_modules
 from .errors import SparsePruneError
 from .fuse import fuse_encoder_
 from .layers import SparseLinear
 from .linears import is_linear, matrix_shape
-from .masks import suggest_blocksize
+from .masks import check_blocksize, grid_shape, suggest_blocksize
 
 Model = TypeVar("Model", bound=nn.Module)
 VERSIONS = ("1", "2", "3")  # floating point alone; with int8 layers; with what came later
 METHOD = "sparse_prune"  # quant_method in the config.json of a packed Hugging Face model
 WEIGHTS_NAME = "model.safetensors"
 MASKS_NAME, MASKS_VERSION = "masks.safetensors", "1"
+# Of json.loads: bytes that are no text and numbers of thousands of digits are ValueErrors too; brackets may be nested too deep.
+_BAD_JSON = (ValueError, RecursionError)
+_LARGEST = 2**28  # of a size that a file tells: sizes in bytes of what is made for it then stay inside int64
 _DAMAGED = "the file is damaged or was not made by sparse-prune: pack the model again"
 
 
@@ -104,7 +107,7 @@ def read_json(path: str | os.PathLike) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SparsePruneError(str(path), "a file", "nothing there", "check the path") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except _BAD_JSON as error:
         raise SparsePruneError(str(path), "JSON in UTF-8", str(error), "write it again") from None
 
 
@@ -197,9 +200,11 @@ class PackedLayer:
             dtype, weight_only = found[6], found[7] is not None
         else:
             (n, k), (r, c), nnzb = entry["shape"], entry["blocksize"], entry["nnzb"]
-            if not all(isinstance(v, int) and v >= 0 for v in (n, k, r, c, nnzb)):
-                raise ValueError("sizes must be integers")
             dtype, weight_only = entry.get("dtype"), entry.get("weight_only", False)
+        if not all(type(v) is int and 0 < v <= _LARGEST for v in (n, k, r, c)):
+            raise ValueError(f"sizes are integers from 1 to {_LARGEST}")
+        if type(nnzb) is not int or not 0 <= nnzb <= math.prod(grid_shape((n, k), (r, c))):
+            raise ValueError("there are at least 0 blocks, and no more than the shape has")
         if dtype not in _QUANTIZED_NAMES and (dtype is not None or "dtype" in entry):
             raise ValueError(f"dtype {dtype!r} is not known")
         if type(weight_only) is not bool or (weight_only and dtype != "int8"):
@@ -277,14 +282,15 @@ def describe_file(path: str | os.PathLike) -> dict[str, Any]:
         for file in files:
             handle = _opened(file, stack)
             metadata = handle.metadata() or {}
-            version = metadata.get("sparse_prune", version)
-            packed |= parse_layers(_metadata_json(file, metadata, "layers"), str(file))
+            if "sparse_prune" in metadata:
+                packed |= _described(file, metadata)
+                version = metadata["sparse_prune"]
             handles |= dict.fromkeys(handle.keys(), handle)
 
         def read(name: str) -> Tensor:
             if name not in handles:
                 raise SparsePruneError(f"{path}: {name}", "a tensor", "none", _DAMAGED)
-            return handles.pop(name).get_tensor(name)
+            return _tensor(path, handles.pop(name), name)
 
         for name, entry in packed.items():
             arrays: dict[str, Any] = {part: read(f"{name}.{part}") for part in entry.parts}
@@ -295,7 +301,9 @@ def describe_file(path: str | os.PathLike) -> dict[str, Any]:
         for name in sorted(handles):
             tensor = read(name)
             nbytes = tensor.numel() * tensor.element_size()
-            if packed or tensor.ndim != 2 or not tensor.is_floating_point() or not tensor.numel():
+            # float4 is two numbers in a byte, which PyTorch can only store.
+            matrix = tensor.ndim == 2 and tensor.is_floating_point() and tensor.dtype != torch.float4_e2m1fn_x2
+            if packed or not matrix or not tensor.numel():
                 other += nbytes
                 continue
             found = suggest_blocksize(tensor)
@@ -305,7 +313,7 @@ def describe_file(path: str | os.PathLike) -> dict[str, Any]:
     return {
         "files": [str(file) for file in files],
         "bytes": sum(file.stat().st_size for file in files),
-        "version": version,
+        "version": version if packed else None,
         "layers": layers,
         "other_bytes": other,
     }
@@ -342,7 +350,7 @@ class MappedFile:
             self.header: dict[str, Any] = json.loads(self._map[8 : self._start])
             if not isinstance(self.header, dict):
                 raise ValueError("its header is no table")
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, *_BAD_JSON) as error:
             got = f"{type(error).__name__}: {error}"
             raise SparsePruneError(str(path), "a safetensors file", got, _DAMAGED) from None
 
@@ -383,6 +391,13 @@ def _opened(file: Path, stack: contextlib.ExitStack) -> Any:
         raise SparsePruneError(str(file), "a safetensors file", f"{type(error).__name__}: {error}", _DAMAGED) from None
 
 
+def _tensor(file: Path, handle: Any, name: str) -> Tensor:
+    try:
+        return handle.get_tensor(name)
+    except safetensors.SafetensorError as error:  # a dtype that PyTorch has not
+        raise SparsePruneError(f"{file}: {name}", "a tensor", error, _DAMAGED) from None
+
+
 def is_packed(path: str | os.PathLike) -> bool:
     """Whether path (a file, or a directory with model.safetensors or its shards) is a packed checkpoint by its metadata.
 
@@ -412,9 +427,13 @@ def load_packed(model: Model, path: str | os.PathLike, mmap: bool = False) -> Mo
     tensors, metadata = read_tensors(files[0])
     for shard in files[1:]:
         tensors |= read_tensors(shard)[0]
-    check_version(metadata.get("sparse_prune"), str(file), metadata.get("sparse_prune", "other safetensors"))
-    described = parse_layers(_metadata_json(file, metadata, "layers"), str(file))
+    described = _described(file, metadata)
     aliases = _metadata_json(file, metadata, "aliases")
+    # Before anything is checked: an alias may name a part of a sparse layer.
+    for name, source in aliases.items() if isinstance(aliases, dict) else [("aliases", aliases)]:
+        if not isinstance(source, str) or source not in tensors:
+            raise SparsePruneError(f"{file}: {name}", f"the tensor {source} that it shares", "none", _DAMAGED)
+        tensors[name] = tensors[source]
     assign = mmap or any(parameter.is_meta for parameter in model.parameters())
     layers = {}
     for name, entry in described.items():
@@ -429,10 +448,6 @@ def load_packed(model: Model, path: str | os.PathLike, mmap: bool = False) -> Mo
         if found != entry.nnzb:
             raise SparsePruneError(f"{file}: {name}.values", f"{entry.nnzb} blocks", found, _DAMAGED)
         layers[name] = _make_layer(model, file, name, entry, arrays, tensors.get(f"{name}.bias"), assign)
-    for name, source in aliases.items() if isinstance(aliases, dict) else [("aliases", aliases)]:
-        if not isinstance(source, str) or source not in tensors:
-            raise SparsePruneError(f"{file}: {name}", f"the tensor {source} that it shares", "none", _DAMAGED)
-        tensors[name] = tensors[source]
     new = {}
     for name, layer in layers.items():
         old = model.get_submodule(name)
@@ -466,10 +481,13 @@ def load_masks(path: str | os.PathLike) -> tuple[dict[str, Tensor], tuple[int, i
             str(path), "a file of block masks", "other safetensors", "make it with `sparse-prune prune`"
         )
     try:
-        r, c = json.loads(metadata["blocksize"])
-        blocksize = int(r), int(c)
-    except (KeyError, TypeError, ValueError):
+        blocksize = check_blocksize(json.loads(metadata["blocksize"]))
+    except (KeyError, *_BAD_JSON):
         raise SparsePruneError(str(path), "a blocksize in the metadata", metadata.get("blocksize"), _DAMAGED) from None
+    for name, mask in tensors.items():
+        if mask.dtype != torch.uint8 or mask.ndim != 2 or (mask > 1).any():
+            got = f"{dtype_name(mask.dtype)} {tuple(mask.shape)}, or numbers above 1"
+            raise SparsePruneError(f"{path}: {name}", "a matrix of 0 and 1 in uint8", got, _DAMAGED)
     return {name: mask.bool() for name, mask in tensors.items()}, blocksize
 
 
@@ -492,7 +510,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise SparsePruneError(str(file), "a safetensors file", "nothing there", "check the path")
     with contextlib.ExitStack() as stack:
         handle = _opened(file, stack)
-        return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
+        return {name: _tensor(file, handle, name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
 
 
 def parse_layers(described: Mapping[str, Any], source: str) -> dict[str, PackedLayer]:
@@ -508,6 +526,15 @@ def parse_layers(described: Mapping[str, Any], source: str) -> dict[str, PackedL
         raise SparsePruneError(source, "a description of the packed layers", got, _DAMAGED) from None
 
 
+def check_bias(bias: Tensor | None, outputs: int | None, name: str) -> None:
+    """Raise SparsePruneError unless bias is one number an output in floating point, or None where outputs is."""
+    fits = bias is not None and tuple(bias.shape) == (outputs,) and bias.dtype in VALUE_DTYPES
+    if not fits and bias is not outputs:
+        expected = "none" if outputs is None else f"shape ({outputs},) in floating point"
+        got = "none" if bias is None else f"{tuple(bias.shape)} in {dtype_name(bias.dtype)}"
+        raise SparsePruneError(name, expected, got, _DAMAGED)
+
+
 def fits_layer(module: nn.Module | None, shape: tuple[int, int]) -> TypeGuard[nn.Linear | SparseLinear]:
     """Whether module is a linear layer, dense or sparse, of that shape (N, K)."""
     if isinstance(module, SparseLinear):
@@ -515,10 +542,19 @@ def fits_layer(module: nn.Module | None, shape: tuple[int, int]) -> TypeGuard[nn
     return module is not None and is_linear(module) and matrix_shape(module) == shape
 
 
+def _described(file: Path, metadata: Mapping[str, str]) -> dict[str, PackedLayer]:
+    """The layers that a packed file lists in its metadata."""
+    version = metadata.get("sparse_prune")
+    check_version(version, str(file), version or "other safetensors")
+    if "layers" not in metadata:
+        raise SparsePruneError(f"{file}: metadata layers", "a description of the packed layers", "none", _DAMAGED)
+    return parse_layers(_metadata_json(file, metadata, "layers"), str(file))
+
+
 def _metadata_json(file: Path, metadata: Mapping[str, str], key: str) -> Any:
     try:
         return json.loads(metadata.get(key, "{}"))
-    except json.JSONDecodeError as error:
+    except _BAD_JSON as error:
         raise SparsePruneError(f"{file}: metadata {key}", "JSON", str(error), _DAMAGED) from None
 
 
@@ -535,11 +571,7 @@ def _make_layer(model, file, name, entry: PackedLayer, arrays, bias, assign) -> 
             f"{file}: {name}", f"a linear layer of {k} -> {n} in the model", got, "build the model that was packed"
         )
     check_finite(arrays["values"], f"{file}: {name}.values")
-    if (bias is None) != (module.bias is None) or (bias is not None and tuple(bias.shape) != (n,)):
-        shown = "none" if bias is None else tuple(bias.shape)
-        raise SparsePruneError(
-            f"{file}: {name}.bias", "none" if module.bias is None else f"shape ({n},)", shown, _DAMAGED
-        )
+    check_bias(bias, n if module.bias is not None else None, f"{file}: {name}.bias")
     if assign:
         return SparseLinear(k, n, **arrays, bias=bias, weight_only=entry.weight_only)
     blank = arrays | {"values": torch.empty_like(arrays["values"])}
@@ -551,21 +583,21 @@ def _make_layer(model, file, name, entry: PackedLayer, arrays, bias, assign) -> 
 
 def _check_fit(model: nn.Module, file: Path, layers: Mapping[str, SparseLinear], tensors: Mapping[str, Tensor]) -> None:
     """Raise unless tensors has exactly what the model's state dict will have once layers are in place."""
-    expected = {}
-    for name, tensor in model.state_dict().items():
-        if name.rpartition(".")[0] not in layers:
-            expected[name] = tuple(tensor.shape)
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in layers}
     for name, layer in layers.items():
-        expected |= {f"{name}.{key}": tuple(tensor.shape) for key, tensor in layer.state_dict().items()}
-    got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(set(expected) | set(got)):
-        if expected.get(name) != got.get(name):
-            raise SparsePruneError(
-                f"{file}: {name}",
-                f"{expected.get(name, 'no such tensor')}",
-                got.get(name, "none"),
-                "build the model that was packed",
-            )
+        expected |= {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
+    for name in sorted(set(expected) | set(tensors)):
+        wanted, got = _told(expected.get(name), "no such tensor"), _told(tensors.get(name), "none")
+        if wanted != got:
+            raise SparsePruneError(f"{file}: {name}", wanted, got, "build the model that was packed")
+
+
+def _told(tensor: Tensor | None, absent: str) -> str:
+    """Shape and kind of a tensor: the same for those that can be copied into one another."""
+    if tensor is None:
+        return absent
+    kind = "integers" if not (tensor.is_floating_point() or tensor.is_complex()) else dtype_name(tensor.dtype)
+    return f"{tuple(tensor.shape)} in {'floating point' if tensor.dtype in VALUE_DTYPES else kind}"
 
 
 def _umask() -> int:

@@ -34,6 +34,7 @@ from ..serialization import (
     VERSIONS,
     MappedFile,
     PackedLayer,
+    check_bias,
     check_version,
     fits_layer,
     layout_config,
@@ -83,6 +84,7 @@ class SparsePruneQuantizer(HfQuantizer):
     ) -> None:
         described = parse_layers(self.quantization_config.layers, "config.json")
         stored = _stored(checkpoint_files or ())
+        _check_stored(described, stored)
         apart = torch.distributed.is_available() and torch.distributed.is_initialized()
         in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
         plain = device_map is None and not apart and not in_fp32
@@ -92,18 +94,20 @@ class SparsePruneQuantizer(HfQuantizer):
         new: dict[nn.Module, nn.Module] = {}
         for name, entry in described.items():
             own = _own_name(modules, name, prefix)
-            if own is None and with_head and not name.startswith(prefix):
+            keys = {part: f"{name}.{part}" for part in (*entry.parts, "bias")}
+            files = {part: stored[key] for part, key in keys.items() if key in stored}
+            if own is None and with_head and not name.startswith(prefix) and (files or not stored):
                 continue  # a layer of the head that was saved, which this model has not
             linear = None if own is None else modules[own]
             if own is None or not fits_layer(linear, entry.shape):
                 n, k = entry.shape
                 raise SparsePruneError(f"config.json: {name}", f"a linear layer of {k} -> {n}", linear, _REMEDY)
-            parts = (*entry.parts, *(() if linear.bias is None else ("bias",)))
-            keys = {part: f"{name}.{part}" for part in parts}
-            files = {part: stored[key] for part, key in keys.items() if key in stored}
-            if len(files) < len(parts):
-                _check_stored(described, stored)
-            if len(files) == len(parts) and plain:
+            wrong = files.keys() ^ keys.keys() - ({"bias"} if linear.bias is None else set())
+            if files and wrong:
+                part = next(part for part in keys if part in wrong)
+                expected, got = ("no tensor", "one") if part in files else ("a tensor", "none")
+                raise SparsePruneError(f"the checkpoint: {name}.{part}", expected, got, _REMEDY)
+            if files and plain:
                 self.awaited.append(_Awaited(linear, own, name, entry, linear.weight.dtype, files))
             else:
                 new[linear] = _empty_layer(linear, entry).train(linear.training)
@@ -135,16 +139,18 @@ class SparsePruneQuantizer(HfQuantizer):
             fuse_encoder_(model)
             return
         modules = dict(model.named_modules())
-        read = {waiting.module for waiting in awaited}
         for name, layer in modules.items():
-            mine = isinstance(layer, SparseLinear) and layer not in read
-            if mine and not layer.values.is_meta:  # meta: offloaded to disk
+            if not isinstance(layer, _Empty):
+                continue
+            layer.__class__ = SparseLinear  # type: ignore[assignment]  # its base, which it was but for `weight`
+            if not layer.values.is_meta:  # meta: offloaded to disk
                 # Views of the mapped file would keep all of it in memory where dtype has made copies of the values.
                 layer.crow_indices, layer.col_indices = layer.crow_indices.clone(), layer.col_indices.clone()
                 packed = layer.packed
                 arrays = (packed.crow_indices, packed.col_indices, packed.values)
                 validate_bsr(packed.shape, packed.blocksize, *arrays, name, packed.scales, packed.weight_only)
                 check_finite(packed.values, f"{name}.values")
+                check_bias(layer.bias, None if layer.bias is None else layer.out_features, f"{name}.bias")
         self._describe(model)
         if not any("_hf_hook" in vars(module) for module in modules.values()):  # which brings weights in from elsewhere
             fuse_encoder_(model)
@@ -226,6 +232,12 @@ class _Nothing(nn.Module):
         module.__class__ = cls
 
 
+class _Empty(SparseLinear):
+    """A sparse layer while transformers reads its tensors: without a dense weight, which some models would initialise."""
+
+    weight: Any = _Nothing.weight
+
+
 def _patterns_of(names: Sequence[str]) -> set[str]:
     """What matches the tensors of those layers in a checkpoint: a pattern for all names that differ in numbers alone."""
     kinds = [re.escape(name) for name in {*re.sub(r"\d+", "0", "\n".join(names)).split("\n")} if name]
@@ -259,8 +271,7 @@ def _read(awaited: Sequence[_Awaited]) -> None:
         as_said = values.shape == (nnzb, *blocksize) and len(got["col_indices"]) == nnzb
         if not (sound and as_said and values.dtype in VALUE_DTYPES and not quantized):
             validate_bsr((n, k), blocksize, **got, name=it.name, weight_only=it.entry.weight_only)
-        if bias is not None and bias.shape != (n,):
-            raise SparsePruneError(f"{it.name}.bias", f"shape ({n},)", tuple(bias.shape), _REMEDY)
+        check_bias(bias, None if bias is None else n, f"{it.name}.bias")
         if not quantized and values.dtype != it.dtype:
             values = it.files["values"].tensor(f"{it.name}.values", apart=True).to(it.dtype)
         check_finite(values, f"{it.name}.values")
@@ -298,7 +309,7 @@ def _empty_layer(linear: nn.Linear | SparseLinear, entry: PackedLayer) -> Sparse
     """A SparseLinear in the place of linear, on its device and of its dtype, with memory for what the file says of it."""
     (n, k), dtype, device = entry.shape, linear.weight.dtype, linear.weight.device
     rows, _columns = grid_shape(entry.shape, entry.blocksize)
-    return SparseLinear(
+    return _Empty(
         k,
         n,
         torch.empty(rows + 1, dtype=torch.int32, device=device),
@@ -330,12 +341,16 @@ def _stored(files: Sequence[str]) -> dict[str, MappedFile]:
 
 
 def _check_stored(described: Mapping[str, PackedLayer], stored: Mapping[str, MappedFile]) -> None:
-    """Raise SparsePruneError for a described layer that the files lack: transformers would only warn, and go on with noise.
+    """Raise SparsePruneError where files lack described layers or hold others: transformers would only warn, and go on with noise.
 
     By number, since for some models transformers stores weights under older names than the modules have now.
     """
     for part in ("crow_indices", "col_indices", "values", "scales"):
         wanted = [f"{name}.{part}" for name, entry in described.items() if part in entry.parts]
-        if stored and sum(key.endswith(f".{part}") for key in stored) < len(wanted):
+        held = [key for key in stored if key.endswith(f".{part}")]
+        if stored and len(held) < len(wanted):
             missing = next((name for name in wanted if name not in stored), "a layer")
             raise SparsePruneError(f"the checkpoint: {missing}", "a tensor", "none", _REMEDY)
+        if part == "crow_indices" and len(held) > len(wanted):
+            expected = f"the {len(held)} sparse layers that the files hold"
+            raise SparsePruneError("quantization_config.layers", expected, len(wanted), _REMEDY)

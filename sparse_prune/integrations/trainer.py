@@ -15,6 +15,7 @@ from ..distill import DistillConfig, distillation_loss, hidden_loss
 from ..errors import SparsePruneError
 from ..pruner import Pruner
 
+__all__ = ["DistillationTrainer", "PruningCallback"]  # what a user needs; the rest serves sparse_prune.tasks
 PRUNER_STATE_NAME = "pruner.pt"
 
 
