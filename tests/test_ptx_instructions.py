@@ -986,11 +986,11 @@ def test_atomics_of_every_kind(operation, width, start, operand, definition, spa
 
 @pytest.mark.parametrize("space", ["global", "shared"])
 def test_atomic_compare_and_swap(space):
-    """Lane k turns k into k + 1: only in the order of lanes does all of it happen."""
+    """Lane k turns 31 - k into 32 - k: lane 31 must come first, so who finds another number has to leave it alone."""
     at = "%rd0" if space == "global" else "%r1"
     body = f"""mov.u32 %r1, smem; setp.eq.u32 %p1, %r0, 0; mov.u32 %r2, 0; @%p1 st.shared.b32 [%r1], %r2; bar.sync 0;
-add.u32 %r3, %r0, 1; mov.u32 %r5, 0;
-L: atom.{space}.cas.b32 %r4, [{at}], %r0, %r3; add.u32 %r5, %r5, 1; setp.ne.u32 %p2, %r4, %r0; @%p2 bra L;
+sub.u32 %r5, 31, %r0; add.u32 %r3, %r5, 1;
+L: atom.{space}.cas.b32 %r4, [{at}], %r5, %r3; setp.ne.u32 %p2, %r4, %r5; @%p2 bra L;
 bar.sync 0; atom.{space}.add.u32 %r6, [{at}], 0; mad.wide.u32 %rd10, %r0, 4, %rd1; st.global.b32 [%rd10], %r6;"""
     cell, out = torch.zeros(1, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
     emulate(kernel(body, 2, shared=16), "k", 1, 32, [cell, out])
@@ -1134,6 +1134,7 @@ def test_named_barriers(mode):
         ({"free": ""}, "race in shared memory|more than 96 threads arrive at barrier 1|deadlock"),
         ({"full": "bar.arrive 1, 64;"}, "barrier 1 is awaited by|deadlock"),
         ({"full": "bar.arrive 3, 96;"}, "deadlock"),
+        ({"full": "bar.arrive 1, 96; st.shared.b32 [%r4], %r3;"}, "race in shared memory"),  # after it arrived
         ({"full": "bar.arrive 1, 100;"}, "a barrier of 100 threads, no multiple of the warp's"),
         ({"full": "bar.arrive 16, 96;"}, "barrier 16, of 16"),
     ],
