@@ -79,7 +79,9 @@ def run(calls, capability, mode="late", count=True):
     return counts
 
 
-def calls_of(x, packed, bias, residual, activation, capability, precision="ieee", transposed=False, config=None):
+def calls_of(
+    x, packed, bias, residual, activation, capability, precision="ieee", transposed=False, config=None, times=False
+):
     """act(x @ W^T + bias) + residual, or x @ W if transposed: what it becomes, and the calls that a launch would choose."""
     from sparse_prune_kernels import launch
     from sparse_prune_kernels.config import linear_config
@@ -94,7 +96,8 @@ def calls_of(x, packed, bias, residual, activation, capability, precision="ieee"
     y = x.new_full((len(x), n), torch.nan)
     strides = (1, r) if transposed else (c, 1)
     plan = plans[config.merge]
-    return y, launch.linear_calls(x, plan, values, bias, residual, y, r, c, *strides, activation, config, precision)
+    extras = (activation, config, precision)
+    return y, launch.linear_calls(x, plan, values, bias, residual, y, r, c, *strides, *extras, times=times)
 
 
 def product(x, packed, bias, residual, activation, capability, *options, mode="late", **more):
@@ -147,6 +150,21 @@ def test_epilogues(m, activation, extras, capability, mode):
     k, density = (600, 0.7) if m == 5 else (70, 0.5)  # enough steps to share
     _, counts = check_forward((m, 45, k, 16, 32, density), BF16, capability, activation, extras, mode=mode)
     assert len(counts) == (2 if m == 5 else 1)
+
+
+@pytest.mark.parametrize("place, capability", list(enumerate(CAPABILITIES)))
+@pytest.mark.parametrize("kind, m, k", [("parts", 5, 600), ("whole", 70, 70), ("skip", 130, 96)])
+def test_what_is_stored_times_another_matrix(kind, m, k, place, capability):
+    """A gated MLP's gate, whose kernel multiplies by up's product, in each kernel that stores y."""
+    from sparse_prune_kernels.config import LinearConfig
+
+    skips = kind == "skip" and capability != 90
+    config = LinearConfig(2, 128, 16, 8, 1, False, 4, 3, skip=True) if skips else None
+    packed, x, bias, up = make_problem(m, 45, k, 16, 32, 0.7, BF16)
+    y, counts = product(x, packed, bias, up, "silu", capability, config=config, times=True, mode=MODES[place])
+    assert len(counts) == (2 if kind == "parts" else 1)
+    exact, dense = exact_and_dense(x, packed.to_dense(), bias, "silu", None)
+    assert_as_good_as_torch(y, exact * up.double(), dense * up)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -562,3 +580,25 @@ def test_work_is_what_config_counts(capability, merge, skip):
     index = 4 * plan.table.numel()
     assert loaded <= 32 * counts.l2_load_sectors <= 1.02 * loaded + 64 * index
     assert counts.shared_wavefronts <= 1.1 * counts.shared_ideal
+
+
+# Capability, (M, K, N), blocksize, density, kind of bound, the least that it may be: docs/gpu-performance.md and gpu-bounds.md.
+PROMISED = [
+    (80, (16, 4096, 4096), (128, 128), 0.1, "speedup_bound", 7.5),
+    (90, (16, 4096, 4096), (128, 128), 0.1, "speedup_bound", 7.2),
+    (90, (512, 768, 3072), (32, 32), 0.2, "e_bound", 0.235),
+    (80, (4096, 4096, 4096), (32, 32), 0.2, "e_bound", 0.79),  # the kernel that skips
+    (80, (4096, 4096, 4096), (64, 64), 0.2, "e_bound", 0.95),
+    (90, (4096, 4096, 4096), (128, 128), 0.2, "e_bound", 0.73),
+]
+
+
+@pytest.mark.parametrize("promised", PROMISED, ids=str)
+def test_bounds_are_those_promised(promised):
+    from sparse_prune import gpu_bounds
+
+    capability, problem, block, density, kind, least = promised
+    row = gpu_bounds.triton_row(capability, problem[0], gpu_bounds.weight_of(problem, block, density))
+    assert row[kind] >= least, row
+    assert row["wavefronts_per_ideal"] <= 1.03
+    assert problem[0] > 64 or row["bytes_ratio"] <= 1.02

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from sparse_prune_kernels import support, unavailable
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton_problems import arrays, make_problem, needs_triton
 
+from sparse_prune import ops
 from sparse_prune.errors import SparsePruneError
 from sparse_prune.ops import backend_for
 
@@ -563,18 +565,35 @@ def test_triton_version(gpu, monkeypatch, number, reason):
 
 def test_registered_operators_fall_back_where_a_reason_stands():
     library, called = Library(), []
-    names = ("bsr_linear", "bsr_linear_int8", "bsr_linear_e4m3", "bsr_linear_w8a16", "bsr_linear_dx", "bsr_sdd")
+    names = (
+        "bsr_linear",
+        "bsr_linear_glu",
+        "bsr_linear_int8",
+        "bsr_linear_e4m3",
+        "bsr_linear_w8a16",
+        "bsr_linear_dx",
+        "bsr_sdd",
+    )
     fallbacks = {name: lambda *arguments, name=name: called.append((name, len(arguments))) for name in names}
     support.register(library, fallbacks)
     assert set(library.implementations) == {(name, "CUDA") for name in names}
     x, values, index = torch.zeros(4, 8), torch.zeros(1, 4, 8), torch.zeros(2, dtype=torch.int32)
     library.implementations["bsr_linear", "CUDA"](x, index, index, values, None, 4, None, "none", None)
+    weight = (index, index, values, None)
+    library.implementations["bsr_linear_glu", "CUDA"](x, *weight, *weight, 4, None, None, "silu")
     scaled = (values.char(), torch.ones(4))
     library.implementations["bsr_linear_int8", "CUDA"](x, index, index, *scaled, None, 4, None, "none", None, None)
     library.implementations["bsr_linear_w8a16", "CUDA"](x, index, index, *scaled, None, 4, None, "none", None)
     library.implementations["bsr_linear_dx", "CUDA"](x, index, index, values, 8)
     library.implementations["bsr_sdd", "CUDA"](x, x, index, index, 4, 8)
-    counts = {"bsr_linear": 9, "bsr_linear_int8": 11, "bsr_linear_w8a16": 10, "bsr_linear_dx": 5, "bsr_sdd": 6}
+    counts = {
+        "bsr_linear": 9,
+        "bsr_linear_glu": 13,
+        "bsr_linear_int8": 11,
+        "bsr_linear_w8a16": 10,
+        "bsr_linear_dx": 5,
+        "bsr_sdd": 6,
+    }
     assert called == list(counts.items())
 
 
@@ -593,6 +612,7 @@ def test_tensors_on_the_cpu(monkeypatch):
     crow, col, values = arrays(packed)
     calls = {
         "bsr_linear": (x, crow, col, values, None, 45, bias, "gelu", residual),
+        "bsr_linear_glu": (x, crow, col, values, None, crow, col, values, None, 45, bias, bias, "silu"),
         "bsr_linear_int8": (x, crow, col, values.char(), bias.float(), None, 45, bias, "gelu", residual, None),
         "bsr_linear_w8a16": (x, crow, col, values.char(), bias.float(), None, 45, bias, "gelu", residual),
         "bsr_linear_dx": (residual, crow, col, values, 70),
@@ -659,6 +679,25 @@ def test_numbers_beyond_int32(fits, grows, argument, expected, remedy, monkeypat
     assert linear_on_paper(monkeypatch, **fits).shape == (sizes["m"], sizes["n"])
     with pytest.raises(support.ArgumentError, match=rf"^{argument}: expected {expected}.*, got \d+; {remedy}$"):
         linear_on_paper(monkeypatch, **grows)
+
+
+@pytest.mark.parametrize("picked, runs", [("triton", ["glu"]), ("cuda", ["bsr_linear", "bsr_linear"])])
+def test_gate_and_up_by_the_kernel_that_the_planner_takes(picked, runs, monkeypatch):
+    """Triton's in one call; where CUDA C++ takes either, each product by what it takes."""
+    ran = []
+    monkeypatch.setattr(ops.planner, "gpu_kernel", lambda device, dtype, block, density, shape, m: picked)
+    linear = torch.ops.sparse_prune.bsr_linear
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            ran.extend(["bsr_linear"] if function == linear.default else [])
+            return function(*arguments, **(options or {}))
+
+    packed, x, bias, _ = make_problem(7, 45, 70, 16, 32, 0.5, torch.float32)
+    weight, operator = (*arrays(packed), None), ops.picking_glu(lambda *arguments: ran.append("glu"))
+    with Seen():
+        operator(x, *weight, *weight, 45, bias, bias, "silu")
+    assert ran == runs
 
 
 @pytest.mark.parametrize(
