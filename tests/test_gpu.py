@@ -137,8 +137,12 @@ def test_gated(m, dtype):
         exact_and_dense(x, weight.to_dense(), bias, act, None)
         for weight, bias, act in ((gate, gate_bias, "silu"), (up, up_bias, "none"))
     ]
-    exact, dense = (g * u for g, u in zip(*sides, strict=True))
-    assert_as_good_as_torch(sp.bsr_linear_glu(x, gate, up, gate_bias, up_bias), exact, dense)
+    got = sp.bsr_linear_glu(x, gate, up, gate_bias, up_bias)
+    assert got.dtype == dtype and not got.isnan().any()
+    # twice PyTorch's error, or two roundings, in each factor
+    (g, _), (u, _) = sides
+    errors = [torch.maximum((a - b.double()).abs().max(), torch.finfo(dtype).eps * a.abs().max()) for a, b in sides]
+    assert (got.double() - g * u).abs().max() <= 2 * (errors[0] * u.abs().max() + errors[1] * g.abs().max())
 
 
 def test_fused_encoder():

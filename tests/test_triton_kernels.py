@@ -643,7 +643,7 @@ def linear_on_paper(monkeypatch, m=64, n=64, k=128, steps=1, tiles=1, table=4, b
     from sparse_prune_kernels.config import LinearConfig
     from sparse_prune_kernels.plan import Plan
 
-    monkeypatch.setattr(launch, "linear_calls", lambda *arguments: [])
+    monkeypatch.setattr(launch, "linear_calls", lambda *arguments, **options: [])
     x, values = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((m, k), (1, 16, 128)))
     plan = Plan(1, tiles, steps, torch.empty(table, dtype=torch.int32, device="meta"), 1.0)
     config = LinearConfig(1, block_m, 16, 8, 1, False, 4, 3)

@@ -441,7 +441,7 @@ def chosen(monkeypatch, packed, x, gradient=False):
     seen = []
     with monkeypatch.context() as patch:
         real = launch.linear_calls
-        patch.setattr(launch, "linear_calls", lambda *a: (seen.append(a[11]), real(*a))[1])
+        patch.setattr(launch, "linear_calls", lambda *a, **b: (seen.append(a[11]), real(*a, **b))[1])
         if gradient:
             launch.bsr_linear_dx(x.new_zeros(len(x), packed.shape[0]), *arrays(packed), packed.shape[1])
         elif packed.scales is None:
