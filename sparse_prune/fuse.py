@@ -63,7 +63,7 @@ class FuseResult:
 
 
 def fuse_encoder_(model: nn.Module) -> FuseResult:
-    """Run the encoder of model fused where it is in evaluation, without gradients and on a CPU, in place.
+    """Run the encoder of model fused where it is in evaluation, without gradients and on a CPU or a CUDA device, in place.
 
     Knows Garlic and the BERT family of Hugging Face (BERT and MiniLM, RoBERTa, XLM-RoBERTa, ELECTRA, DistilBERT), dense or sparse.
     In decoders (Llama, Mistral, Qwen 2 and 3, Gemma, SmolLM3, OLMo 2) gate and up of the MLPs run in one call if both are sparse.
@@ -76,7 +76,9 @@ def fuse_encoder_(model: nn.Module) -> FuseResult:
         kind = KINDS.get(type(stack).__name__)
         if kind is None or not _is_own_class(stack):
             continue
-        reason = kind.why_not(stack) or backends.cpu_unavailable(torch.device("cpu"), torch.float32) or ""
+        reason = kind.why_not(stack)
+        if not reason and not torch.cuda.is_available():
+            reason = backends.cpu_unavailable(torch.device("cpu"), torch.float32) or ""
         if not reason:
             stack.forward = FusedForward(stack)
         rows.append(FusedStack(name, type(stack).__name__, len(kind.layers(stack)), reason))
@@ -128,15 +130,16 @@ class FusedForward:
     def _may_run(self, x: Tensor) -> bool:
         stack = self.stack
         if (
-            stack.training
+            x.device.type not in ("cpu", "cuda")
+            or stack.training
             or torch.compiler.is_compiling()
             or torch.jit.is_tracing()
-            or torch.is_autocast_enabled("cpu")
+            or torch.is_autocast_enabled(x.device.type)
         ):
             return False
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in stack.parameters())):
             return False
-        return backends.cpu_unavailable(x.device, x.dtype) is None
+        return x.is_cuda or backends.cpu_unavailable(x.device, x.dtype) is None
 
     def remember(self, name: object, key: object, make: Callable[[], Any]) -> Any:
         """make(), again only after key has changed."""

@@ -66,7 +66,7 @@ def gpu_bounds(
                 packed = weight_of(problem, block, density)
                 if _cuda_kernels().unavailable() is None:
                     rows.append(cuda_row(capability, problem[0], packed))
-                rows.append(_triton(emulator, capability, problem[0], packed))
+                rows.append(triton_row(capability, problem[0], packed))
                 rows.append(_torch(emulator, capability, problem[0], packed))
                 done += 1
                 report(done, of, f"{NAMES[capability]} M={problem[0]} {block[0]}x{block[1]} density {density}")
@@ -91,7 +91,7 @@ def planner_rows(report: Callable[[int, int, str], None] = lambda done, of, text
         bounds: dict[str, list[float]] = {"triton": [], "cuda": []}
         for density in DENSITIES:
             packed = weight_of(problem, block, density)
-            bounds["triton"].append(_triton(emulator, capability, m, packed)["bound"])
+            bounds["triton"].append(triton_row(capability, m, packed)["bound"])
             bounds["cuda"].append(cuda_row(capability, m, packed)["bound"])
         for kernel, found in bounds.items():
             row: dict[str, Any] = {
@@ -221,7 +221,7 @@ def quantized_rows(
 
     For the first and the last of PROBLEMS and three blocksizes; quick: for the first, and one.
     """
-    emulator, rows = _emulator(), []
+    rows: list[dict[str, Any]] = []
     grid = itertools.product(
         CAPABILITIES, PROBLEMS[:1] if quick else PROBLEMS[::2], BLOCKS[2:3] if quick else BLOCKS[1:4]
     )
@@ -231,7 +231,7 @@ def quantized_rows(
             if scheme == "e4m3" and capability < 89:
                 continue
             weight = packed if arguments is None else packed.to(torch.float32).quantize(**arguments)
-            rows.append(_triton(emulator, capability, problem[0], weight) | {"scheme": scheme})
+            rows.append(triton_row(capability, problem[0], weight) | {"scheme": scheme})
         report(done, len(steps), f"{NAMES[capability]} M={problem[0]} {block[0]}x{block[1]}")
     return rows
 
@@ -250,7 +250,9 @@ def quantized_markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _triton(emulator, capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
+def triton_row(capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
+    """The row of our Triton kernel, with the tiling that ships for this problem."""
+    emulator = _emulator()
     from sparse_prune_kernels import config, launch
 
     (n, k), (r, c) = packed.shape, packed.blocksize

@@ -492,10 +492,15 @@ def fused_glu(gate: nn.Module, up: nn.Module, x: Tensor, activation: Activation 
     """act(gate(x)) * up(x), x [..., K] -> [..., N]: in one kernel where that pays, else step by step.
 
     It does for two SparseLinear of one dtype with equally high blocks (int8: of one size), in calls on a CPU that owe no
-    gradient, unless the planner runs either dense; not in the first call, which derives what later ones use. See bsr_linear_glu
-    for one with gradients.
+    gradient, unless the planner runs either dense; not in the first call, which derives what later ones use. On a GPU, without
+    gradients or autocast, gate's kernel multiplies by up's product (bsr_linear_glu, which has gradients too).
     """
     if type(gate) is SparseLinear and type(up) is SparseLinear and not is_compiling():
+        if x.is_cuda and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda"):
+            weights = gate.packed, up.packed
+            for layer, packed in zip((gate, up), weights, strict=True):
+                packed.derived = layer._current(layer.values, layer.compute_dtype)
+            return ops.bsr_linear_glu(x, *weights, gate.bias, up.bias, activation)
         of_gate, of_up = gate._ready(), up._ready()
         if of_gate is not None and of_up is not None:
             plans = [layer._derived for layer, of in ((gate, of_gate), (up, of_up)) if of.plan and layer.planned]

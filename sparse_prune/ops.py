@@ -212,6 +212,8 @@ def _on_gpu(name: str, triton: Callable) -> Callable:
     """What runs under that name on CUDA tensors, Triton's kernel given."""
     if f"{name}_triton" in _SCHEMAS:
         _library.impl(f"{name}_triton", triton, "CUDA")
+    if name == "bsr_linear_glu":
+        return picking_glu(triton)
     return picking(name, triton) if name in _CUDA else triton
 
 
@@ -228,6 +230,22 @@ def picking(name: str, triton: Callable) -> Callable:
         kernel = planner.gpu_kernel(first.device, dtype, blocksize, nnzb / (rows * cols), shape, m)
         takes = not quantized or first.dtype in CUDA_QUANTIZED_INPUTS
         return (cuda if kernel == "cuda" and takes else triton)(*arguments)
+
+    return run
+
+
+def picking_glu(triton: Callable) -> Callable:
+    """Triton's kernel where the planner takes it for both weights, else each by what the planner takes."""
+
+    def run(*arguments):
+        x, n = arguments[0], arguments[9]
+        shape, kernels = (n, x.shape[1]), set()
+        for values in (arguments[3], arguments[7]):
+            blocksize = tuple(values.shape[1:])
+            rows, cols = grid_shape(shape, blocksize)
+            density = values.shape[0] / (rows * cols)
+            kernels.add(planner.gpu_kernel(x.device, x.dtype, blocksize, density, shape, x.shape[0]))
+        return (_two_linears if "cuda" in kernels else triton)(*arguments)
 
     return run
 
@@ -659,7 +677,8 @@ def bsr_linear_glu(
 
     Tensors are as in bsr_linear, and so are gradients. The CPU kernel computes both products of a part of y before the next part,
     and multiplies there; up's product is rounded to the dtype of y in between. It takes weights of one dtype whose blocks are
-    equally high. Others, quantized ones, those that the planner would run dense, and other backends take two calls of bsr_linear.
+    equally high. Triton's computes up's product first and multiplies by it as gate's is stored, under "auto". Others, quantized
+    ones, those that the planner would run dense, and other backends take two calls of bsr_linear.
 
     Raises SparsePruneError where the weights differ in shape, and as bsr_linear.
     """
@@ -667,9 +686,11 @@ def bsr_linear_glu(
         _check_linear(x, packed, bias, activation, None, backend, None)
     _require(gate.shape == up.shape, "up", f"a weight {gate.shape} like gate", up.shape, "pass both of one MLP")
     rows, weights = flatten_rows(x), (gate, up)  # [M, K]
-    one_kernel = backend in ("auto", "cpu") and gate.values.device.type == "cpu" and gate.scales is None
+    on_cpu = gate.values.device.type == "cpu"
+    one_kernel = backend in ("auto", "cpu" if on_cpu else "auto") and gate.scales is None
     prepacked: list[Tensor | None] = [None, None]
-    if one_kernel and (gate.values.dtype, gate.blocksize[0]) == (up.values.dtype, up.blocksize[0]):
+    alike = gate.values.dtype == up.values.dtype and (not on_cpu or gate.blocksize[0] == up.blocksize[0])
+    if one_kernel and alike:
         for i, packed in enumerate(weights):
             if not (torch.is_grad_enabled() and packed.values.requires_grad):
                 derived = packed.derived = current(packed.derived, packed, x.dtype)

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from cpu_isas import needs_kernels
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparse_prune as sp
 from sparse_prune import backends, fuse, layers, planner
@@ -248,3 +249,34 @@ def test_gated_mlps_run_gate_and_up_in_one_call(kind, dtype, monkeypatch):
     with torch.no_grad():
         model(ids)
     assert seen, "a hook inside is called"
+
+
+def on_cuda(*shape):
+    """A tensor that says it lies on a CUDA device; nothing in it is read."""
+    with FakeTensorMode():
+        return torch.empty(*shape, device="cuda")
+
+
+def test_runs_fused_on_a_cuda_device(monkeypatch):
+    """Without gradients or the device's autocast, whatever the CPU has. test_gpu.py tests what runs there."""
+    fused, x = made("bert").encoder.forward, on_cuda(2, 9, 64)
+    monkeypatch.setattr(backends, "cpu_unavailable", lambda device, dtype: "no kernels")
+    assert isinstance(fused, fuse.FusedForward) and not fused._may_run(x)  # parameters may want gradients
+    with torch.no_grad():
+        assert fused._may_run(x) and not fused._may_run(x.to("meta")) and not fused._may_run(torch.empty(2, 9, 64))
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+        assert not fused._may_run(x)
+
+
+def test_gate_and_up_in_one_call_on_a_cuda_device(monkeypatch):
+    linears = [torch.nn.Linear(64, 128) for _ in range(2)]
+    gate, up = (sp.SparseLinear.from_dense(linear, torch.rand(4, 2) < 0.7, (32, 32)).eval() for linear in linears)
+    x, calls = on_cuda(5, 64), []
+    monkeypatch.setattr(layers.ops, "bsr_linear_glu", lambda *arguments: calls.append(arguments))
+    with torch.no_grad():
+        sp.fused_glu(gate, up, x, "gelu")
+        ((given, *weights, gate_bias, up_bias, activation),) = calls
+        assert given is x and gate_bias is gate.bias and up_bias is up.bias and activation == "gelu"
+        assert [packed.values for packed in weights] == [gate.values, up.values]
+        assert [packed.derived for packed in weights] == [gate._derived, up._derived]  # made once, not in each call
+        assert weights[0].derived.key is not None

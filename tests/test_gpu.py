@@ -128,6 +128,38 @@ def test_int8(problem, backend):
         assert_as_good_as_torch(got, *exact_and_reference_int8(x, packed, bias, "gelu", residual, x_scale))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 70])
+def test_gated(m, dtype):
+    gate, x, gate_bias, _ = make_problem(m, 128, 640, 32, 32, 0.4, dtype, DEVICE)
+    up, _, up_bias, _ = make_problem(m, 128, 640, 32, 32, 0.4, dtype, DEVICE)
+    sides = [
+        exact_and_dense(x, weight.to_dense(), bias, act, None)
+        for weight, bias, act in ((gate, gate_bias, "silu"), (up, up_bias, "none"))
+    ]
+    got = sp.bsr_linear_glu(x, gate, up, gate_bias, up_bias)
+    assert got.dtype == dtype and not got.isnan().any()
+    # twice PyTorch's error, or two roundings, in each factor
+    (g, _), (u, _) = sides
+    errors = [torch.maximum((a - b.double()).abs().max(), torch.finfo(dtype).eps * a.abs().max()) for a, b in sides]
+    assert (got.double() - g * u).abs().max() <= 2 * (errors[0] * u.abs().max() + errors[1] * g.abs().max())
+
+
+def test_fused_encoder():
+    """Of Hugging Face's BERT: one product for q, k and v, PyTorch's attention on a GPU, the model's own result."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=50, **sizes)).eval()
+    sp.sparsify_(model, sp.BlockSparseConfig(blocksize=(32, 32), density=0.5), lambda name, _: ".layer" in name)
+    model, ids = model.to(DEVICE), torch.randint(5, 50, (3, 40), device=DEVICE)
+    mask = torch.arange(40, device=DEVICE) < torch.tensor([[40], [23], [7]], device=DEVICE)
+    with torch.no_grad():
+        fused = model(ids, mask.long()).last_hidden_state
+        sp.unfuse_encoder_(model)
+        own = model(ids, mask.long()).last_hidden_state
+    torch.testing.assert_close(fused[mask], own[mask], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU: graphs are CUDA's")
 @pytest.mark.parametrize("m", [1, 64, 512])
 def test_layers_in_a_cuda_graph(m):

@@ -356,7 +356,7 @@ def test_planted_bug_sm_90(bug, mode):
 
 def test_out_of_bounds_read_names_line_and_argument():
     ptx = kernel("mad.wide.u32 %rd2, %r0, 4, %rd0;\nld.global.b32 %r1, [%rd2];\nst.global.b32 [%rd1], %r1;")
-    line = next(k for k, text in enumerate(ptx.splitlines(), 1) if "ld.global" in text)
+    line = line_of(ptx, "ld.global")
     with pytest.raises(
         EmulationError, match=rf"^line {line}: `ld\.global.*0 bytes after the end of args\[0\] \(124 bytes\).*lane 31\]"
     ):
@@ -374,6 +374,78 @@ def test_bytes_between_rows_belong_to_nobody():
 def test_misaligned():
     with pytest.raises(EmulationError, match="no multiple of 8"):
         emulate(kernel("ld.global.v2.b32 {%r1, %r2}, [%rd0+4];"), "k", 1, 32, [torch.zeros(32), torch.zeros(32)])
+
+
+def line_of(ptx: str, instruction: str) -> int:
+    return next(k for k, text in enumerate(ptx.splitlines(), 1) if instruction in text)
+
+
+def test_what_nobody_wrote_is_nan():
+    """Registers, shared and local memory, as numbers of every width."""
+    body = """mov.u32 %r1, smem; mad.lo.u32 %r1, %r0, 16, %r1; ld.shared.v4.b32 {%r3, %r4, %r5, %r6}, [%r1];
+ld.local.b32 %r7, [depot]; mad.wide.u32 %rd10, %r0, 32, %rd0;
+st.global.v4.b32 [%rd10], {%r3, %r4, %r5, %r6}; st.global.v4.b32 [%rd10+16], {%r100, %f3, %r7, %r7};"""
+    x = torch.zeros(32, 8)
+    emulate(kernel(body, 1, ".local .align 4 .b8 depot[4];", shared=512), "k", 1, 32, [x])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2):
+        assert x.view(dtype).isnan().all()
+
+
+@pytest.mark.parametrize(
+    "access, message",
+    [
+        (
+            "ld.shared.b32 %r2, [%r1+388];",
+            r"shared access of 4 bytes at 512, outside the 512 bytes from 0 on.*lane 31\]",
+        ),
+        ("st.shared.v2.b32 [%r1+400], {%r2, %r3};", r"shared address 404 is no multiple of 8.*lane 1\]"),
+        ("atom.shared.add.u32 %r2, [%r1+400], 1;", r"shared access of 4 bytes at 512, outside"),
+        ("cp.async.ca.shared.global [%r1+508], [%rd0], 8;", r"shared access of 8 bytes at 508, outside"),
+        ("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [%r1+512];", r"shared access of 16 bytes at 512, outside"),
+        ("ld.shared.v4.b32 {%r2, %r3, %r4, %r5}, [%r1+8];", r"shared address 8 is no multiple of 16.*lane 0\]"),
+        ("st.shared.b32 [%r1+2], %r2;", r"shared address 2 is no multiple of 4"),
+        ("red.shared.add.u64 [%r1], %rd3;", r"shared address 4 is no multiple of 8.*lane 1\]"),
+        ("cp.async.ca.shared.global [%r1], [%rd0], 8;", r"shared address 4 is no multiple of 8.*lane 1\]"),
+    ],
+)
+def test_shared_memory_out_of_bounds_or_misaligned(access, message):
+    """Lane l is 4 l bytes into 512: the error names the line, its text, and the lane that goes wrong first."""
+    ptx = kernel(
+        f"mov.u32 %r1, smem; mad.lo.u32 %r1, %r0, 4, %r1; mov.u64 %rd3, 1; mov.u32 %r2, 0;\n{access}", shared=512
+    )
+    with pytest.raises(EmulationError, match=rf"^line {line_of(ptx, access)}: `{re.escape(access[:-1])}`: {message}"):
+        emulate(ptx, "k", 1, 32, [torch.zeros(32), torch.zeros(32)])
+
+
+POOL = """setp.lt.u32 %p0, %r0, 128; @%p0 bra A;
+setmaxnreg.inc.sync.aligned.u32 {more}; bra E;
+A: setmaxnreg.dec.sync.aligned.u32 {less};
+E: mov.u32 %r1, 0;"""
+
+
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+@pytest.mark.parametrize(
+    "bounds, less, more, message",
+    [
+        (".maxntid 384, 1, 1 .minnctapersm 1", 24, 240, None),  # 168 a thread: 128 threads leave 144, 256 take 72 each
+        (".maxntid 384 .minnctapersm 1", 32, 240, r"deadlock: no warp can go on.*is at line"),
+        (".reqntid 384 .maxnreg 128", 24, 184, r"deadlock"),  # 104 left, 2 x 56 wanted
+        (".reqntid 384 .maxnreg 128", 24, 176, None),
+        (".maxntid 192, 2 .minnctapersm 2", 24, 104, None),  # 80 a thread
+        (".maxntid 192, 2 .minnctapersm 2", 24, 112, r"deadlock"),
+        (".maxntid 384", 176, 240, r"setmaxnreg\.dec.*a thread has 168 registers already"),
+        (".maxntid 384", 24, 160, r"setmaxnreg\.inc.*a thread has 168 registers already"),
+        ("", 24, 240, r"setmaxnreg.*neither .maxnreg nor .maxntid"),
+    ],
+)
+def test_pool_of_registers(bounds, less, more, message, mode):
+    """One warp group gives registers back, two take what it left; who asks for more waits for ever."""
+    ptx = kernel(POOL.format(less=less, more=more), target=90).replace("\n{\n", f"\n{bounds}\n{{\n")
+    if message is None:
+        emulate(ptx, "k", 1, 384, [torch.zeros(1), torch.zeros(1)], mode=mode)
+    else:
+        with pytest.raises(EmulationError, match=message):
+            emulate(ptx, "k", 1, 384, [torch.zeros(1), torch.zeros(1)], mode=mode)
 
 
 def test_divergent_barrier():

@@ -173,6 +173,26 @@ def test_integer(instruction, widths, width, definition):
             assert result == expected & MASK[width], (instruction, [hex(v) for v in values])
 
 
+@pytest.mark.parametrize("width", [32, 64])
+def test_bfi(width):
+    """Bits 0 to length - 1 of a, placed from `position` on into b; what would lie past the last bit is left out."""
+    sources = [(width, samples(width)), (width, samples(width, seed=1)), (32, samples(32, seed=2))]
+    got = per_thread(f"bfi.b{width} $d, $a, $b, $c, %r31", sources, width, before="shr.u32 %r31, %r12, 8;")
+    for a, b, c, result in zip(*(values for _, values in sources), got, strict=True):
+        expected, position, length = b, c & 255, c >> 8 & 255
+        for i in range(length):
+            if position + i < width:
+                expected = expected & ~(1 << position + i) | (a >> i & 1) << position + i
+        assert result == expected, (hex(a), hex(b), position, length)
+
+
+def test_copysign():
+    """The sign of a and the magnitude of b, also of zeros, infinity and NaN."""
+    a, b = samples(32, seed=3), [*samples(32, count=60, seed=4), 0, 1 << 31, 0x7F800000, 0xFFC00000]
+    got = per_thread("copysign.f32 $d, $a, $b", [(32, a), (32, b)], 32)
+    assert got == [x & 0x80000000 | y & 0x7FFFFFFF for x, y in zip(a, b, strict=True)]
+
+
 # ---- floating point: one exact result, rounded once ----
 
 FORMATS = {
@@ -181,6 +201,7 @@ FORMATS = {
     "bf16": (8, -126, 128),
     "tf32": (11, -126, 128),
     "e4m3": (4, -6, 9),
+    "e5m2": (3, -14, 16),
     "f64": (53, -1022, 1024),
 }
 
@@ -214,6 +235,7 @@ def decode(bits: int, form: str) -> float:
         "f16": lambda: torch.tensor([signed(bits, 16)], dtype=torch.int16).view(torch.float16),
         "bf16": lambda: torch.tensor([signed(bits, 16)], dtype=torch.int16).view(torch.bfloat16),
         "e4m3": lambda: torch.tensor([bits], dtype=torch.uint8).view(torch.float8_e4m3fn),
+        "e5m2": lambda: torch.tensor([bits], dtype=torch.uint8).view(torch.float8_e5m2),
         "f32": lambda: torch.tensor([signed(bits, 32)], dtype=torch.int32).view(torch.float32),
         "tf32": lambda: torch.tensor([signed(bits, 32)], dtype=torch.int32).view(torch.float32),
         "f64": lambda: torch.tensor([signed(bits, 64)], dtype=torch.int64).view(torch.float64),
@@ -300,20 +322,20 @@ def test_convert_pairs_put_the_first_source_into_the_upper_half():
             assert decode(result & 0xFFFF, to) == float(rounded(Fraction(decode(low, "f32")), to))
 
 
-def test_convert_e4m3():
-    a, b = floats("f32", seed=1, spread=8), floats("f32", seed=2, spread=8)
+@pytest.mark.parametrize("form, most", [("e4m3", 448), ("e5m2", 57344)])
+def test_convert_8_bit_floats(form, most):
+    a, b = floats("f32", seed=1, spread=8), floats("f32", seed=2, spread=18)
 
-    def e4m3(bits):
-        x = rounded(Fraction(decode(bits, "f32")), "e4m3")
-        return float(max(Fraction(-448), min(Fraction(448), x)))
+    def expected(bits):
+        return float(max(Fraction(-most), min(Fraction(most), rounded(Fraction(decode(bits, "f32")), form))))
 
-    got = per_thread("cvt.rn.satfinite.e4m3x2.f32 $d, $a, $b", [(32, a), (32, b)], 16)
+    got = per_thread(f"cvt.rn.satfinite.{form}x2.f32 $d, $a, $b", [(32, a), (32, b)], 16)
     for high, low, result in zip(a, b, got, strict=True):
-        assert (decode(result >> 8, "e4m3"), decode(result & 255, "e4m3")) == (e4m3(high), e4m3(low))
+        assert (decode(result >> 8, form), decode(result & 255, form)) == (expected(high), expected(low))
     every = list(range(0, 1 << 16, 0x101))
-    for bits, result in zip(every, per_thread("cvt.rn.f16x2.e4m3x2 $d, $a", [(16, every)], 32), strict=True):
+    for bits, result in zip(every, per_thread(f"cvt.rn.f16x2.{form}x2 $d, $a", [(16, every)], 32), strict=True):
         for half, byte in ((result >> 16, bits >> 8), (result & 0xFFFF, bits & 255)):
-            x, y = decode(half, "f16"), decode(byte, "e4m3")
+            x, y = decode(half, "f16"), decode(byte, form)
             assert x == y or (math.isnan(x) and math.isnan(y))
 
 
@@ -462,6 +484,14 @@ def test_votes_and_reductions():
         per_thread("vote.sync.ballot.b32 $d, %p1, -1", [(32, values)], 32, before)
         == [sum((v != 0) << k for k, v in enumerate(values))] * 32
     )
+    for kind, expected in (("any", (0, 1, 1)), ("all", (0, 0, 1)), ("uni", (1, 0, 1))):
+        for true, of_all in zip(([], [3, 17], range(32)), expected, strict=True):
+            lanes = [int(lane in true) for lane in range(32)]
+            voted = f"setp.ne.b32 %p1, %r10, 0; vote.sync.{kind}.pred %p2, %p1, -1;"
+            assert per_thread("selp.b32 $d, 1, 0, %p2", [(32, lanes)], 32, voted) == [of_all] * 32, (kind, true)
+    voted = "mov.b32 $d, 7; setp.eq.u32 %p3, %r10, 0; setp.lt.u32 %p1, %r0, 4; @%p1 bra N;\n"
+    voted += "vote.sync.all.pred %p2, %p3, 0xfffffff0; selp.b32 $d, 1, 0, %p2; N: mov.b32 $d, $d"  # of members only
+    assert per_thread(voted, [(32, [1] * 4 + [0] * 28)], 32) == [7] * 4 + [1] * 28
     for op, expected in (
         ("add.s32", sum(values) & MASK[32]),
         ("max.s32", 7),
@@ -485,7 +515,8 @@ D: activemask.b32 %r2; shfl.sync.bfly.b32 %r3, %r1, 1, 31, -1;"""
 
 # ---- matrices ----
 
-BYTES = {"f16": 2, "bf16": 2, "tf32": 4, "s8": 1, "u8": 1, "e4m3": 1}
+BYTES = {"f16": 2, "bf16": 2, "tf32": 4, "s8": 1, "u8": 1, "e4m3": 1, "e5m2": 1}
+FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 def operand(rows: int, columns: int, form: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -500,7 +531,7 @@ def operand(rows: int, columns: int, form: str, seed: int) -> tuple[torch.Tensor
     if form == "tf32":
         x = ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
         return x.double(), x
-    raw = x.to({"f16": torch.float16, "bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}[form])
+    raw = x.to({"f16": torch.float16, "bf16": torch.bfloat16, **FLOAT8}[form])
     return raw.double(), raw
 
 
@@ -548,6 +579,7 @@ MMA = [
     ("m16n8k32", "u8", "s32"),
     ("m16n8k16.8bit", "s8", "s32"),
     ("m16n8k32", "e4m3", "f32"),
+    ("m16n8k32", "e5m2", "f32"),
 ]
 
 
@@ -678,7 +710,7 @@ WGMMA = [
         for n, span, major_a, major_b in ((16, 32, 0, 0), (48, 32, 1, 1), (40, 0, 0, 0), (16, 0, 1, 1))
     ),
     *(("tf32", n, span, 0, 0) for n, span in ((24, 128), (8, 32), (16, 0))),
-    *((form, 32, span, 0, 0) for form in ("e4m3", "s8") for span in (128, 0)),
+    *((form, 32, span, 0, 0) for form in ("e4m3", "e5m2", "s8") for span in (128, 0)),
     ("bf16", 64, 128, "registers", 0),
     ("s8", 16, 32, "registers", 0),
 ]
@@ -905,6 +937,211 @@ mad.wide.u32 %rd11, %r0, 4, %rd2; red.global.add.s32 [%rd11], %r2; cvt.rn.f32.s3
     emulate(kernel(body, 4), "k", 1, 64, [x, total, seen, most])
     assert total == x.sum() and most == x.sum().float()
     assert sorted(seen.tolist()) == [k * (k - 1) // 2 for k in range(64)]
+
+
+ATOMICS = [  # instruction, width, where all lanes meet at first, each lane's operand, definition
+    ("add.u64", 64, 1 << 40, lambda k: (1 << 33) + k, lambda old, b: old + b),
+    ("min.s32", 32, 5, lambda k: 16 - k, lambda old, b: min(s(old), s(b))),
+    ("min.u32", 32, 5, lambda k: 16 - k, min),
+    ("max.s32", 32, 5, lambda k: 16 - k, lambda old, b: max(s(old), s(b))),
+    ("max.u32", 32, 5, lambda k: 16 - k, max),
+    ("max.u64", 64, 5, lambda k: k << 40, max),
+    ("and.b32", 32, MASK[32], lambda k: ~(1 << k), lambda old, b: old & b),
+    ("or.b32", 32, 0, lambda k: 1 << k, lambda old, b: old | b),
+    ("xor.b32", 32, 0x1234, lambda k: 0x5A5A << k, lambda old, b: old ^ b),
+    ("exch.b32", 32, 99, lambda k: k, lambda old, b: b),
+    ("inc.u32", 32, 3, lambda k: 9, lambda old, b: 0 if old >= b else old + 1),
+    ("dec.u32", 32, 3, lambda k: 9, lambda old, b: b if old == 0 or old > b else old - 1),
+]
+
+
+@pytest.mark.parametrize("space", ["global", "shared"])
+@pytest.mark.parametrize("operation, width, start, operand, definition", ATOMICS, ids=[c[0] for c in ATOMICS])
+def test_atomics_of_every_kind(operation, width, start, operand, definition, space):
+    """What lanes saw is one order of theirs, each doing what the definition says; what red leaves is where atom ends."""
+    operands = [operand(k) & MASK[width] for k in range(32)]
+    kind = {32: torch.uint32, 64: torch.uint64}[width]
+    b, ends = torch.tensor(operands, dtype=kind), torch.tensor([start, start], dtype=kind)
+    seen, size, r = torch.zeros(32, dtype=kind), width // 8, REGISTER[width]
+    at = "%rd1" if space == "global" else "%r1"
+    body = f"mov.u32 %r1, smem; mad.wide.u32 %rd10, %r0, {size}, %rd0; ld.global.b{width} {r}20, [%rd10];\n"
+    body += f"ld.global.v2.b{width} {{{r}21, {r}22}}, [%rd1]; setp.eq.u32 %p1, %r0, 0;\n"
+    body += f"@%p1 st.shared.v2.b{width} [%r1], {{{r}21, {r}22}}; bar.sync 0;\n"
+    body += f"atom.{space}.{operation} {r}23, [{at}], {r}20;\n"
+    body += f"mad.wide.u32 %rd11, %r0, {size}, %rd2; st.global.b{width} [%rd11], {r}23;\n"
+    reduces = "exch" not in operation  # red has no exch
+    body += f"red.{space}.{operation} [{at}+{size}], {r}20;\n" if reduces else ""
+    if space == "shared":
+        body += f"bar.sync 0; @%p1 ld.shared.v2.b{width} {{{r}21, {r}22}}, [%r1];\n"
+        body += f"@%p1 st.global.v2.b{width} [%rd1], {{{r}21, {r}22}};"
+    emulate(kernel(body, 3, shared=64), "k", 1, 32, [b, ends, seen])
+    steps = list(zip(seen.tolist(), operands, strict=True))
+    state = start
+    while steps:
+        now = next(step for step in steps if step[0] == state)
+        steps.remove(now)
+        state = definition(*now) & MASK[width]
+    assert ends[0] == state and (ends[1] == state or not reduces)
+
+
+@pytest.mark.parametrize("space", ["global", "shared"])
+def test_atomic_compare_and_swap(space):
+    """Lane k turns 31 - k into 32 - k: lane 31 must come first, so who finds another number has to leave it alone."""
+    at = "%rd0" if space == "global" else "%r1"
+    body = f"""mov.u32 %r1, smem; setp.eq.u32 %p1, %r0, 0; mov.u32 %r2, 0; @%p1 st.shared.b32 [%r1], %r2; bar.sync 0;
+sub.u32 %r5, 31, %r0; add.u32 %r3, %r5, 1;
+L: atom.{space}.cas.b32 %r4, [{at}], %r5, %r3; setp.ne.u32 %p2, %r4, %r5; @%p2 bra L;
+bar.sync 0; atom.{space}.add.u32 %r6, [{at}], 0; mad.wide.u32 %rd10, %r0, 4, %rd1; st.global.b32 [%rd10], %r6;"""
+    cell, out = torch.zeros(1, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+    emulate(kernel(body, 2, shared=16), "k", 1, 32, [cell, out])
+    assert out.tolist() == [32] * 32 and cell == (32 if space == "global" else 0)
+
+
+@pytest.mark.parametrize("form, dtype", [("f16x2", torch.float16), ("bf16x2", torch.bfloat16)])
+def test_atomic_addition_of_pairs(form, dtype):
+    x, total = torch.randint(-8, 8, (32, 2)).to(dtype), torch.zeros(2, dtype=dtype)
+    body = f"""mad.wide.u32 %rd10, %r0, 4, %rd0; ld.global.b32 %r1, [%rd10]; red.global.add.noftz.{form} [%rd1], %r1;"""
+    emulate(kernel(body, 2), "k", 1, 32, [x, total])
+    assert torch.equal(total, x.sum(0))
+
+
+# ---- copies and barriers by hand ----
+
+COPIED = "mad.wide.u32 %rd10, %r0, 16, %rd0; mov.u32 %r1, smem; mad.lo.u32 %r1, %r0, 16, %r1;\n"
+GIVEN = """{wait}
+ld.shared.v4.b32 {{%r4, %r5, %r6, %r7}}, [%r1+{at}];
+mad.wide.u32 %rd11, %r0, 16, %rd1; st.global.v4.b32 [%rd11], {{%r4, %r5, %r6, %r7}};"""
+
+
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_cp_async_fills_with_zeros(size, mode):
+    """Lane l takes l % (size + 1) bytes; a true ignore-src takes none, and reads nothing: its address lies nowhere."""
+    x, out = torch.randint(1, 100, (32, 16), dtype=torch.uint8), torch.ones(2, 32, 16, dtype=torch.uint8)
+    body = f"""{COPIED} st.shared.v4.b32 [%r1], {{%r0, %r0, %r0, %r0}}; st.shared.v4.b32 [%r1+512], {{%r0, %r0, %r0, %r0}};
+rem.u32 %r2, %r0, {size + 1}; cp.async.ca.shared.global [%r1], [%rd10], {size}, %r2;
+and.b32 %r3, %r0, 1; setp.eq.u32 %p1, %r3, 1; mov.u64 %rd12, 16; selp.b64 %rd12, %rd12, %rd10, %p1;
+cp.async.ca.shared.global [%r1+512], [%rd12], {size}, %p1; cp.async.wait_all;
+{GIVEN.format(wait="", at=0)} {GIVEN.format(wait="", at=512).replace("[%rd11]", "[%rd11+512]")}"""
+    emulate(kernel(body, 2, shared=1024), "k", 1, 32, [x, out], mode=mode)
+    for lane in range(32):
+        valid = lane % (size + 1)
+        assert out[0, lane, :size].tolist() == x[lane, :valid].tolist() + [0] * (size - valid)
+        assert out[1, lane, :size].tolist() == ([0] * size if lane % 2 else x[lane, :size].tolist())
+        assert out[:, lane, size:].tolist() == [[lane, 0, 0, 0] * ((16 - size) // 4)] * 2  # not touched
+
+
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+@pytest.mark.parametrize(
+    "pending, read, ready", [(0, 2, True), (1, 1, True), (1, 2, False), (2, 0, True), (2, 1, False), (3, 0, False)]
+)
+def test_cp_async_groups(pending, read, ready, mode):
+    """Of three groups wait_group n leaves the n youngest under way; a commit may close an empty one."""
+    x, out = torch.randint(1, 100, (32, 16), dtype=torch.uint8), torch.zeros(32, 16, dtype=torch.uint8)
+    body = COPIED + "".join(
+        f"cp.async.cg.shared.global [%r1+{512 * k}], [%rd10], 16; cp.async.commit_group;\n" for k in range(3)
+    )
+    body += GIVEN.format(wait=f"cp.async.wait_group {pending};", at=512 * read) + " cp.async.wait_all;"
+    ptx = kernel(body, 2, shared=1536)
+    if ready:
+        emulate(ptx, "k", 1, 32, [x, out], mode=mode)
+        assert torch.equal(out, x)
+    else:
+        with pytest.raises(EmulationError, match="ld.shared.*may still be under way"):
+            emulate(ptx, "k", 1, 32, [x, out], mode=mode)
+
+
+def bulk_program(
+    size: int, wait: str, fence: str = "fence.proxy.async;", group: str = "@%p1 cp.async.bulk.commit_group;"
+) -> str:
+    """Through shared memory by plain bulk copies, doubled on the way: in by an mbarrier, out by a bulk group."""
+    return kernel(
+        f"""mov.u32 %r1, smem; mov.u32 %r2, bar; setp.eq.u32 %p1, %r0, 0;
+@%p1 mbarrier.init.shared::cta.b64 [%r2], 1; fence.mbarrier_init.release.cluster; bar.sync 0;
+@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r2], {size};
+@%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd0], {size}, [%r2];
+W: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], 0; @!%p2 bra W;
+setp.lt.u32 %p3, %r0, {size // 4}; mad.lo.u32 %r3, %r0, 4, %r1; @%p3 ld.shared.b32 %r4, [%r3]; add.u32 %r4, %r4, %r4;
+@%p3 st.shared.b32 [%r3], %r4; {fence} bar.sync 0;
+@%p1 cp.async.bulk.global.shared::cta.bulk_group [%rd1], [%r1], {size}; {group} {wait}""",
+        2,
+        shared=1024,
+    ).replace(".shared .align 1024 .b8 smem", ".shared .align 8 .b64 bar; .shared .align 1024 .b8 smem")
+
+
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+@pytest.mark.parametrize("size", [16, 48, 256])
+def test_bulk_copies(size, mode):
+    x, out = torch.randint(0, 1 << 20, (64,), dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    counts = emulate(bulk_program(size, "cp.async.bulk.wait_group 0;"), "k", 1, 64, [x, out], mode=mode)
+    assert torch.equal(out[: size // 4], 2 * x[: size // 4]) and not out[size // 4 :].any()
+    assert counts.global_load_bytes == counts.global_store_bytes == size
+
+
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"wait": ""}, "no cp.async.bulk.wait_group covers this copy, and the block ends"),
+        ({"wait": "cp.async.bulk.wait_group 1;"}, "no cp.async.bulk.wait_group covers this copy"),
+        ({"group": ""}, "no cp.async.bulk.wait_group covers this copy"),
+        ({"fence": ""}, "no fence.proxy.async lies between"),
+        (
+            {"wait": "mov.u32 %r4, 7; @%p3 st.shared.b32 [%r3], %r4; cp.async.bulk.wait_group 0;"},
+            "race.*may still be under way",
+        ),
+        ({"size": 24}, "a bulk copy needs addresses and sizes that are multiples of 16"),
+        ({"size": 272}, "in no tensor"),
+    ],
+)
+def test_bulk_copy_mistakes(change, message, mode):
+    x, out = torch.zeros(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    program = bulk_program(**({"size": 64, "wait": "cp.async.bulk.wait_group 0;"} | change))
+    with pytest.raises(EmulationError, match=message):
+        emulate(program, "k", 1, 64, [x, out], mode=mode)
+
+
+def named(full: str = "bar.arrive 1, 96;", awaited: str = "bar.sync 1, 96;", free: str = "bar.sync 2, 96;") -> str:
+    """Warp 0 fills shared memory twice and only arrives; warps 1 and 2 wait for it, and tell when it may go on."""
+    return kernel(
+        f"""mov.u32 %r1, smem; and.b32 %r2, %r0, 31; shr.u32 %r3, %r0, 5; mad.lo.u32 %r4, %r2, 4, %r1; mov.u32 %r5, 0;
+setp.ne.u32 %p1, %r3, 0; @%p1 bra C;
+P: mad.lo.u32 %r6, %r5, 100, %r2; st.shared.b32 [%r4], %r6; {full} {free}
+add.u32 %r5, %r5, 1; setp.lt.u32 %p2, %r5, 2; @%p2 bra P; bra E;
+C: {awaited} ld.shared.b32 %r6, [%r4]; bar.arrive 2, 96;
+mad.lo.u32 %r7, %r5, 64, %r0; mad.wide.u32 %rd10, %r7, 4, %rd0; st.global.b32 [%rd10+-128], %r6;
+add.u32 %r5, %r5, 1; setp.lt.u32 %p2, %r5, 2; @%p2 bra C;
+E: mov.u32 %r8, 0;""",
+        1,
+        shared=128,
+    )
+
+
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+def test_named_barriers(mode):
+    out = torch.zeros(2, 2, 32, dtype=torch.int32)
+    emulate(named(), "k", 1, 96, [out], mode=mode)
+    lanes = torch.arange(32, dtype=torch.int32)
+    assert torch.equal(out, torch.stack([lanes, lanes + 100])[:, None].expand(2, 2, 32))
+
+
+@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"full": ""}, "deadlock|race"),
+        ({"awaited": ""}, "race in shared memory"),
+        ({"free": ""}, "race in shared memory|more than 96 threads arrive at barrier 1|deadlock"),
+        ({"full": "bar.arrive 1, 64;"}, "barrier 1 is awaited by|deadlock"),
+        ({"full": "bar.arrive 3, 96;"}, "deadlock"),
+        ({"full": "bar.arrive 1, 96; st.shared.b32 [%r4], %r3;"}, "race in shared memory"),  # after it arrived
+        ({"full": "bar.arrive 1, 100;"}, "a barrier of 100 threads, no multiple of the warp's"),
+        ({"full": "bar.arrive 16, 96;"}, "barrier 16, of 16"),
+    ],
+)
+def test_named_barrier_mistakes(change, message, mode):
+    with pytest.raises(EmulationError, match=message):
+        emulate(named(**change), "k", 1, 96, [torch.zeros(2, 2, 32, dtype=torch.int32)], mode=mode)
 
 
 def test_generic_addresses_and_vectors():

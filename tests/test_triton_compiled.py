@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 import mmap
 
 import ptx_emulator
 import pytest
 import torch
+from ptx_emulator import EmulationError
+from test_ptx_emulator import REFILL, RING, WAIT_GROUP, WGMMA_WAIT, WRONG, ZERO_FILL, replaced
+from test_ptx_emulator import number as with_number
 from triton_problems import (
     PROBLEMS,
     arrays,
@@ -19,6 +24,7 @@ from triton_problems import (
     needs_triton,
 )
 
+import sparse_prune as sp
 from sparse_prune import reference
 
 pytestmark = [
@@ -26,6 +32,28 @@ pytestmark = [
     needs_triton,
 ]
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+MODES = ptx_emulator.MODES
+CAPABILITIES = (80, 90, 120)  # mma.sync with cp.async, wgmma, mma.sync again by a younger compiler
+
+
+def rotated(problems, dtypes=(BF16, F16, F32)):
+    """(problem, dtype, capability, mode): each problem on every GPU, there in another dtype and mode: two Latin squares."""
+    return [
+        (problem, dtypes[(i + j) % 3], capability, MODES[(i + 2 * j) % 3])
+        for i, problem in enumerate(problems)
+        for j, capability in enumerate(CAPABILITIES)
+    ]
+
+
+ROTATED = rotated(PROBLEMS[1:])
+EPILOGUES = [
+    (m, activation, extras, capability, MODES[(i + j + k) % 3])
+    for m in (5, 70)
+    for i, activation in enumerate(reference.ACTIVATIONS)
+    for j, extras in enumerate(((True, False), (False, True)))
+    for k, capability in enumerate(CAPABILITIES)
+]
+SKIPPING = [(merge, side, mode) for merge, side in ((2, 32), (4, 16), (2, 16)) for mode in MODES]
 
 
 def run(calls, capability, mode="late", count=True):
@@ -52,10 +80,10 @@ def run(calls, capability, mode="late", count=True):
     return counts
 
 
-def product(
-    x, packed, bias, residual, activation, capability, precision="ieee", transposed=False, config=None, mode="late"
+def calls_of(
+    x, packed, bias, residual, activation, capability, precision="ieee", transposed=False, config=None, times=False
 ):
-    """act(x @ W^T + bias) + residual, or x @ W if transposed, by the compiled kernels that a launch would choose; and counts."""
+    """act(x @ W^T + bias) + residual, or x @ W if transposed: what it becomes, and the calls that a launch would choose."""
     from sparse_prune_kernels import launch
     from sparse_prune_kernels.config import linear_config
 
@@ -69,8 +97,26 @@ def product(
     y = x.new_full((len(x), n), torch.nan)
     strides = (1, r) if transposed else (c, 1)
     plan = plans[config.merge]
-    calls = launch.linear_calls(x, plan, values, bias, residual, y, r, c, *strides, activation, config, precision)
+    extras = (activation, config, precision)
+    return y, launch.linear_calls(x, plan, values, bias, residual, y, r, c, *strides, *extras, times=times)
+
+
+def product(x, packed, bias, residual, activation, capability, *options, mode="late", **more):
+    """As calls_of, by the compiled kernels; and what was counted."""
+    y, calls = calls_of(x, packed, bias, residual, activation, capability, *options, **more)
     return y, run(calls, capability, mode)
+
+
+def blocks_of_product(dy, x, packed, capability):
+    """The stored blocks of dy^T @ x: what they become, and the calls that make them."""
+    from sparse_prune_kernels import launch
+    from sparse_prune_kernels.config import sdd_config
+
+    crow, col, values = arrays(packed)
+    dvalues = torch.full_like(values, torch.nan)
+    config = sdd_config(*packed.blocksize, x.element_size(), capability)
+    calls = [launch.sdd_call(dy, x, launch.row_of_blocks(crow, len(col)), col, dvalues, config, "ieee")]
+    return dvalues, calls if len(col) else []
 
 
 def check_forward(
@@ -88,38 +134,42 @@ def check_forward(
     return packed, counts
 
 
-# sm_80: mma.sync with cp.async. sm_90: wgmma. sm_120: mma.sync again, by a younger compiler.
-@pytest.mark.parametrize("capability", [80, 90, 120])
-@pytest.mark.parametrize("problem", PROBLEMS[1:], ids=str)
-def test_forward(problem, capability):
-    check_forward(problem, BF16, capability)
+@pytest.mark.parametrize("problem, dtype, capability, mode", ROTATED, ids=str)
+def test_forward(problem, dtype, capability, mode):
+    check_forward(problem, dtype, capability, mode=mode)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(
-    "dtype, precision, problem",
-    [
-        (F16, "ieee", (70, 128, 192, 64, 64, 0.4)),
-        (F32, "ieee", (33, 45, 70, 16, 32, 0.5)),
-        (F32, "tf32", (33, 64, 96, 32, 32, 0.5)),
-    ],
-    ids=str,
-)
-def test_other_dtypes(dtype, precision, problem, capability):
-    check_forward(problem, dtype, capability, precision=precision)
+@pytest.mark.parametrize("capability, mode", list(zip(CAPABILITIES, MODES, strict=True)))
+@pytest.mark.parametrize("problem", [(33, 64, 96, 32, 32, 0.5), (7, 45, 70, 16, 32, 0.5)], ids=str)
+def test_tf32(problem, capability, mode):
+    check_forward(problem, F32, capability, precision="tf32", mode=mode)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
-@pytest.mark.parametrize("m", [5, 70])
-def test_epilogues(m, activation, capability):
+@pytest.mark.parametrize("m, activation, extras, capability, mode", EPILOGUES, ids=str)
+def test_epilogues(m, activation, extras, capability, mode):
     """Within the kernel, and (small m) in the one that adds the parts."""
-    for extras in ((True, False), (False, True)):
-        check_forward((m, 45, 70, 16, 32, 0.5), BF16, capability, activation, extras)
+    k, density = (600, 0.7) if m == 5 else (70, 0.5)  # enough steps to share
+    _, counts = check_forward((m, 45, k, 16, 32, density), BF16, capability, activation, extras, mode=mode)
+    assert len(counts) == (2 if m == 5 else 1)
+
+
+@pytest.mark.parametrize("place, capability", list(enumerate(CAPABILITIES)))
+@pytest.mark.parametrize("kind, m, k", [("parts", 5, 600), ("whole", 70, 70), ("skip", 130, 96)])
+def test_what_is_stored_times_another_matrix(kind, m, k, place, capability):
+    """A gated MLP's gate, whose kernel multiplies by up's product, in each kernel that stores y."""
+    from sparse_prune_kernels.config import LinearConfig
+
+    skips = kind == "skip" and capability != 90
+    config = LinearConfig(2, 128, 16, 8, 1, False, 4, 3, skip=True) if skips else None
+    packed, x, bias, up = make_problem(m, 45, k, 16, 32, 0.7, BF16)
+    y, counts = product(x, packed, bias, up, "silu", capability, config=config, times=True, mode=MODES[place])
+    assert len(counts) == (2 if kind == "parts" else 1)
+    exact, dense = exact_and_dense(x, packed.to_dense(), bias, "silu", None)
+    assert_as_good_as_torch(y, exact * up.double(), dense * up)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("mode", ptx_emulator.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_asynchronous_copies_may_end_whenever_they_like(mode, capability):
     check_forward((260, 128, 640, 32, 32, 0.4), BF16, capability, mode=mode)
 
@@ -136,8 +186,7 @@ def test_merged_rows(tiling, capability):
     packed, counts = check_forward((130, 9 * 16 - 5, 90, 16, 16, 0.4), F16, capability, config=config)
 
 
-@pytest.mark.parametrize("mode", ptx_emulator.MODES)
-@pytest.mark.parametrize("merge, side", [(2, 32), (4, 16), (2, 16)])
+@pytest.mark.parametrize("merge, side, mode", SKIPPING)
 def test_skipping_what_a_block_row_lacks(merge, side, mode):
     """As they ship for A100, with K and N that no block divides, in both directions."""
     from sparse_prune_kernels.config import LinearConfig
@@ -150,24 +199,39 @@ def test_skipping_what_a_block_row_lacks(merge, side, mode):
     assert_as_good_as_torch(dx, dy.double() @ weight.double(), dy @ weight)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(
-    "problem", [(7, 45, 70, 16, 32, 0.5), (130, 96, 128, 32, 64, 0.4), (33, 64, 96, 64, 16, 0.3)], ids=str
-)
-def test_gradients(problem, capability):
-    from sparse_prune_kernels import launch
-    from sparse_prune_kernels.config import sdd_config
-
-    packed, x, _, dy = make_problem(*problem, BF16)
+@pytest.mark.parametrize("problem, dtype, capability, mode", ROTATED, ids=str)
+def test_gradients(problem, dtype, capability, mode):
+    packed, x, _, dy = make_problem(*problem, dtype)
     weight, (r, c) = packed.to_dense(), packed.blocksize
-    dx, _ = product(dy, packed, None, None, "none", capability, transposed=True)
+    dx, _ = product(dy, packed, None, None, "none", capability, transposed=True, mode=mode)
     assert_as_good_as_torch(dx, dy.double() @ weight.double(), dy @ weight)
-    crow, col, values = arrays(packed)
-    dvalues = torch.full_like(values, torch.nan)
-    config = sdd_config(r, c, 2, capability)
-    run([launch.sdd_call(dy, x, launch.row_of_blocks(crow, len(col)), col, dvalues, config, "ieee")], capability)
+    dvalues, calls = blocks_of_product(dy, x, packed, capability)
+    run(calls, capability, mode)
+    crow, col, _ = arrays(packed)
     exact, dense = (reference.bsr_sdd(a, b, crow, col, r, c) for a, b in ((dy.double(), x.double()), (dy, x)))
+    if (
+        dtype is F32
+    ):  # added row after row, as the kernel does: PyTorch's order on this CPU errs less, from some hundred rows on
+        rows_added = torch.zeros_like(weight)
+        for row_of_dy, row_of_x in zip(dy, x, strict=True):
+            rows_added.addr_(row_of_dy, row_of_x)
+        dense = sp.BsrWeight.from_dense(rows_added, packed.block_mask(), (r, c)).values
     assert_as_good_as_torch(dvalues, exact, dense)
+
+
+def test_every_kernel_runs_in_every_mode_on_every_gpu():
+    """What test_forward, test_gradients, test_epilogues and test_skipping... launch, and (the first three) in every dtype."""
+    seen = {("skip", capability, mode) for capability in (80, 120) for _, _, mode in SKIPPING}
+    seen |= {("sum_parts", capability, mode) for m, _, _, capability, mode in EPILOGUES if m == 5}
+    dtypes = set()
+    for problem, dtype, capability, mode in ROTATED:
+        for kind in ("forward", "dx", "sdd")[: 3 if problem[-1] else 2]:  # without a block there is no sdd
+            seen.add((kind, capability, mode))
+            dtypes.add((kind, capability, dtype))
+    wanted = set(itertools.product(("forward", "dx", "sdd", "sum_parts", "skip"), CAPABILITIES, MODES))
+    wanted -= {("skip", 90, mode) for mode in MODES}  # wgmma takes no condition
+    assert not wanted - seen
+    assert not set(itertools.product(("forward", "dx", "sdd"), CAPABILITIES, (BF16, F16, F32))) - dtypes
 
 
 # Few rows and many, merged block-rows on wgmma and mma.sync, and (sm_80, 32x32, M = 300) the kernel that skips.
@@ -218,16 +282,15 @@ def test_nan_and_infinity_stay_with_their_token_or_their_output(m, side, capabil
 def test_nan_and_infinity_in_gradients(m, capability, dtype):
     """In dy they reach dx of their token and dW of their output, in x dW of their input, in W dx of theirs."""
     from sparse_prune_kernels import launch
-    from sparse_prune_kernels.config import sdd_config
 
     packed, x, _, dy = make_problem(m, 9 * 32, 5 * 32, 32, 32, 0.4, dtype)
     crow, col, values = arrays(packed)
-    row_of, size = launch.row_of_blocks(crow, len(col)), x.element_size()
+    row_of = launch.row_of_blocks(crow, len(col))
     row, column = int(row_of[0]), int(col[0])
 
     def gradients(dy, x, weight):
-        dvalues = torch.full_like(values, torch.nan)
-        run([launch.sdd_call(dy, x, row_of, col, dvalues, sdd_config(32, 32, size, capability), "ieee")], capability)
+        dvalues, calls = blocks_of_product(dy, x, packed, capability)
+        run(calls, capability)
         return product(dy, weight, None, None, "none", capability, transposed=True)[0], dvalues
 
     clean = gradients(dy, x, packed)
@@ -305,26 +368,26 @@ QUANTIZED_PROBLEMS = [
 
 
 # mma.sync's and wgmma's int8, and on sm_120 what a younger compiler makes of it; M = 5 and 33 go through sum_parts_kernel.
-@pytest.mark.parametrize("capability", [80, 90, 120])
-@pytest.mark.parametrize("problem", QUANTIZED_PROBLEMS, ids=str)
-def test_int8(problem, capability):
-    dtype, x_scale = {80: (BF16, None), 90: (F16, 0.03), 120: (F32, None)}[capability]
-    check_quantized("int8", problem, dtype, capability, x_scale=x_scale)
+@pytest.mark.parametrize("problem, dtype, capability, mode", rotated(QUANTIZED_PROBLEMS), ids=str)
+def test_int8(problem, dtype, capability, mode):
+    check_quantized("int8", problem, dtype, capability, x_scale=0.03 if capability == 90 else None, mode=mode)
 
 
 # mma.sync's e4m3 on sm_89 and sm_120; on sm_90 wgmma's, or float16's by mma.sync.
-@pytest.mark.parametrize("capability", [89, 90, 120])
-@pytest.mark.parametrize("problem", QUANTIZED_PROBLEMS, ids=str)
-def test_e4m3(problem, capability):
-    dtype, x_scale = {89: (F32, 0.01), 90: (BF16, None), 120: (F16, None)}[capability]
-    check_quantized("e4m3", problem, dtype, capability, x_scale=x_scale)
+@pytest.mark.parametrize("problem, dtype, capability, mode", rotated(QUANTIZED_PROBLEMS, (F32, BF16, F16)), ids=str)
+def test_e4m3(problem, dtype, capability, mode):
+    of_all = 0.01 if capability == 80 else None
+    check_quantized("e4m3", problem, dtype, max(capability, 89), x_scale=of_all, mode=mode)
 
 
 # int8 becomes bfloat16 or float16 in registers, and on sm_90 goes from there into wgmma. sm_80 and sm_120 skip at 32x32.
-@pytest.mark.parametrize("capability", [80, 90, 120])
-@pytest.mark.parametrize("problem", [*QUANTIZED_PROBLEMS, (130, 140, 96, 32, 32, 0.4)], ids=str)
-def test_w8a16(problem, capability):
-    check_quantized("w8a16", problem, F16 if capability == 120 else BF16, capability)
+@pytest.mark.parametrize(
+    "problem, dtype, capability, mode",
+    rotated([*QUANTIZED_PROBLEMS, (130, 140, 96, 32, 32, 0.4)], (BF16, F16, BF16)),
+    ids=str,
+)
+def test_w8a16(problem, dtype, capability, mode):
+    check_quantized("w8a16", problem, dtype, capability, mode=mode)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -358,6 +421,117 @@ def test_work_of_int8_is_what_config_counts():
     )  # residual, bias and scales too
     assert loaded <= 32 * counts.l2_load_sectors <= 1.05 * loaded + 64 * 4 * plan.table.numel()
     assert counts.shared_wavefronts <= 1.1 * counts.shared_ideal
+
+
+# ---- bugs planted in the kernels that ship: an error, or a wrong result ----
+
+
+@functools.cache
+def shipped(kernel, capability):
+    """One launch of a kernel: its compiled text, where its result goes, what that should be and what PyTorch makes of it."""
+    from sparse_prune_kernels import offline
+    from sparse_prune_kernels.config import LinearConfig
+
+    torch.manual_seed(0)
+    packed, x, _, dy = make_problem(200, 5 * 32 - 3, 10 * 32, 32, 32, 0.5, BF16)
+    if kernel == "bsr_sdd_kernel":
+        dy = torch.randn(200, 5 * 32).bfloat16()[:, : 5 * 32 - 3]  # rows apart, so that copies are wide
+        result, (call,) = blocks_of_product(dy, x, packed, capability)
+        index = (packed.crow_indices, packed.col_indices, 32, 32)
+        exact, dense = (reference.bsr_sdd(a, b, *index) for a, b in ((dy.double(), x.double()), (dy, x)))
+    else:
+        config = LinearConfig(2, 64, 32, 8, 1, False, 4, 3, skip="skip" in kernel)
+        result, (call,) = calls_of(x, packed, None, None, "none", capability, config=config)
+        exact, dense = exact_and_dense(x, packed.to_dense(), None, "none", None)
+    assert call.kernel.fn.__name__ == kernel
+    return call, offline.compile_call(call, capability), result, exact, dense
+
+
+def emulate_shipped(kernel, capability, edit, mode):
+    """The edited text's result, checked: EmulationError, AssertionError, or neither."""
+    call, made, result, exact, dense = shipped(kernel, capability)
+    ptx, arguments = edit(made.ptx), [call.arguments[name] for name in made.parameters]
+    assert ptx != made.ptx
+    result.fill_(torch.nan)
+    threads = 32 * call.num_warps
+    ptx_emulator.emulate(ptx, kernel, call.grid, threads, arguments, shared_bytes=made.shared, mode=mode, limit=1 << 20)
+    assert_as_good_as_torch(result, exact, dense)
+
+
+LINEAR, SKIP, SDD = "bsr_linear_kernel", "bsr_linear_skip_kernel", "bsr_sdd_kernel"
+BEFORE_READING = r"(cp\.async\.wait_group\s+\d+;[^;]*)bar\.sync\s+0;"
+PLANTED = {
+    "wait_group one too weak": (
+        ((LINEAR, 80), (SKIP, 80), (SDD, 80), (LINEAR, 90)),
+        replaced(WAIT_GROUP, lambda m: with_number(m, lambda n: n + 1), None),
+        "may still be under way",
+    ),
+    "no barrier before reading": (
+        ((LINEAR, 80), (SKIP, 80), (SDD, 80), (LINEAR, 90)),
+        replaced(BEFORE_READING, r"\1", None),
+        "not ordered|may still be under way",
+    ),
+    "no barrier before refilling a stage": (((LINEAR, 80), (SKIP, 80)), replaced(REFILL, "", -1), "race"),
+    "commit dropped": (
+        ((LINEAR, 80), (SKIP, 80), (SDD, 80), (LINEAR, 90)),
+        replaced(r"cp\.async\.commit_group;", "", -1),
+        "may still be under way",
+    ),
+    "one stage for ever": (
+        ((LINEAR, 80), (SKIP, 80), (SDD, 80), (LINEAR, 90)),
+        replaced(RING, r"mov.b32 \1, 0;"),
+        "race",
+    ),
+    "load without zero fill": (
+        ((LINEAR, 80), (SKIP, 80), (SDD, 80), (LINEAR, 90)),
+        replaced(ZERO_FILL, r"mov.b32 \1, 16;", None),
+        r"cp\.async.*in no tensor",
+    ),
+    "store without its predicate": (
+        ((LINEAR, 80), (SKIP, 80), (LINEAR, 90)),
+        replaced(r"@%p\d+ (st\.global)", r"\1", None),
+        r"st\.global.*in no tensor",
+    ),
+    "swizzle dropped": (
+        ((LINEAR, 80), (SKIP, 80), (SDD, 80), (LINEAR, 90)),
+        replaced(r"xor\.b32\s+(%r\d+), (%r\d+), \S+;", r"mov.b32 \1, \2;"),
+        WRONG,
+    ),
+    "fragments not transposed": (((SDD, 80),), replaced(r"(ldmatrix\S*)\.trans", r"\1", None), WRONG),
+    "blocks from one place on": (
+        ((LINEAR, 80), (SKIP, 80), (LINEAR, 90)),
+        replaced(r"(m\w+\.wide\.s32\s+%rd\d+, %r\d+), 2048", r"\1, 0", None),  # bytes of a block
+        WRONG,
+    ),
+    "no fence.proxy.async": (
+        ((LINEAR, 90),),
+        replaced(r"fence\.proxy\.async\S*;", "", None),
+        "no fence.proxy.async lies between",
+    ),
+    "result read too early": (
+        ((LINEAR, 90),),
+        replaced(WGMMA_WAIT, lambda m: with_number(m, lambda n: n + 1), None),
+        "no wgmma.wait_group covers it|may still be under way",
+    ),
+    "no wgmma.fence": (((LINEAR, 90),), replaced(r"wgmma\.fence\S*;", "", None), "no wgmma.fence"),
+}
+PLANTED_IN = [(*kernel, bug) for bug, (kernels, _, _) in PLANTED.items() for kernel in kernels]
+
+
+@pytest.mark.parametrize("kernel, capability", [(LINEAR, 80), (SKIP, 80), (SDD, 80), (LINEAR, 90)])
+@pytest.mark.parametrize("mode", MODES)
+def test_text_as_it_ships(kernel, capability, mode):
+    emulate_shipped(kernel, capability, lambda ptx: ptx + "\n", mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kernel, capability, bug", PLANTED_IN)
+def test_planted_bug(kernel, capability, bug, mode):
+    _, edit, message = PLANTED[bug]
+    text = edit(shipped(kernel, capability)[1].ptx)
+    expected = (AssertionError, None) if message is WRONG else (EmulationError, message)
+    with pytest.raises(expected[0], match=expected[1]):
+        emulate_shipped(kernel, capability, lambda ptx: text, mode)
 
 
 def lazy(*shape):
@@ -414,3 +588,25 @@ def test_work_is_what_config_counts(capability, merge, skip):
     index = 4 * plan.table.numel()
     assert loaded <= 32 * counts.l2_load_sectors <= 1.02 * loaded + 64 * index
     assert counts.shared_wavefronts <= 1.1 * counts.shared_ideal
+
+
+# Capability, (M, K, N), blocksize, density, kind of bound, the least that it may be: docs/gpu-performance.md and gpu-bounds.md.
+PROMISED = [
+    (80, (16, 4096, 4096), (128, 128), 0.1, "speedup_bound", 7.5),
+    (90, (16, 4096, 4096), (128, 128), 0.1, "speedup_bound", 7.2),
+    (90, (512, 768, 3072), (32, 32), 0.2, "e_bound", 0.235),
+    (80, (4096, 4096, 4096), (32, 32), 0.2, "e_bound", 0.79),  # the kernel that skips
+    (80, (4096, 4096, 4096), (64, 64), 0.2, "e_bound", 0.95),
+    (90, (4096, 4096, 4096), (128, 128), 0.2, "e_bound", 0.73),
+]
+
+
+@pytest.mark.parametrize("promised", PROMISED, ids=str)
+def test_bounds_are_those_promised(promised):
+    from sparse_prune import gpu_bounds
+
+    capability, problem, block, density, kind, least = promised
+    row = gpu_bounds.triton_row(capability, problem[0], gpu_bounds.weight_of(problem, block, density))
+    assert row[kind] >= least, row
+    assert row["wavefronts_per_ideal"] <= 1.03
+    assert problem[0] > 64 or row["bytes_ratio"] <= 1.02

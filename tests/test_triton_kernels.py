@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from sparse_prune_kernels import support, unavailable
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton_problems import arrays, make_problem, needs_triton
 
+from sparse_prune import ops
 from sparse_prune.errors import SparsePruneError
 from sparse_prune.ops import backend_for
 
@@ -135,7 +137,15 @@ SDD_GATES = [
     (64, 16, "float16", 120, "ieee"),
     (32, 32, "float32", 80, "ieee"),
     (32, 32, "float32", 80, "tf32"),
+    (16, 128, "bfloat16", 86, "ieee"),
+    (64, 64, "float16", 89, "ieee"),
+    (128, 32, "bfloat16", 100, "ieee"),
 ]
+ALL_SDD_GATES = (
+    [(r, c, "bfloat16", capability, "ieee") for capability in (80, 86, 89, 90, 100, 120) for r in SIDES for c in SIDES]
+    + [(r, c, "float32", capability, "ieee") for capability in (80, 90, 120) for r in SIDES for c in SIDES]
+    + [(r, r, "float32", capability, "tf32") for capability in (86, 90, 100, 120) for r in SIDES]
+)
 
 
 def tiling(m, side_n, side_k, itemsize, capability, value_size=0):
@@ -170,10 +180,17 @@ def check_gates(made, dtype, capability, precision, instruction, bytes_per_stage
         assert products == {(instruction, PRODUCTS.get(dtype, dtype))}
 
 
+def sizes_of(dtype):
+    """Bytes of a number as it is multiplied, and of a stored weight's."""
+    from sparse_prune_kernels import offline
+
+    return (kind.itemsize for kind in offline.QUANTIZED.get(dtype) or (getattr(torch, dtype),) * 2)
+
+
 def check_linear_gates(side_n, side_k, m, dtype, capability, precision, transposed, even_k):
     from sparse_prune_kernels import config, offline
 
-    itemsize, value_size = (kind.itemsize for kind in offline.QUANTIZED.get(dtype) or (getattr(torch, dtype),) * 2)
+    itemsize, value_size = sizes_of(dtype)
     tiles = tiling(m, side_n, side_k, itemsize, capability, value_size)
     made, *then = offline.compile_linear(
         tiles, side_n, side_k, dtype, capability, precision, transposed=transposed, even_k=even_k
@@ -191,7 +208,8 @@ def check_linear_gates(side_n, side_k, m, dtype, capability, precision, transpos
     # What config.py counts on: one program of eight warps on an SM, two of four, three of the small ones.
     programs = 3 if m <= config.SMALL_M and itemsize <= 2 else 1 if tiles.num_warps == 8 else 2
     assert programs * 32 * tiles.num_warps * made.registers <= 65536
-    assert programs * (made.shared + 1024) <= config.gpu_of(capability).shared + 1024 * programs
+    # The system takes 1 KiB of an SM's shared memory for each program, beside the most that one program may have.
+    assert programs * (made.shared + 1024) <= config.gpu_of(capability).shared + 1024
     assert len(then) == (tiles.split > 1) and all(kernel.stack == 0 for kernel in then)
 
 
@@ -238,13 +256,15 @@ AMD_GATES = [
     (64, 64, 16, "float16", 942, False),
     (128, 128, 4096, "bfloat16", 950, True),
     (16, 16, 512, "bfloat16", 950, False),
+    (32, 32, 4096, "int8", 942, False),
+    (64, 64, 512, "w8a16", 950, False),
 ]
 ALL_AMD_GATES = [
-    (r, c, m, dtype, capability, r > c)
+    (r, c, m, dtype, capability, r > c and dtype not in ("int8", "w8a16"))
     for capability in (942, 950)
     for r in SIDES
     for c in SIDES
-    for m, dtype in ((4096, "bfloat16"), (16, "float16"), (512, "float32"))
+    for m, dtype in ((4096, "bfloat16"), (16, "float16"), (512, "float32"), (4096, "int8"), (16, "w8a16"))
     if r == c or m == 4096
 ]
 
@@ -253,12 +273,13 @@ def check_amd(side_n, side_k, m, dtype, capability, transposed):
     """They compile for AMD without spills and within local memory, and multiply by matrix instructions."""
     from sparse_prune_kernels import offline
 
-    tiles = tiling(m, side_n, side_k, 4 if dtype == "float32" else 2, capability)
+    itemsize, value_size = sizes_of(dtype)
+    tiles = tiling(m, side_n, side_k, itemsize, capability, value_size)
     product, *then = offline.compile_linear(tiles, side_n, side_k, dtype, capability, transposed=transposed)
     for made in (product, *then):
         check_amd_gates(made, capability)
-    kind = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}[dtype]
-    assert re.search(rf"v_mfma_f32_\w+{kind}", product.ptx)
+    kind = {"float32": "f32", "int8": "i8"}.get(dtype, PRODUCTS[dtype])
+    assert re.search(rf"v_mfma_[fi]32_\w+{kind}", product.ptx)
 
 
 @needs_triton
@@ -284,17 +305,29 @@ def test_compiled_sdd_for_amd(capability):
     )
 
 
-@needs_triton
-@pytest.mark.parametrize("gate", SDD_GATES, ids=str)
-def test_compiled_sdd(gate):
+def check_sdd_gates(r, c, dtype, capability, precision):
     from sparse_prune_kernels import config, offline
 
-    r, c, dtype, capability, precision = gate
     itemsize = 4 if dtype == "float32" else 2
     tiles = config.sdd_config(r, c, itemsize, capability)
     made = offline.compile_sdd(tiles, r, c, dtype, capability, precision)
     instruction = "wgmma.mma_async" if capability == 90 and r >= 64 else "mma.sync"
+    if capability == 100 and (dtype != "float32" or precision != "ieee"):
+        instruction = next(name for name in ("tcgen05.mma", "mma.sync") if name in made.ptx)
     check_gates(made, dtype, capability, precision, instruction, (r + c) * tiles.block_m * itemsize, tiles.num_stages)
+
+
+@needs_triton
+@pytest.mark.parametrize("gate", SDD_GATES, ids=str)
+def test_compiled_sdd(gate):
+    check_sdd_gates(*gate)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", ALL_SDD_GATES, ids=str)
+def test_compiled_sdd_for_every_blocksize(gate):
+    check_sdd_gates(*gate)
 
 
 def test_linear_config_fits_its_problem():
@@ -532,18 +565,35 @@ def test_triton_version(gpu, monkeypatch, number, reason):
 
 def test_registered_operators_fall_back_where_a_reason_stands():
     library, called = Library(), []
-    names = ("bsr_linear", "bsr_linear_int8", "bsr_linear_e4m3", "bsr_linear_w8a16", "bsr_linear_dx", "bsr_sdd")
+    names = (
+        "bsr_linear",
+        "bsr_linear_glu",
+        "bsr_linear_int8",
+        "bsr_linear_e4m3",
+        "bsr_linear_w8a16",
+        "bsr_linear_dx",
+        "bsr_sdd",
+    )
     fallbacks = {name: lambda *arguments, name=name: called.append((name, len(arguments))) for name in names}
     support.register(library, fallbacks)
     assert set(library.implementations) == {(name, "CUDA") for name in names}
     x, values, index = torch.zeros(4, 8), torch.zeros(1, 4, 8), torch.zeros(2, dtype=torch.int32)
     library.implementations["bsr_linear", "CUDA"](x, index, index, values, None, 4, None, "none", None)
+    weight = (index, index, values, None)
+    library.implementations["bsr_linear_glu", "CUDA"](x, *weight, *weight, 4, None, None, "silu")
     scaled = (values.char(), torch.ones(4))
     library.implementations["bsr_linear_int8", "CUDA"](x, index, index, *scaled, None, 4, None, "none", None, None)
     library.implementations["bsr_linear_w8a16", "CUDA"](x, index, index, *scaled, None, 4, None, "none", None)
     library.implementations["bsr_linear_dx", "CUDA"](x, index, index, values, 8)
     library.implementations["bsr_sdd", "CUDA"](x, x, index, index, 4, 8)
-    counts = {"bsr_linear": 9, "bsr_linear_int8": 11, "bsr_linear_w8a16": 10, "bsr_linear_dx": 5, "bsr_sdd": 6}
+    counts = {
+        "bsr_linear": 9,
+        "bsr_linear_glu": 13,
+        "bsr_linear_int8": 11,
+        "bsr_linear_w8a16": 10,
+        "bsr_linear_dx": 5,
+        "bsr_sdd": 6,
+    }
     assert called == list(counts.items())
 
 
@@ -562,6 +612,7 @@ def test_tensors_on_the_cpu(monkeypatch):
     crow, col, values = arrays(packed)
     calls = {
         "bsr_linear": (x, crow, col, values, None, 45, bias, "gelu", residual),
+        "bsr_linear_glu": (x, crow, col, values, None, crow, col, values, None, 45, bias, bias, "silu"),
         "bsr_linear_int8": (x, crow, col, values.char(), bias.float(), None, 45, bias, "gelu", residual, None),
         "bsr_linear_w8a16": (x, crow, col, values.char(), bias.float(), None, 45, bias, "gelu", residual),
         "bsr_linear_dx": (residual, crow, col, values, 70),
@@ -584,6 +635,69 @@ def test_mixed_devices(place, name, monkeypatch):
     arguments[place] = arguments[place].to("meta")
     with pytest.raises(SparsePruneError, match=f"{name}: expected cpu like x, got meta; {name}.to\\(x.device\\)"):
         registered(monkeypatch)["bsr_linear"](*arguments)
+
+
+def linear_on_paper(monkeypatch, m=64, n=64, k=128, steps=1, tiles=1, table=4, block_m=16):
+    """launch._linear for tensors without memory, as far as the launches; 16 inputs of a block's 128 a step."""
+    from sparse_prune_kernels import launch
+    from sparse_prune_kernels.config import LinearConfig
+    from sparse_prune_kernels.plan import Plan
+
+    monkeypatch.setattr(launch, "linear_calls", lambda *arguments, **options: [])
+    x, values = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((m, k), (1, 16, 128)))
+    plan = Plan(1, tiles, steps, torch.empty(table, dtype=torch.int32, device="meta"), 1.0)
+    config = LinearConfig(1, block_m, 16, 8, 1, False, 4, 3)
+    return launch._linear(x, {1: plan}, values, n, 16, 128, 128, 1, None, "none", None, config)
+
+
+SIZE, INT32 = 2**31 - 512, 2**31  # the largest of sizes; the first number that int32 lacks
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "fits, grows, argument, expected, remedy",
+    [
+        ({"m": SIZE}, {"m": SIZE + 1}, "M", f"at most {SIZE} rows or columns", "split the problem"),
+        ({"n": SIZE}, {"n": SIZE + 1}, "N", f"at most {SIZE} rows or columns", "split the problem"),
+        ({"k": SIZE}, {"k": SIZE + 1}, "K", f"at most {SIZE} rows or columns", "split the problem"),
+        (
+            {"steps": INT32 // 8 - 1},
+            {"steps": INT32 // 8},
+            "col_indices",
+            f"a plan of fewer than {INT32}",
+            "larger blocks",
+        ),
+        ({"table": INT32 - 1}, {"table": INT32}, "col_indices", f"a plan of fewer than {INT32}", "larger blocks"),
+        ({"tiles": INT32 // 4 - 1}, {"tiles": INT32 // 4}, "x", f"at most {INT32 - 1} tiles", "fewer rows at a time"),
+        ({"m": SIZE, "tiles": 15}, {"m": SIZE, "tiles": 17}, "x", f"at most {INT32 - 1} tiles", "fewer rows at a time"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value),
+)
+def test_numbers_beyond_int32(fits, grows, argument, expected, remedy, monkeypatch):
+    """Rows, columns, places in the plan, steps of the loop and programs: the last that int32 numbers runs, the next is told."""
+    sizes = {"m": 64, "n": 64} | fits
+    assert linear_on_paper(monkeypatch, **fits).shape == (sizes["m"], sizes["n"])
+    with pytest.raises(support.ArgumentError, match=rf"^{argument}: expected {expected}.*, got \d+; {remedy}$"):
+        linear_on_paper(monkeypatch, **grows)
+
+
+@pytest.mark.parametrize("picked, runs", [("triton", ["glu"]), ("cuda", ["bsr_linear", "bsr_linear"])])
+def test_gate_and_up_by_the_kernel_that_the_planner_takes(picked, runs, monkeypatch):
+    """Triton's in one call; where CUDA C++ takes either, each product by what it takes."""
+    ran = []
+    monkeypatch.setattr(ops.planner, "gpu_kernel", lambda device, dtype, block, density, shape, m: picked)
+    linear = torch.ops.sparse_prune.bsr_linear
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            ran.extend(["bsr_linear"] if function == linear.default else [])
+            return function(*arguments, **(options or {}))
+
+    packed, x, bias, _ = make_problem(7, 45, 70, 16, 32, 0.5, torch.float32)
+    weight, operator = (*arrays(packed), None), ops.picking_glu(lambda *arguments: ran.append("glu"))
+    with Seen():
+        operator(x, *weight, *weight, 45, bias, bias, "silu")
+    assert ran == runs
 
 
 @pytest.mark.parametrize(

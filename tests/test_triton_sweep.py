@@ -71,6 +71,24 @@ def test_forward_and_gradients(problem, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "problem", [(0, 64, 64, 32, 32, 0.5), (7, 45, 600, 16, 32, 0.7), (130, 128, 96, 16, 16, 0.2)], ids=str
+)
+def test_gate_times_up(problem, dtype):
+    """Split inputs too; blocks of up may have another size."""
+    gate, x, gate_bias, _ = make(*problem, dtype)
+    up, _, up_bias, _ = make(*problem[:3], 32, 16, 0.6, dtype)
+    for activation, biases in (("silu", (gate_bias, up_bias)), ("gelu", (None, up_bias)), ("none", (None, None))):
+        got = launch.bsr_linear_glu(x, arrays(gate), arrays(up), problem[1], *biases, activation)
+        sides = [
+            exact_and_dense(x, weight.to_dense(), bias, act, None)
+            for weight, bias, act in zip((gate, up), biases, (activation, "none"), strict=True)
+        ]
+        exact, dense = (g * u for g, u in zip(*sides, strict=True))
+        assert_as_good_as_torch(got, exact, dense)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_epilogues(activation, dtype):
     packed, x, bias, residual = make(7, 45, 70, 16, 32, 0.5, dtype)
@@ -423,7 +441,7 @@ def chosen(monkeypatch, packed, x, gradient=False):
     seen = []
     with monkeypatch.context() as patch:
         real = launch.linear_calls
-        patch.setattr(launch, "linear_calls", lambda *a: (seen.append(a[11]), real(*a))[1])
+        patch.setattr(launch, "linear_calls", lambda *a, **b: (seen.append(a[11]), real(*a, **b))[1])
         if gradient:
             launch.bsr_linear_dx(x.new_zeros(len(x), packed.shape[0]), *arrays(packed), packed.shape[1])
         elif packed.scales is None:

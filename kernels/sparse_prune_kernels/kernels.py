@@ -28,6 +28,13 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def with_residual(acc, residual, RESIDUAL: tl.constexpr):
+    """acc + residual or acc * residual, in float32, as RESIDUAL says."""
+    residual = residual.to(tl.float32)
+    return acc * residual if RESIDUAL == "times" else acc + residual
+
+
+@triton.jit
 def multiply(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
     """acc + a @ b: in int32 of int8 numbers, else in float32. One operand of int8 alone becomes what the other one is."""
     if acc.dtype == tl.int32:
@@ -101,11 +108,11 @@ def finish(
     SCALED: tl.constexpr,
     X_SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
+    RESIDUAL: tl.constexpr,  # "none", "add" or "times": what is done with residual
     WHOLE: tl.constexpr,  # acc is the whole product: what follows it is done here
     INTERPRETED: tl.constexpr,
 ):
-    """Store act(acc * scales * x_scales + bias) + residual, or acc, where the plan says that its outputs belong."""
+    """Store act(acc * scales * x_scales + bias) + residual (or * residual), or acc, where the plan says that its outputs belong."""
     HEIGHT: tl.constexpr = acc.shape[0]
     LENGTH: tl.constexpr = acc.shape[1]
     HALF: tl.constexpr = LENGTH // 2
@@ -113,11 +120,11 @@ def finish(
         left, right = tl.split(tl.permute(tl.reshape(acc, (HEIGHT, 2, HALF)), (0, 2, 1)))  # [HEIGHT, HALF] each
         finish(
             left, START, NARROW, head, first_m, x_scales, scales, bias, residual, y, M, N,
-            SIDE_N, SWAP, ACTIVATION, SCALED, X_SCALED, HAS_BIAS, HAS_RESIDUAL, WHOLE, INTERPRETED,
+            SIDE_N, SWAP, ACTIVATION, SCALED, X_SCALED, HAS_BIAS, RESIDUAL, WHOLE, INTERPRETED,
         )  # fmt: skip
         finish(
             right, START + HALF, NARROW, head, first_m, x_scales, scales, bias, residual, y, M, N,
-            SIDE_N, SWAP, ACTIVATION, SCALED, X_SCALED, HAS_BIAS, HAS_RESIDUAL, WHOLE, INTERPRETED,
+            SIDE_N, SWAP, ACTIVATION, SCALED, X_SCALED, HAS_BIAS, RESIDUAL, WHOLE, INTERPRETED,
         )  # fmt: skip
         return
     m_axis: tl.constexpr = 1 if SWAP else 0
@@ -140,8 +147,8 @@ def finish(
         if HAS_BIAS:
             acc += tl.expand_dims(tl.load(bias + n_out, mask=n_mask, other=0.0).to(tl.float32), m_axis)
         acc = activate(acc, ACTIVATION)
-        if HAS_RESIDUAL:
-            acc += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
+        if RESIDUAL != "none":
+            acc = with_residual(acc, tl.load(residual + offsets, mask=mask, other=0.0), RESIDUAL)
     tl.store(y + offsets, round_to(acc, y.dtype.element_ty, INTERPRETED), mask=mask)
 
 
@@ -153,7 +160,7 @@ def bsr_linear_kernel(
     x_scales,  # float32 [M], read if X_SCALED: x and values are then int8 or float8e4nv
     scales,  # float32 [N], read if SCALED: values are then int8 or float8e4nv, and x of that type too or bfloat16 and the like
     bias,  # [N], read if HAS_BIAS
-    residual,  # [M, N], read if HAS_RESIDUAL
+    residual,  # [M, N], read unless RESIDUAL is "none"
     y,  # [M, N]; [SPLIT, M, N] of acc's dtype if SPLIT > 1: sums over a part of the inputs, without what follows the product
     M,
     N,
@@ -175,7 +182,7 @@ def bsr_linear_kernel(
     SCALED: tl.constexpr,
     X_SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     EVEN_K: tl.constexpr,  # K is a multiple of SIDE_K: no block reaches past x
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -201,14 +208,16 @@ def bsr_linear_kernel(
     end = begin + columns_of_tile * (part + 1) // SPLIT
     begin += columns_of_tile * part // SPLIT
     steps = plan + (tiles_n + 1) * WIDTH
-    step_slots = steps + 1 + n // SIDE_N  # [BLOCK_N]
+    ALIKE: tl.constexpr = 1 if MERGE == 1 else SIDE_N  # places that are one
+    # One for all outputs where there is one: Triton would pass 128 of them from layout to layout in every step.
+    step_slots = steps + 1 + (tl.arange(0, 1) if MERGE == 1 else n // SIDE_N)  # [1] or [BLOCK_N], as slot
     kind: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), kind)
     last = end - 1  # of an empty tile: a row of the plan all the same, the heads' last one at worst
     first = tl.minimum(begin, last)
     column = tl.load(steps + first * WIDTH)
     # That a whole block has one slot tells the compiler which loads it may widen.
-    slot = tl.max_constancy(tl.load(step_slots + first * WIDTH), SIDE_N)  # [BLOCK_N]
+    slot = tl.max_constancy(tl.load(step_slots + first * WIDTH), ALIKE)
     # Columns and the steps within them are one loop, so that the pipeline never drains between blocks. Where the next tiles lie
     # is read one step ahead: tiles whose address is loaded in the same step would get half of the pipeline's stages.
     for step in range(begin * STEPS, end * STEPS):
@@ -217,13 +226,13 @@ def bsr_linear_kernel(
         x_mask = m[:, None] < M  # [BLOCK_M, 1]
         if not EVEN_K:
             x_mask = x_mask & (columns[None, :] < K)  # [BLOCK_M, BLOCK_K]
-        w_mask = slot[None, :] >= 0  # [1, BLOCK_N]
+        w_mask = slot[None, :] >= 0  # [1, BLOCK_N] or [1, 1]
         if BLOCK_K > SIDE_K:
             x_mask = x_mask & (k[None, :] < SIDE_K)  # [BLOCK_M, BLOCK_K]
             w_mask = w_mask & (k[:, None] < SIDE_K)  # [BLOCK_K, BLOCK_N]
         x_tile = tl.load(x_rows + columns[None, :], mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
         # A block-row without this column gets zeros, which cost tensor-core time and no bytes.
-        w_blocks = values + slot.to(tl.int64) * (SIDE_N * SIDE_K) + inner * VALUE_STRIDE_K  # [BLOCK_N]
+        w_blocks = values + slot.to(tl.int64) * (SIDE_N * SIDE_K) + inner * VALUE_STRIDE_K  # as slot
         w_tile = tl.load(w_blocks[None, :] + in_block, mask=w_mask, other=0.0)  # [BLOCK_K, BLOCK_N]
         if SWAP:
             acc = multiply(tl.trans(w_tile), tl.trans(x_tile), acc, PRECISION, INTERPRETED)  # [BLOCK_N, BLOCK_M]
@@ -231,13 +240,13 @@ def bsr_linear_kernel(
             acc = multiply(x_tile, w_tile, acc, PRECISION, INTERPRETED)  # [BLOCK_M, BLOCK_N]
         ahead = tl.minimum((step + 1) // STEPS, last)
         column = tl.load(steps + ahead * WIDTH)
-        slot = tl.max_constancy(tl.load(step_slots + ahead * WIDTH), SIDE_N)  # [BLOCK_N]
+        slot = tl.max_constancy(tl.load(step_slots + ahead * WIDTH), ALIKE)
 
     if SPLIT > 1:
         y += part.to(tl.int64) * M * N
     finish(
         acc, 0, NARROW, head, first_m, x_scales, scales, bias, residual, y, M, N,
-        SIDE_N, SWAP, ACTIVATION, SCALED, X_SCALED, HAS_BIAS, HAS_RESIDUAL, SPLIT == 1, INTERPRETED,
+        SIDE_N, SWAP, ACTIVATION, SCALED, X_SCALED, HAS_BIAS, RESIDUAL, SPLIT == 1, INTERPRETED,
     )  # fmt: skip
 
 
@@ -264,7 +273,7 @@ def bsr_linear_skip_kernel(
     values,  # [nnzb, ...], blocks of SIDE_N * SIDE_K elements
     scales,  # float32 [N], read if SCALED: values are then int8
     bias,  # [N], read if HAS_BIAS
-    residual,  # [M, N], read if HAS_RESIDUAL
+    residual,  # [M, N], read unless RESIDUAL is "none"
     y,  # [M, N]
     M,
     N,
@@ -284,7 +293,7 @@ def bsr_linear_skip_kernel(
     ACTIVATION: tl.constexpr,
     SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -374,20 +383,20 @@ def bsr_linear_skip_kernel(
 
     finish(
         acc0, 0, NARROW, head, first_m, None, scales, bias, residual, y, M, N,
-        SIDE_N, False, ACTIVATION, SCALED, False, HAS_BIAS, HAS_RESIDUAL, True, INTERPRETED,
+        SIDE_N, False, ACTIVATION, SCALED, False, HAS_BIAS, RESIDUAL, True, INTERPRETED,
     )  # fmt: skip
     finish(
         acc1, 0, NARROW, head + 1, first_m, None, scales, bias, residual, y, M, N,
-        SIDE_N, False, ACTIVATION, SCALED, False, HAS_BIAS, HAS_RESIDUAL, True, INTERPRETED,
+        SIDE_N, False, ACTIVATION, SCALED, False, HAS_BIAS, RESIDUAL, True, INTERPRETED,
     )  # fmt: skip
     if MERGE == 4:
         finish(
             acc2, 0, NARROW, head + 2, first_m, None, scales, bias, residual, y, M, N,
-            SIDE_N, False, ACTIVATION, SCALED, False, HAS_BIAS, HAS_RESIDUAL, True, INTERPRETED,
+            SIDE_N, False, ACTIVATION, SCALED, False, HAS_BIAS, RESIDUAL, True, INTERPRETED,
         )  # fmt: skip
         finish(
             acc3, 0, NARROW, head + 3, first_m, None, scales, bias, residual, y, M, N,
-            SIDE_N, False, ACTIVATION, SCALED, False, HAS_BIAS, HAS_RESIDUAL, True, INTERPRETED,
+            SIDE_N, False, ACTIVATION, SCALED, False, HAS_BIAS, RESIDUAL, True, INTERPRETED,
         )  # fmt: skip
 
 
@@ -397,7 +406,7 @@ def sum_parts_kernel(
     x_scales,  # float32 [M], read if X_SCALED
     scales,  # float32 [N], read if SCALED
     bias,  # [N], read if HAS_BIAS
-    residual,  # [M, N], read if HAS_RESIDUAL
+    residual,  # [M, N], read unless RESIDUAL is "none"
     y,  # [M, N]
     M,
     N,
@@ -407,7 +416,7 @@ def sum_parts_kernel(
     SCALED: tl.constexpr,
     X_SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """y = act(sum of parts * scales * x_scales + bias) + residual, always added in the same order; BLOCK elements a program."""
@@ -424,8 +433,8 @@ def sum_parts_kernel(
     if HAS_BIAS:
         acc += tl.load(bias + offsets % N, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
     acc = activate(acc, ACTIVATION)  # [BLOCK]
-    if HAS_RESIDUAL:
-        acc += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+    if RESIDUAL != "none":
+        acc = with_residual(acc, tl.load(residual + offsets, mask=mask, other=0.0), RESIDUAL)  # [BLOCK]
     tl.store(y + offsets, round_to(acc, y.dtype.element_ty, INTERPRETED), mask=mask)
 
 

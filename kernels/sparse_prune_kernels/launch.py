@@ -94,6 +94,30 @@ def bsr_linear(
     return _linear(x, plans, values, out_features, r, c, c, 1, bias, activation, residual, config)
 
 
+def bsr_linear_glu(
+    x: Tensor,
+    gate: tuple[Tensor, Tensor, Tensor],
+    up: tuple[Tensor, Tensor, Tensor],
+    out_features: int,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    """y[M, N] = act(x[M, K] @ Wg[N, K]^T + gate_bias[N]) * (x @ Wu[N, K]^T + up_bias[N]).
+
+    gate, up       crow_indices, col_indices and values of Wg and Wu, as in bsr_linear
+
+    Two products: gate's multiplies by up's, rounded to the dtype of x, where it would add a residual. The rest as in bsr_linear.
+    """
+    u = bsr_linear(x, *up, out_features, up_bias)  # [M, N]
+    crow, col, values = gate
+    values = _checked("x", x, crow, col, values, bias=gate_bias)
+    _, r, c = values.shape
+    plans = plans_of(crow, col, out_features, x.shape[1], r, c, x.element_size(), transposed=False)
+    bias, _ = _checked_epilogue(x, out_features, activation, gate_bias, None)
+    return _linear(x, plans, values, out_features, r, c, c, 1, bias, activation, u, None, times=True)
+
+
 def bsr_linear_w8a8(
     x: Tensor,
     crow_indices: Tensor,
@@ -300,11 +324,25 @@ def candidates(
 
 
 def _linear(
-    x, plans, values, n, side_n, side_k, stride_n, stride_k, bias, activation, residual, config, y=None, quantized=()
+    x,
+    plans,
+    values,
+    n,
+    side_n,
+    side_k,
+    stride_n,
+    stride_k,
+    bias,
+    activation,
+    residual,
+    config,
+    y=None,
+    quantized=(),
+    times=False,
 ) -> Tensor:
     """y[M, n] for blocks that span side_n outputs and side_k inputs, stride_n and stride_k elements apart.
 
-    quantized: the scales of W[n], and those of x[M] where x is quantized too; y has then another dtype.
+    quantized: the scales of W[n], and those of x[M] where x is quantized too; y has then another dtype. times as in linear_calls.
     """
     x = _with_adjacent_columns(x)
     m, k = x.shape
@@ -327,7 +365,7 @@ def _linear(
     with torch.cuda.device_of(x):
         sides = (side_n, side_k, stride_n, stride_k)
         for call in linear_calls(
-            x, plan, values, bias, residual, y, *sides, activation, config, _precision(), *quantized
+            x, plan, values, bias, residual, y, *sides, activation, config, _precision(), *quantized, times=times
         ):
             call.run()
     return y
@@ -349,10 +387,12 @@ def linear_calls(
     precision: str,
     scales: Tensor | None = None,
     x_scales: Tensor | None = None,
+    *,
+    times: bool = False,
 ) -> list[Call]:
     """What makes y[M, N] of x[M, K], whose columns are adjacent: one call, or two where config splits the inputs.
 
-    scales [N] where values are quantized, x_scales [M] where x is too.
+    scales [N] where values are quantized, x_scales [M] where x is too. times: y is act(...) * residual.
     """
     (m, k), n = x.shape, y.shape[1]
     whole = config.split == 1
@@ -364,7 +404,7 @@ def linear_calls(
         "SCALED": scales is not None,
         "X_SCALED": x_scales is not None,
         "HAS_BIAS": bias is not None,
-        "HAS_RESIDUAL": residual is not None,
+        "RESIDUAL": "none" if residual is None else "times" if times else "add",
         "INTERPRETED": INTERPRETED,
     }
     after: Arguments = {"x_scales": x_scales, "scales": scales, "bias": bias, "residual": residual}

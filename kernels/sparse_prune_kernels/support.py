@@ -110,8 +110,8 @@ def register(
     error: Callable[[str, str, object, str], Exception] = ArgumentError,
     wrap: Callable[[str, Callable[..., Tensor]], Callable[..., Tensor]] = lambda name, function: function,
 ) -> None:
-    """Make the kernels the CUDA implementation of bsr_linear, bsr_linear_int8, bsr_linear_e4m3, bsr_linear_w8a16, bsr_linear_dx and
-    bsr_sdd in library's namespace.
+    """Make the kernels the CUDA implementation of bsr_linear, bsr_linear_glu, bsr_linear_int8, bsr_linear_e4m3, bsr_linear_w8a16,
+    bsr_linear_dx and bsr_sdd in library's namespace.
 
     fallbacks maps each of these names to the function that runs where `unavailable` gives a reason (blocks of 4x8, say); it
     takes the operator's own arguments. error makes the exception that a caller sees of (argument, expected, got, remedy). What is
@@ -132,6 +132,28 @@ def register(
         if unavailable(x.device, x.dtype, tuple(values.shape[1:])) is not None:
             return fallbacks["bsr_linear"](*arguments)
         return _launch().bsr_linear(x, crow_indices, col_indices, values, out_features, bias, activation, residual)
+
+    def linear_glu(
+        x,
+        gate_crow,
+        gate_col,
+        gate_values,
+        gate_prepacked,
+        up_crow,
+        up_col,
+        up_values,
+        up_prepacked,
+        out_features,
+        gate_bias,
+        up_bias,
+        activation,
+    ):
+        gate, up = (gate_crow, gate_col, gate_values), (up_crow, up_col, up_values)
+        check_device("x", x, gate_values=gate_values, up_values=up_values, gate_bias=gate_bias, up_bias=up_bias)
+        if any(unavailable(x.device, x.dtype, tuple(values.shape[1:])) is not None for *_, values in (gate, up)):
+            weights = (*gate, gate_prepacked, *up, up_prepacked)
+            return fallbacks["bsr_linear_glu"](x, *weights, out_features, gate_bias, up_bias, activation)
+        return _launch().bsr_linear_glu(x, gate, up, out_features, gate_bias, up_bias, activation)
 
     def linear_quantized(
         name, x, crow, col, values, scales, prepacked, out_features, bias, activation, residual, *x_scale
@@ -167,7 +189,7 @@ def register(
         return run
 
     functions: dict[str, Callable[..., Tensor]]
-    functions = {"bsr_linear": linear, "bsr_linear_dx": linear_dx, "bsr_sdd": sdd}
+    functions = {"bsr_linear": linear, "bsr_linear_glu": linear_glu, "bsr_linear_dx": linear_dx, "bsr_sdd": sdd}
     for name in ("bsr_linear_int8", "bsr_linear_e4m3", "bsr_linear_w8a16"):
         functions[name] = partial(linear_quantized, name)
     for name, function in functions.items():

@@ -568,12 +568,18 @@ struct Parser {
   void read_limits(const std::string& directives) {
     auto parts = words(directives);
     for (size_t i = 0; i < parts.size(); ++i) {
-      u32* to = parts[i] == ".reqntid" ? program.required_threads : parts[i] == ".reqnctapercluster" ? program.required_cluster : nullptr;
-      if (!to) continue;
+      const std::string name = parts[i];
+      if (name[0] != '.') continue;
       std::string list;
       while (i + 1 < parts.size() && parts[i + 1][0] != '.') list += parts[++i];
-      auto numbers = split(list);
-      for (size_t k = 0; k < 3; ++k) to[k] = k < numbers.size() ? std::strtoul(numbers[k].c_str(), nullptr, 10) : 1;
+      auto texts = split(list);
+      u32 n[3];
+      for (size_t k = 0; k < 3; ++k) n[k] = k < texts.size() ? std::strtoul(texts[k].c_str(), nullptr, 10) : 1;
+      if (name == ".reqntid") std::copy(n, n + 3, program.required_threads);
+      if (name == ".reqnctapercluster") std::copy(n, n + 3, program.required_cluster);
+      if (name == ".reqntid" || name == ".maxntid") program.most_threads = n[0] * n[1] * n[2];
+      if (name == ".maxnreg") program.most_registers = n[0];
+      if (name == ".minnctapersm") program.least_blocks = n[0];
     }
   }
 };

@@ -64,6 +64,10 @@ void start(Cta& cta) {
   for (Barrier& b : cta.barriers) b = Barrier{};
   cta.mbarriers.clear();
   cta.bulks.clear();
+  cta.free_registers = 0;
+  // ptxas gives a kernel with setmaxnreg all registers that .maxnreg, or else the launch bounds, leave to each thread.
+  const u32 bounded = p.most_threads ? 65536 / (p.most_threads * p.least_blocks) / 8 * 8 : 0;
+  const u32 registers = p.most_registers ? p.most_registers : std::min(bounded, 255u);
   for (Warp& w : cta.warps) {
     std::fill(w.file.begin(), w.file.end(), 0xff);
     for (auto& [at, bytes] : p.fill) std::copy(bytes.begin(), bytes.end(), w.file.begin() + at);
@@ -79,6 +83,7 @@ void start(Cta& cta) {
     w.cluster_phase = 0;
     std::fill(w.committed, w.committed + LANES, 0);
     std::fill(w.bulk_committed, w.bulk_committed + LANES, 0);
+    w.registers = registers;
     w.wgmmas.clear();
     w.wgmma_committed = 0;
     w.wgmma_fenced = false;

@@ -102,6 +102,7 @@ struct Program {
   u32 target = 0;             // 80 for sm_80
   u32 required_threads[3] = {0, 0, 0};
   u32 required_cluster[3] = {0, 0, 0};
+  u32 most_registers = 0, most_threads = 0, least_blocks = 1;  // .maxnreg, .maxntid, .minnctapersm: 0 where not said
   std::string entry;
   std::vector<bool> wgmma_register;  // per 128 bytes of the register file
   bool async_proxy = false;
@@ -252,6 +253,7 @@ struct Warp {
   std::vector<u8> wgmma_state;  // per 128 bytes of the file: bit 0 in use by a wgmma, bit 1 accessed since the last wgmma.fence
   bool wgmma_fenced = false;
   u32 bulk_committed[LANES] = {};
+  u32 registers = 0;          // of a thread, by setmaxnreg
   u32 clock = 1;              // of its accesses to shared memory; grows with every synchronisation
   u32 own_fenced = 0;         // own accesses up to this clock are visible to the async proxy
   Mask touched = 0;           // lanes that accessed shared memory at this clock
@@ -316,6 +318,7 @@ struct Cta {
   std::vector<u8> shared;
   std::vector<u8> local;
   Barrier barriers[16];
+  u32 free_registers = 0;             // of a lane, which setmaxnreg.dec left and setmaxnreg.inc may take
   std::map<u32, MBarrier> mbarriers;  // by offset in shared memory
   std::vector<Bulk> bulks;            // in order of issue
   // Who last touched each granule of shared memory; races.cpp.

@@ -305,14 +305,29 @@ void decode_wgmma(Line& l, Inst& inst) {
   inst.run = issue;
 }
 
+// a: registers, b: 1 inc, 0 dec. All threads of a block share a pool: what some give back, others may take, or must wait for.
+void setmaxnreg(Warp& w, const Inst& i, Mask) {
+  u32& free = w.cta->free_registers;
+  if (w.registers == 0) w.fail(i, 0, "neither .maxnreg nor .maxntid tells how many registers threads begin with: ptxas ignores setmaxnreg");
+  if (i.b ? i.a < w.registers : i.a > w.registers) w.fail(i, 0, format("a thread has %u registers already", w.registers));
+  if (i.b && i.a - w.registers > free) {
+    w.again = true;
+    return;
+  }
+  free += w.registers, free -= i.a;
+  w.registers = i.a;
+  w.cta->cluster->progress++;
+}
 void decode_setmaxnreg(Line& l, Inst& inst) {
   inst.kind = CONTROL;
   inst.sync = Sync::aligned;
-  l.take("sync"), l.take("aligned"), l.take("inc"), l.take("dec"), l.take_type();
+  l.take("sync"), l.take("aligned"), l.take_type();
+  inst.b = l.take("inc");
+  if (!inst.b && !l.take("dec")) return;
   l.want(1);
-  u32 count = std::strtoul(l.operands[0].text.c_str(), nullptr, 0);
-  if (count < 24 || count > 256 || count % 8) l.fail("setmaxnreg takes a multiple of 8 from 24 to 256");
-  inst.run = [](Warp&, const Inst&, Mask) {};
+  inst.a = std::strtoul(l.operands[0].text.c_str(), nullptr, 0);
+  if (inst.a < 24 || inst.a > 256 || inst.a % 8) l.fail("setmaxnreg takes a multiple of 8 from 24 to 256");
+  inst.run = setmaxnreg;
 }
 
 }  // namespace
