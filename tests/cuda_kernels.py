@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import ptx_emulator
 import torch
@@ -27,9 +28,23 @@ KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
 
 def unavailable() -> str | None:
     """Why these kernels cannot be tested here, or None."""
-    if shutil.which("nvcc") is None:
-        return "nvcc is not on the path"
+    if nvcc() is None:
+        return "nvcc was not found: CUDA_HOME, the path and the wheels of the extra cuda-build have none"
     return ptx_emulator.unavailable()
+
+
+def setup_module() -> ModuleType:
+    """setup.py, which finds nvcc and chooses architectures; a new one at each call."""
+    spec = importlib.util.spec_from_file_location("sparse_prune_setup", CSRC.parent.parent / "setup.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+@functools.cache
+def nvcc() -> str | None:
+    """The nvcc that setup.py would build with, or None."""
+    home = setup_module().cuda_home()
+    return None if home is None else str(home / "bin" / "nvcc")
 
 
 def cache_folder() -> Path:
@@ -49,14 +64,15 @@ def ptx(source: str, arch: str, patch: tuple[tuple[str, str, str], ...] = ()) ->
             raise LookupError(f"{file} has {files[file].count(old)} times {old!r}")
         files[file] = files[file].replace(old, new)
     command = ["nvcc", *FLAGS, f"-arch={arch}", "-ptx", source, "-o"]
-    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
     key = hashlib.sha256(repr((command, version, sorted(files.items()))).encode()).hexdigest()[:24]
     cache = cache_folder() / key
     if not (cache / "out.ptx").exists():
         cache.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             (cache / name).write_text(text)
-        done = subprocess.run([*command, f"{os.getpid()}.ptx"], cwd=cache, capture_output=True, text=True)
+        command = [nvcc(), *command[1:], f"{os.getpid()}.ptx"]
+        done = subprocess.run(command, cwd=cache, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr)
         os.replace(cache / f"{os.getpid()}.ptx", cache / "out.ptx")
@@ -68,7 +84,7 @@ def registers(source: str, arch: str) -> dict[str, int]:
     """Registers of a thread of each kernel of csrc/cuda/`source`, by name, as ptxas gives them; an error if it spills any."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "kernels.ptx").write_text(ptx(source, arch))
-        command = ["nvcc", f"-arch={arch}", "-cubin", "-Xptxas=-v", "kernels.ptx", "-o", "kernels.cubin"]
+        command = [nvcc(), f"-arch={arch}", "-cubin", "-Xptxas=-v", "kernels.ptx", "-o", "kernels.cubin"]
         told = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     text = told.stdout + told.stderr
     assert set(re.findall(r"(\d+) bytes spill", text)) == {"0"}, text
@@ -354,6 +370,7 @@ def linear_sm90(
     residual: Tensor | None = None,
     tokens: int | None = None,
     clusters: int = 2,
+    few_arch: str = "sm_80",
     edit: Callable[[str, str], str] | None = None,
     patch: tuple[tuple[str, str, str], ...] = (),
     **options,
@@ -361,6 +378,7 @@ def linear_sm90(
     """y[M, n] of the kernel that csrc/cuda launches on Hopper for a weight that cuda_sm90.Layout.pack packed, and counts.
 
     tokens: the kernel for many tokens, in tiles of so many. clusters: how many of them a GPU runs at once. edit changes its PTX.
+    few_arch: what the kernel for few tokens is compiled for.
     """
     m, k = x.shape
     refused = refusal_sm90(x.data_ptr(), m, n, k, 2 * x.stride(0), weight)
@@ -376,7 +394,7 @@ def linear_sm90(
         vector = n % 8 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in (y, bias, residual))
         arguments = [x, values, starts, pieces, *extras, y, m, n, k, x.stride(0), few.row // 16, few.order]
         arguments += [ACTIVATIONS.index(activation), int(vector)]
-        code = program(ptx("kernels_sm80.cu", "sm_80", patch), entry(few, few_launch, x.dtype))
+        code = program(ptx("kernels_sm80.cu", few_arch, patch), entry(few, few_launch, x.dtype))
         size = {"shared_bytes": few_launch.shared_bytes}
         return y, code.launch(few_launch.blocks, few_launch.threads, arguments, **size, **options)
     name = f"bsr_linear_sm90_{NAMES[x.dtype]}_{launch.tokens}_{launch.line}x{launch.lines}"

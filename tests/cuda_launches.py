@@ -146,7 +146,9 @@ def library() -> ctypes.CDLL:
     """The host code with its fake runtime, compiled once by content; its operators are registered as it is loaded."""
     files = host_files()
     files["cuda_launches.cpp"] = (HERE / "cuda_launches.cpp").read_text()
-    shown = subprocess.run(["nvcc", "-x", "cu", "--dryrun", "-c", "/dev/null"], capture_output=True, text=True).stderr
+    shown = subprocess.run(
+        [cuda_kernels.nvcc(), "-x", "cu", "--dryrun", "-c", "/dev/null"], capture_output=True, text=True
+    ).stderr
     includes = re.search(r'INCLUDES="(.*?)"', shown)[1].split()
     torch_include = Path(torch.__file__).parent / "include"
     flags = [

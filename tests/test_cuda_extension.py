@@ -46,6 +46,78 @@ def library(tmp_path_factory):
     return path
 
 
+def nvcc_that_knows(folder, *archs):
+    """A toolkit at folder, whose nvcc can only tell what it compiles for."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\n" + "".join(f"echo compute_{arch}\n" for arch in archs))
+    nvcc.chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "known, archs",
+    [((80, 90, 100, 120), "80 90 100 120+PTX"), ((80, 90, 100), "80 90 100+PTX"), ((80, 90), "80 90+PTX"), ((), "")],
+)
+def test_younger_gpus_get_ptx_of_the_youngest_architecture_that_nvcc_knows(tmp_path, monkeypatch, known, archs):
+    monkeypatch.delenv("SPARSE_PRUNE_CUDA_ARCHS", raising=False)
+    setup, home = cuda_kernels.setup_module(), nvcc_that_knows(tmp_path, *known)
+    assert setup.architectures(home, "kernels_sm80.cu") == archs.split()
+    assert setup.architectures(home, "kernels_e4m3.cu") == archs.replace("80", "89").split()
+    assert setup.architectures(home, "kernels_sm90.cu") == ["90a"] * bool(known)
+    if known:
+        assert setup.nvcc_flags(home, "kernels_sm80.cu")[-1].endswith(f"code=[sm_{known[-1]},compute_{known[-1]}]")
+    monkeypatch.setenv("SPARSE_PRUNE_CUDA_ARCHS", "80;86")
+    assert setup.architectures(home, "kernels_sm80.cu") == ["80", "86"], "what was asked for, and no more"
+
+
+@pytest.mark.parametrize(
+    "mode, nvcc, told",
+    [
+        ("auto", None, "the CUDA kernels were not built (nvcc was not found: set CUDA_HOME, or install the extra"),
+        ("auto", "/cuda", "the CUDA kernels were not built (this torch is built without CUDA; SPARSE_PRUNE_CUDA=1"),
+        ("0", None, ""),
+        ("1", None, "SPARSE_PRUNE_CUDA=1, but the CUDA kernels cannot be built: nvcc was not found"),
+        ("2", None, "SPARSE_PRUNE_CUDA: expected auto, 1 or 0, got '2'"),
+    ],
+)
+def test_setup_without_nvcc_or_a_torch_with_cuda(monkeypatch, capsys, mode, nvcc, told):
+    """auto goes on and says why, 1 stops, 0 says nothing."""
+    setup = cuda_kernels.setup_module()
+    monkeypatch.setattr(setup, "cuda_home", lambda: nvcc and Path(nvcc))
+    monkeypatch.setattr(setup, "no_extension", lambda: None)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setenv("SPARSE_PRUNE_CPU", "0")
+    monkeypatch.setenv("SPARSE_PRUNE_CUDA", mode)
+    if mode in "12":
+        with pytest.raises(SystemExit, match=re.escape(told)):
+            setup.extensions()
+    else:
+        assert setup.extensions() == {}
+        shown = capsys.readouterr().err
+        assert told in shown and ("CUDA" in shown) == (mode == "auto")
+
+
+@pytest.mark.parametrize("where", ["CUDA_HOME", "the path", "a wheel"])
+def test_nvcc_is_found_where_an_installation_puts_it(tmp_path, monkeypatch, where):
+    """CUDA_HOME, the path, the wheels of the extra cuda-build: tests look where the build does."""
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)] if where == "a wheel" else [])
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    setup = cuda_kernels.setup_module()
+    assert setup.cuda_home() is None
+    home = nvcc_that_knows(tmp_path / "nvidia" / "cu13")
+    setup.cuda_home.cache_clear()
+    if where == "CUDA_HOME":
+        monkeypatch.setenv("CUDA_HOME", str(home))
+    elif where == "the path":
+        (home / "bin" / "nvcc").write_text(f"#!/bin/sh\necho '#$ TOP={home}' >&2\n")
+        monkeypatch.setattr(shutil, "which", lambda name: str(home / "bin" / name))
+    assert setup.cuda_home() == home
+    monkeypatch.setattr(cuda_kernels, "setup_module", lambda: setup)
+    assert cuda_kernels.nvcc.__wrapped__() == str(home / "bin" / "nvcc")
+
+
 @pytest.mark.slow
 @needs_nvcc
 def test_it_asks_torch_for_the_stable_interface_only(library):

@@ -562,7 +562,7 @@ def main_loop(kernel, folder):
     tools = pytest.importorskip("triton.backends.nvidia.compiler").__file__
     text, cubin = folder / "kernel.ptx", folder / "kernel.cubin"
     text.write_text(cuda_kernels.ptx("kernels_sm80.cu", "sm_80"))
-    command = ["nvcc", "-arch=sm_80", "-cubin", f"-Xptxas=-e,{kernel}", text, "-o", cubin]
+    command = [cuda_kernels.nvcc(), "-arch=sm_80", "-cubin", f"-Xptxas=-e,{kernel}", text, "-o", cubin]
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     disassemble = [Path(tools).with_name("bin") / "cuobjdump", "-sass", "-fun", kernel, cubin]
     sass = subprocess.run(list(map(str, disassemble)), check=True, capture_output=True, text=True).stdout

@@ -197,7 +197,7 @@ def test_cubin(name, tmp_path):
     tokens, line, lines = (int(part) for part in re.split("[_x]", name)[-3:])
     text, cubin = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
     text.write_text(cuda_kernels.ptx("kernels_sm90.cu", "sm_90a"))
-    ptxas = ["nvcc", "-arch=sm_90a", "-cubin", f"-Xptxas=-v,-e,{name}", str(text), "-o", str(cubin)]
+    ptxas = [cuda_kernels.nvcc(), "-arch=sm_90a", "-cubin", f"-Xptxas=-v,-e,{name}", str(text), "-o", str(cubin)]
     done = subprocess.run(ptxas, capture_output=True, text=True)
     report = done.stdout + done.stderr
     assert done.returncode == 0, report
