@@ -80,15 +80,15 @@ def ptx(source: str, arch: str, patch: tuple[tuple[str, str, str], ...] = ()) ->
 
 
 @functools.cache
-def registers(source: str, arch: str) -> dict[str, int]:
-    """Registers of a thread of each kernel of csrc/cuda/`source`, by name, as ptxas gives them; an error if it spills any."""
+def registers(source: str, arch: str, kernel: str) -> int:
+    """Registers of a thread of a kernel of csrc/cuda/`source`, as ptxas gives them; an error if it spills any."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "kernels.ptx").write_text(ptx(source, arch))
-        command = [nvcc(), f"-arch={arch}", "-cubin", "-Xptxas=-v", "kernels.ptx", "-o", "kernels.cubin"]
+        command = [nvcc(), f"-arch={arch}", "-cubin", f"-Xptxas=-v,-e,{kernel}", "kernels.ptx", "-o", "kernels.cubin"]
         told = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     text = told.stdout + told.stderr
     assert set(re.findall(r"(\d+) bytes spill", text)) == {"0"}, text
-    return {name: int(count) for name, count in re.findall(r"entry function '(\w+)'.*?Used (\d+) reg", text, re.DOTALL)}
+    return int(re.search(rf"entry function '{kernel}'.*?Used (\d+) reg", text, re.DOTALL)[1])
 
 
 @functools.cache

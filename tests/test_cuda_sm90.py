@@ -179,6 +179,32 @@ def test_tiles_fill_the_gpu():
     assert [launch.turns for launch in chosen] == [8, 16, 32, 32, 128]
 
 
+# (M, K, N), blocksize, density, kind of bound, the least that the design promises: docs/gpu-performance.md.
+PROMISED = [
+    ((4096, 4096, 4096), (16, 16), 0.2, "e_bound", 0.35),
+    ((4096, 4096, 4096), (32, 32), 0.2, "e_bound", 0.53),
+    ((4096, 4096, 4096), (64, 64), 0.2, "e_bound", 0.76),
+    ((4096, 4096, 4096), (128, 128), 0.2, "e_bound", 0.94),
+    ((16, 4096, 4096), (32, 32), 0.1, "speedup_bound", 9.0),
+]
+
+
+@pytest.mark.parametrize("promised", PROMISED, ids=str)
+def test_bounds_are_those_promised(promised, monkeypatch):
+    """Of both kernels that read the layout for Hopper, and no other layout."""
+    pytest.importorskip("triton", reason="Triton, which bench gpu-bounds compares with, is not installed")
+    from sparse_prune_kernels import cuda
+
+    from sparse_prune import gpu_bounds
+
+    monkeypatch.delattr(cuda, "make_layout")
+    problem, block, density, kind, least = promised
+    row = gpu_bounds.cuda_row(90, problem[0], gpu_bounds.weight_of(problem, block, density))
+    assert row[kind] >= least, row
+    if problem[0] <= 64:
+        assert row["bytes_ratio"] <= 1.05 and row["limit"] == "DRAM"
+
+
 # ---- what ptxas makes of it ----
 
 KERNELS = [
