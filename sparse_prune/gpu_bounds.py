@@ -306,9 +306,12 @@ def _triton(emulator, capability: int, m: int, packed: BsrWeight) -> dict[str, A
     calls = launch.linear_calls(
         operand, some, packed.values, None, None, y, r, c, c, 1, "none", tiles, "ieee", *of_rows
     )
-    launches = -(-m // tiles.block_m) * whole.tiles / some.tiles
     passes = [_run(emulator, call, capability) for call in before]
     counted = [_run(emulator, call, capability) for call in calls]
+    work = (lambda p: int((p.table[p.tiles + 1 :, 1:] >= 0).sum())) if tiles.skip else (lambda p: p.steps)
+    average = max(1, work(some)) / some.tiles / (max(1, work(whole)) / whole.tiles)  # what a tile of some is worth
+    counted[0] = _worth(counted[0], average)
+    launches = -(-m // tiles.block_m) * whole.tiles / (some.tiles * average)
     scales = [launches, 1.0]  # the second call adds all parts already
     served = some.table[: some.tiles, 1:].flatten()
     outputs = (served[served >= 0][:, None] * r + torch.arange(r)).flatten()
@@ -353,9 +356,10 @@ def _torch(emulator, capability: int, m: int, packed: BsrWeight) -> dict[str, An
     some = BsrWeight.from_dense(dense, mask, (r, c))
     x, y = _rows(columns, k), torch.full((columns, len(dense)), torch.nan, dtype=torch.bfloat16)
     call = peers.torch_call(x, some.crow_indices, some.col_indices, some.values, y, meta, columns)
-    counted = _run(emulator, call, capability)
+    average = some.nnzb / len(chosen) / (packed.nnzb / block_rows)
+    counted = _worth(_run(emulator, call, capability), average)
     _check(y, x, dense, "PyTorch")
-    launches = block_rows / len(chosen) * meta["SPLIT_N"]
+    launches = block_rows / (len(chosen) * average) * meta["SPLIT_N"]
     steps = packed.nnzb / block_rows
     row = _bound([counted], [launches], capability, _compulsory(m, packed), steps, meta["num_stages"])
     row |= {
@@ -405,6 +409,12 @@ def _run(emulator, call, capability: int):
     return counts, made, call.grid[0] * call.grid[1], threads
 
 
+def _worth(counted, average: float):
+    """What _run gave, of programs each of which does the work of so many average ones."""
+    counts, made, programs, threads = counted
+    return counts, made, programs * average, threads
+
+
 def _check(y: Tensor, x: Tensor, weight: Tensor, who: str) -> None:
     exact = x.double() @ weight.double().T
     error, allowed = (y.double() - exact).abs().max(), 2**-7 * exact.abs().max()
@@ -446,7 +456,7 @@ def _bound(
     }
     wavefronts = ideal = 0
     for place, ((counts, made, programs, threads), scale) in enumerate(zip(counted, scales, strict=False)):
-        total = programs * scale
+        total = round(programs * scale, 3)  # a whole number, but for what floats leave
         busiest = -(-total // sms) / programs  # programs of the busiest SM, per program run
         peak = rate * gpu.multiply_adds * (gpu.mma_sync if counts.kinds["wgmma"] == 0 else 1.0)
         clocks["tensor"] += busiest * counts.tensor_fma / peak
