@@ -394,6 +394,11 @@ def launch_sm90(
     return made
 
 
+def entry_sm90(launch: LaunchSm90, dtype: torch.dtype) -> str:
+    """The name of the kernel that launch_linear_sm90 runs."""
+    return f"bsr_linear_sm90_{NAMES[dtype]}_{launch.tokens}_{launch.line}x{launch.lines}"
+
+
 def linear_sm90(
     x: Tensor,
     packed: Tensor,
@@ -431,7 +436,7 @@ def linear_sm90(
         code = program(ptx("kernels_sm80.cu", few_arch, patch), entry(few, few_launch, x.dtype))
         size = {"shared_bytes": few_launch.shared_bytes}
         return y, code.launch(few_launch.blocks, few_launch.threads, arguments, **size, **options)
-    name = f"bsr_linear_sm90_{NAMES[x.dtype]}_{launch.tokens}_{launch.line}x{launch.lines}"
+    name = entry_sm90(launch, x.dtype)
     text = ptx("kernels_sm90.cu", "sm_90a", patch)
     code = program(edit(text, name) if edit else text, name)
     described = _config().sparse_prune_x_map_arguments(
