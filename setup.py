@@ -5,8 +5,9 @@ SPARSE_PRUNE_CPU = auto (default): build the CPU kernels where torch and a C++ c
 
 SPARSE_PRUNE_CUDA, the same for the CUDA kernels. They need nvcc (CUDA_HOME, or on the path), neither a GPU nor a CUDA build of
 torch; but auto leaves them out beside a torch without CUDA, which has no tensors that they could read.
-SPARSE_PRUNE_CUDA_ARCHS: architectures, "80;90;100;120+PTX" by default (those that nvcc knows); code for 80 also runs on 86 and 89,
-90 brings the kernel for sm_90a, and +PTX lets younger GPUs compile for themselves. MAX_JOBS: compilers side by side.
+SPARSE_PRUNE_CUDA_ARCHS: architectures, "80;90;100;120+PTX" by default (those that nvcc knows, the last of them with +PTX); code for
+80 also runs on 86 and 89, 90 brings the kernel for sm_90a, and +PTX lets younger GPUs compile for themselves.
+MAX_JOBS: compilers side by side.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-from setuptools import setup
-
 ROOT = Path(__file__).resolve().parent
 # Stable ABI: the oldest torch whose interface is used; one wheel then serves every later torch, and every Python from 3.10.
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
@@ -36,7 +35,7 @@ FLAGS = [
     "-Wno-maybe-uninitialized",
     "-g0",
 ]
-ARCHS = "80;90;100;120+PTX"
+ARCHS = "80;90;100;120"
 CUDA_SOURCES = (
     "csrc/cuda/kernels_sm80.cu",
     "csrc/cuda/kernels_int8.cu",
@@ -107,9 +106,9 @@ def architectures(home: Path, source: str) -> list[str]:
     """
     asked = os.environ.get("SPARSE_PRUNE_CUDA_ARCHS", "")
     known = subprocess.run([home / "bin" / "nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
-    names = [
-        name for name in (asked or ARCHS).split(";") if asked or f"compute_{name.removesuffix('+PTX')}" in known.split()
-    ]
+    names = asked.split(";") if asked else [name for name in ARCHS.split(";") if f"compute_{name}" in known.split()]
+    if names and not asked:
+        names[-1] += "+PTX"
     if source.endswith("kernels_sm90.cu"):
         return ["90a"] * any(name.startswith("90") for name in names)
     if source.endswith("kernels_e4m3.cu"):
@@ -256,4 +255,7 @@ def compile_cuda(folder: Path) -> list[str]:
         return list(pool.map(build, (ROOT / source for source in CUDA_SOURCES)))
 
 
-setup(**extensions())
+if __name__ == "__main__":  # tests ask for the functions
+    from setuptools import setup
+
+    setup(**extensions())

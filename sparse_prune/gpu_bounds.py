@@ -31,6 +31,7 @@ CAPABILITIES = (80, 90)
 NAMES = {80: "A100", 90: "H100"}
 LATENCY = 500  # clocks from asking memory to having: between what microbenchmarks publish for L2 hits and for misses
 SAMPLE = 3  # tiles of a weight that are run
+COUNTING: dict[str, Any] = {"mode": "early", "races": False}  # how the emulator runs what is only counted
 # Tiles of the dense product, warps and stages; the best one counts. The last two are for few rows.
 DENSE_TILES = (
     ((128, 256, 64), 8, 3),
@@ -147,59 +148,91 @@ def cuda_row(capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
     from sparse_prune_kernels.config import gpu_of
 
     kernels, sms = _cuda_kernels(), gpu_of(capability).sms
-    if capability == 90 and m > kernels.FEW_TOKENS:
+    if m <= kernels.FEW_TOKENS:
+        return _cuda_few_row(capability, m, packed)
+    if capability == 90:
         return _cuda_sm90_row(m, packed)
     (n, k), (r, c), blocks = packed.shape, packed.blocksize, tuple(packed.values.shape)
     layout = cuda.make_layout(packed.crow_indices, packed.col_indices, -(-k // c), r, c)
     at, launch = kernels.linear_launch(m, n, blocks, sms)
     heads = layout.tables[: layout.tiles * cuda.TILE_INTS].view(layout.tiles, -1)
-    rows, some, outputs, programs = min(m, launch.tokens), None, torch.arange(n), 1.0
-    if not launch.skinny:  # few rows are cheap: count all programs, and so the bytes that must move
-        units = torch.cat([heads[1:, 2], heads.new_tensor([len(layout.units)])]) - heads[:, 2]  # of each tile
-        some = (units - units.float().mean()).abs().argsort()[:SAMPLE]  # work grows with them
-        programs = float(units[some].sum() / units.float().mean())  # so many average ones
-        served = heads[some, 4 : 4 + cuda.TILE_OUTPUTS // layout.row].flatten()
-        outputs = (served[served >= 0][:, None] * layout.row + torch.arange(layout.row)).flatten()
-        outputs = outputs[outputs < n]
-    x, arch = _rows(rows, k), f"sm_{capability}"
-    tokens = None if launch.skinny else launch.tokens
-    emulated = {"tokens": tokens, "tiles": some, "arch": arch, "sms": sms, "mode": "early", "races": False}
+    units = torch.cat([heads[1:, 2], heads.new_tensor([len(layout.units)])]) - heads[:, 2]  # of each tile
+    some = (units - units.float().mean()).abs().argsort()[:SAMPLE]  # work grows with them
+    programs = float(units[some].sum() / units.float().mean())  # so many average ones
+    served = heads[some, 4 : 4 + cuda.TILE_OUTPUTS // layout.row].flatten()
+    outputs = (served[served >= 0][:, None] * layout.row + torch.arange(layout.row)).flatten()
+    outputs = outputs[outputs < n]
+    x, arch = _rows(min(m, launch.tokens), k), f"sm_{capability}"
+    emulated = {"tokens": launch.tokens, "tiles": some, "arch": arch, "sms": sms, **COUNTING}
     y, counts = kernels.linear(x, layout.pack(packed.values), blocks, n, **emulated)
     _check(y[:, outputs], x, packed.to_dense()[outputs], "CUDA")
-    bytes_moved, bytes_ratio = _compulsory(m, packed) + 4 * layout.tables.numel(), None
-    if launch.skinny:
-        programs, scale, stages = float(launch.blocks), 1.0, 2
-        bytes_moved = 32 * (counts.dram_load_sectors + counts.dram_store_sectors)
-        bytes_ratio = bytes_moved / _compulsory(m, packed)
-        # rounds of loads: pieces of a warp, a batch of which are on their way together
-        steps = at.pieces / at.rows / (launch.threads / 32) / (8 if launch.tokens == 16 else 2 / launch.units)
-    else:
-        scale = -(-m // launch.tokens) * layout.tiles / programs
-        stages = 4 if layout.row == 16 else 3
-        steps = float(heads[:, 1].float().mean())
-    registers = kernels.registers("kernels_sm80.cu", arch)[kernels.entry(at, launch, torch.bfloat16)]
-    made = SimpleNamespace(registers=registers, shared=launch.shared_bytes)
+    bytes_moved = _compulsory(m, packed) + 4 * layout.tables.numel()
+    scale = -(-m // launch.tokens) * layout.tiles / programs
+    made = _made(kernels, at, launch, arch)
+    steps, stages = float(heads[:, 1].float().mean()), 4 if layout.row == 16 else 3
     row = _bound([(counts, made, programs, launch.threads)], [scale], capability, bytes_moved, steps, stages)
-    row |= {
-        "kernel": "cuda",
-        "config": {"tokens": launch.tokens, "threads": launch.threads},
-        "bytes_ratio": bytes_ratio,
-    }
+    row |= {"kernel": "cuda", "config": {"tokens": launch.tokens, "threads": launch.threads}, "bytes_ratio": None}
     row |= {"union": None, "tensor_share": counts.kinds["mma"] / counts.instructions}
     return _headline(row, capability, m, packed)
+
+
+def _cuda_few_row(capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
+    """cuda_row of the kernel for few rows: they are cheap, so all programs are counted, and with them the bytes that must move.
+
+    On 9.0 it reads the layout of the Hopper kernel, elsewhere that of the sm_80 family.
+    """
+    from sparse_prune_kernels import cuda
+    from sparse_prune_kernels.config import gpu_of
+
+    kernels, (n, k), (r, c) = _cuda_kernels(), packed.shape, packed.blocksize
+    x, arch = _rows(m, k), f"sm_{capability}"
+    if capability == 90:
+        layout, weight = _packed_sm90(packed)
+        at, launch, _ = kernels.launch_sm90(m, n, weight)
+        y, counts = kernels.linear_sm90(x, layout.pack(packed.values), weight, n, few_arch=arch, **COUNTING)
+    else:
+        blocks, sms = tuple(packed.values.shape), gpu_of(capability).sms
+        at, launch = kernels.linear_launch(m, n, blocks, sms)
+        weights = cuda.make_layout(packed.crow_indices, packed.col_indices, -(-k // c), r, c).pack(packed.values)
+        y, counts = kernels.linear(x, weights, blocks, n, arch=arch, sms=sms, **COUNTING)
+    _check(y, x, packed.to_dense(), "CUDA")
+    bytes_moved = 32 * (counts.dram_load_sectors + counts.dram_store_sectors)
+    # rounds of loads: pieces of a warp, a batch of which are on their way together
+    pieces = packed.nnzb * (r // at.row) * (c // cuda.UNIT)
+    steps = pieces / at.rows / (launch.threads / 32) / (8 if launch.tokens == 16 else 2 / launch.units)
+    counted = [(counts, _made(kernels, at, launch, arch), float(launch.blocks), launch.threads)]
+    row = _bound(counted, [1.0], capability, bytes_moved, steps, stages=2)
+    row |= {"kernel": "cuda", "config": {"tokens": launch.tokens, "threads": launch.threads}}
+    row |= {"bytes_ratio": bytes_moved / _compulsory(m, packed)}
+    row |= {"union": None, "tensor_share": counts.kinds["mma"] / counts.instructions}
+    return _headline(row, capability, m, packed)
+
+
+def _made(kernels, at, launch, arch: str) -> SimpleNamespace:
+    """What a kernel of the sm_80 family takes of a multiprocessor, as ptxas made it for arch and as it is launched."""
+    registers = kernels.registers("kernels_sm80.cu", arch, kernels.entry(at, launch, torch.bfloat16))
+    return SimpleNamespace(registers=registers, shared=launch.shared_bytes)
+
+
+def _packed_sm90(packed: BsrWeight):
+    """The layout for Hopper, and what its launcher is told of it."""
+    from sparse_prune_kernels import cuda_sm90
+
+    (_, k), (r, c) = packed.shape, packed.blocksize
+    layout = cuda_sm90.make_layout(packed.crow_indices, packed.col_indices, k, r, c)
+    plan = layout.plan
+    return layout, _cuda_kernels().PackedSm90(r, c, plan.cluster, packed.nnzb, plan.groups, plan.lines)
 
 
 def _cuda_sm90_row(m: int, packed: BsrWeight) -> dict[str, Any]:
     """cuda_row of the Hopper kernel: its blocks stay, so a program is what one of them does for a tile."""
     from sparse_prune_kernels import cuda_sm90
 
-    kernels, (n, k), (r, c) = _cuda_kernels(), packed.shape, packed.blocksize
-    layout = cuda_sm90.make_layout(packed.crow_indices, packed.col_indices, k, r, c)
-    plan = layout.plan
-    weight = kernels.PackedSm90(r, c, plan.cluster, packed.nnzb, plan.groups, plan.lines)
-    launch = kernels.launch_sm90(m, n, weight)[2]
+    kernels, (n, k) = _cuda_kernels(), packed.shape
+    layout, weight = _packed_sm90(packed)
+    plan, launch = layout.plan, kernels.launch_sm90(m, n, weight)[2]
     x = _rows(min(m, launch.tokens), k)
-    emulated = {"tokens": launch.tokens, "clusters": 1, "mode": "early", "races": False}
+    emulated = {"tokens": launch.tokens, "clusters": 1, **COUNTING}
     y, counts = kernels.linear_sm90(x, layout.pack(packed.values), weight, n, **emulated)
     _check(y, x, packed.to_dense(), "CUDA")
     programs, scale = plan.groups * plan.cluster, -(-m // launch.tokens)
@@ -275,9 +308,12 @@ def triton_row(capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
     calls = launch.linear_calls(
         operand, some, packed.values, None, None, y, r, c, c, 1, "none", tiles, "ieee", *of_rows
     )
-    launches = -(-m // tiles.block_m) * whole.tiles / some.tiles
     passes = [_run(emulator, call, capability) for call in before]
     counted = [_run(emulator, call, capability) for call in calls]
+    work = (lambda p: int((p.table[p.tiles + 1 :, 1:] >= 0).sum())) if tiles.skip else (lambda p: p.steps)
+    average = max(1, work(some)) / some.tiles / (max(1, work(whole)) / whole.tiles)  # what a tile of some is worth
+    counted[0] = _worth(counted[0], average)
+    launches = -(-m // tiles.block_m) * whole.tiles / (some.tiles * average)
     scales = [launches, 1.0]  # the second call adds all parts already
     served = some.table[: some.tiles, 1:].flatten()
     outputs = (served[served >= 0][:, None] * r + torch.arange(r)).flatten()
@@ -322,9 +358,10 @@ def _torch(emulator, capability: int, m: int, packed: BsrWeight) -> dict[str, An
     some = BsrWeight.from_dense(dense, mask, (r, c))
     x, y = _rows(columns, k), torch.full((columns, len(dense)), torch.nan, dtype=torch.bfloat16)
     call = peers.torch_call(x, some.crow_indices, some.col_indices, some.values, y, meta, columns)
-    counted = _run(emulator, call, capability)
+    average = some.nnzb / len(chosen) / (packed.nnzb / block_rows)
+    counted = _worth(_run(emulator, call, capability), average)
     _check(y, x, dense, "PyTorch")
-    launches = block_rows / len(chosen) * meta["SPLIT_N"]
+    launches = block_rows / (len(chosen) * average) * meta["SPLIT_N"]
     steps = packed.nnzb / block_rows
     row = _bound([counted], [launches], capability, _compulsory(m, packed), steps, meta["num_stages"])
     row |= {
@@ -374,6 +411,12 @@ def _run(emulator, call, capability: int):
     return counts, made, call.grid[0] * call.grid[1], threads
 
 
+def _worth(counted, average: float):
+    """What _run gave, of programs each of which does the work of so many average ones."""
+    counts, made, programs, threads = counted
+    return counts, made, programs * average, threads
+
+
 def _check(y: Tensor, x: Tensor, weight: Tensor, who: str) -> None:
     exact = x.double() @ weight.double().T
     error, allowed = (y.double() - exact).abs().max(), 2**-7 * exact.abs().max()
@@ -415,7 +458,7 @@ def _bound(
     }
     wavefronts = ideal = 0
     for place, ((counts, made, programs, threads), scale) in enumerate(zip(counted, scales, strict=False)):
-        total = programs * scale
+        total = round(programs * scale, 3)  # a whole number, but for what floats leave
         busiest = -(-total // sms) / programs  # programs of the busiest SM, per program run
         peak = rate * gpu.multiply_adds * (gpu.mma_sync if counts.kinds["wgmma"] == 0 else 1.0)
         clocks["tensor"] += busiest * counts.tensor_fma / peak

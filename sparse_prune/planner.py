@@ -210,7 +210,10 @@ def _gpu_plan(
         return Plan((), (Choice(1, "plain", None, f"no sparse kernel runs here: {reasons}"),))
     tables, own = _gpu_tables(setting), backends.gpu_capability(device)
     measured = {int(row.isa[3:]) for table in tables for row in table.rows if row.kernel}
-    isas = tuple(f"sm_{arch}" for arch in sorted(measured, reverse=True) if arch <= own)
+    # wgmma is 9.x's alone: younger GPUs run the kernel for 8.0, whose rows they then take, all by the same dense product.
+    isas = tuple(
+        f"sm_{arch}" for arch in sorted(measured, reverse=True) if arch <= own and arch // 10 in (8, own // 10)
+    )
     name = "bfloat16" if dtype == torch.float16 else _name(dtype)  # the same kernels, as fast
     return _plan(tables, isas, name, runs, blocksize, density, shape)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import ptx_emulator
 import torch
@@ -23,13 +24,30 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 FEW_TOKENS = 64  # kSkinnyTokens of csrc/cuda/config.h
 NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
+# What a kernel is run with by `rotation`: every dtype in every timing mode.
+PAIRS = [(dtype, mode) for mode in ptx_emulator.MODES for dtype in NAMES]
+BLOCKS = [(r, c) for r in (16, 32, 64, 128) for c in (16, 32, 64, 128)]
 
 
 def unavailable() -> str | None:
     """Why these kernels cannot be tested here, or None."""
-    if shutil.which("nvcc") is None:
-        return "nvcc is not on the path"
+    if nvcc() is None:
+        return "nvcc was not found: CUDA_HOME, the path and the wheels of the extra cuda-build have none"
     return ptx_emulator.unavailable()
+
+
+def setup_module() -> ModuleType:
+    """setup.py, which finds nvcc and chooses architectures; a new one at each call."""
+    spec = importlib.util.spec_from_file_location("sparse_prune_setup", CSRC.parent.parent / "setup.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+@functools.cache
+def nvcc() -> str | None:
+    """The nvcc that setup.py would build with, or None."""
+    home = setup_module().cuda_home()
+    return None if home is None else str(home / "bin" / "nvcc")
 
 
 def cache_folder() -> Path:
@@ -49,14 +67,15 @@ def ptx(source: str, arch: str, patch: tuple[tuple[str, str, str], ...] = ()) ->
             raise LookupError(f"{file} has {files[file].count(old)} times {old!r}")
         files[file] = files[file].replace(old, new)
     command = ["nvcc", *FLAGS, f"-arch={arch}", "-ptx", source, "-o"]
-    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
     key = hashlib.sha256(repr((command, version, sorted(files.items()))).encode()).hexdigest()[:24]
     cache = cache_folder() / key
     if not (cache / "out.ptx").exists():
         cache.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             (cache / name).write_text(text)
-        done = subprocess.run([*command, f"{os.getpid()}.ptx"], cwd=cache, capture_output=True, text=True)
+        command = [nvcc(), *command[1:], f"{os.getpid()}.ptx"]
+        done = subprocess.run(command, cwd=cache, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr)
         os.replace(cache / f"{os.getpid()}.ptx", cache / "out.ptx")
@@ -64,20 +83,40 @@ def ptx(source: str, arch: str, patch: tuple[tuple[str, str, str], ...] = ()) ->
 
 
 @functools.cache
-def registers(source: str, arch: str) -> dict[str, int]:
-    """Registers of a thread of each kernel of csrc/cuda/`source`, by name, as ptxas gives them; an error if it spills any."""
+def registers(source: str, arch: str, kernel: str) -> int:
+    """Registers of a thread of a kernel of csrc/cuda/`source`, as ptxas gives them; an error if it spills any."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "kernels.ptx").write_text(ptx(source, arch))
-        command = ["nvcc", f"-arch={arch}", "-cubin", "-Xptxas=-v", "kernels.ptx", "-o", "kernels.cubin"]
+        command = [nvcc(), f"-arch={arch}", "-cubin", f"-Xptxas=-v,-e,{kernel}", "kernels.ptx", "-o", "kernels.cubin"]
         told = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     text = told.stdout + told.stderr
     assert set(re.findall(r"(\d+) bytes spill", text)) == {"0"}, text
-    return {name: int(count) for name, count in re.findall(r"entry function '(\w+)'.*?Used (\d+) reg", text, re.DOTALL)}
+    return int(re.search(rf"entry function '{kernel}'.*?Used (\d+) reg", text, re.DOTALL)[1])
 
 
 @functools.cache
 def program(text: str, entry: str) -> ptx_emulator.Program:
     return ptx_emulator.Program(text, entry)
+
+
+def rotation(groups: list[tuple[int, list[tuple[int, int]]]]) -> list[tuple]:
+    """Cases (problem, tokens, dtype, mode, activation, extras) for groups (tokens, blocks that share a kernel).
+
+    Each group has all of its blocks and all PAIRS, and goes round sizes and epilogues. tokens are the most of a block; those of a
+    case are None up to 64, where the kernel for few runs.
+    """
+    sizes = {16: (1, 7, 9, 16), 64: (17, 33, 40, 64), 128: (70, 130), 256: (200, 260)}
+    weights = ((300, 500), (296, 520), (45, 600), (130, 328), (168, 264))  # N, K
+    extras = [(bias, residual) for bias in (True, False) for residual in (True, False)]
+    cases = []
+    for tokens, blocks in groups:
+        for i in range(max(len(blocks), len(PAIRS))):
+            m = sizes[tokens][(i + i // len(sizes[tokens])) % len(sizes[tokens])]
+            problem = (m, *weights[i % len(weights)], *blocks[i % len(blocks)], 0.4)
+            turn = len(cases)
+            epilogue = ACTIVATIONS[turn % len(ACTIVATIONS)], extras[turn % len(extras)]
+            cases.append((problem, None if tokens <= FEW_TOKENS else tokens, *PAIRS[i % len(PAIRS)], *epilogue))
+    return cases
 
 
 def aligned(x: Tensor, apart: int = 0) -> Tensor:
@@ -177,16 +216,32 @@ def wide_launch(at: Layout, m: int, tokens: int) -> LinearLaunch:
     return LinearLaunch(0, tokens, 0, inputs, 256, shared, -(-m // tokens) * at.tiles)
 
 
+def launch_of(
+    m: int, n: int, blocks: tuple[int, int, int], tokens: int | None, **options
+) -> tuple[Layout, LinearLaunch]:
+    """linear_launch; with tokens: the kernel for many tokens, in blocks of so many."""
+    at, launch = linear_launch(m, n, blocks, **options)
+    return at, launch if tokens is None else wide_launch(at, m, tokens)
+
+
 def ragged(at: Layout, k: int) -> int:
     """How many steps may have inputs past the end, as launch_linear passes it."""
     return -(-at.block_cols // (32 if at.row == 16 else 64)) if k % at.block_cols else 0
 
 
-def entry(layout: Layout, launch: LinearLaunch, dtype: torch.dtype) -> str:
-    """The name of the kernel that launch_linear runs."""
+def entry(layout: Layout, launch: LinearLaunch, dtype: torch.dtype, of: torch.dtype | None = None) -> str:
+    """The name of the kernel that launch_linear runs; of: the dtype of weights of 8 bits."""
+    name = f"{KINDS[of]}_{NAMES[dtype]}" if of else NAMES[dtype]
     if launch.skinny:
-        return f"bsr_linear_skinny_{NAMES[dtype]}_{launch.tokens}_{launch.units}"
-    return f"bsr_linear_sm80_{NAMES[dtype]}_{layout.row}x{launch.inputs}_{launch.tokens}"
+        return f"bsr_linear_skinny_{name}_{launch.tokens}_{launch.units}"
+    return f"bsr_linear_sm80_{name}_{layout.row}x{launch.inputs}_{launch.tokens}"
+
+
+def kernel_of(problem: tuple, tokens: int | None, dtype: torch.dtype, of: torch.dtype | None = None) -> str:
+    """The name of the kernel for a problem (M, N, K, R, C, density)."""
+    m, n, _, r, c, _ = problem
+    at, launch = launch_of(m, n, (1, r, c // 2 if of else c), tokens, most_row=32 if of else 64)
+    return entry(at, launch, dtype, of)
 
 
 def linear(
@@ -211,9 +266,7 @@ def linear(
     """
     m, k = x.shape
     assert x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0, "the launcher copies other x"
-    at, launch = linear_launch(m, n, blocks, sms)
-    if tokens is not None:
-        launch = wide_launch(at, m, tokens)
+    at, launch = launch_of(m, n, blocks, tokens, sms=sms)
     y = x.new_full((m, n), torch.nan)  # [M, N]
     assert len(packed) >= at.least_bytes
     weights, heads, starts, pieces, steps = packed.tensor_split((at.tables, at.starts, at.piece_table, at.steps))
@@ -267,9 +320,7 @@ def linear_w8a8(
     """As linear, by the kernels for weights of 8 bits, `blocks` (nnzb, R, C) of dtype `of`; counts of the product."""
     q, x_scales = quantize(x, x_scale, arch, patch, of, **options)
     pairs, (nnzb, r, c) = q.view(torch.int16), blocks
-    at, launch = linear_launch(len(x), n, (nnzb, r, c // 2), most_row=32)
-    if tokens is not None:
-        launch = wide_launch(at, len(x), tokens)
+    at, launch = launch_of(len(x), n, (nnzb, r, c // 2), tokens, most_row=32)
     y = x.new_full((len(x), n), torch.nan)  # [M, N]
     assert len(packed) >= at.least_bytes
     weights, heads, starts, pieces, steps = packed.tensor_split((at.tables, at.starts, at.piece_table, at.steps))
@@ -279,10 +330,9 @@ def linear_w8a8(
         else ((heads, steps), [at.tiles, ragged(at, pairs.shape[1])])
     )
     vector = n % 8 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in (y, bias, residual))
-    name = entry(at, launch, x.dtype).replace(f"_{NAMES[x.dtype]}_", f"_{KINDS[of]}_{NAMES[x.dtype]}_")
     arguments = [pairs, weights, *tables, *(0 if t is None else t for t in (bias, residual)), y]
     arguments += [*y.shape, pairs.shape[1], pairs.stride(0), *last, ACTIVATIONS.index(activation), int(vector)]
-    code = program(ptx(f"kernels_{KINDS[of]}.cu", arch, patch), name)
+    code = program(ptx(f"kernels_{KINDS[of]}.cu", arch, patch), entry(at, launch, x.dtype, of))
     given = [*arguments, x_scales, scales]
     return y, code.launch(launch.blocks, launch.threads, given, shared_bytes=launch.shared_bytes, **options)
 
@@ -344,6 +394,11 @@ def launch_sm90(
     return made
 
 
+def entry_sm90(launch: LaunchSm90, dtype: torch.dtype) -> str:
+    """The name of the kernel that launch_linear_sm90 runs."""
+    return f"bsr_linear_sm90_{NAMES[dtype]}_{launch.tokens}_{launch.line}x{launch.lines}"
+
+
 def linear_sm90(
     x: Tensor,
     packed: Tensor,
@@ -354,6 +409,7 @@ def linear_sm90(
     residual: Tensor | None = None,
     tokens: int | None = None,
     clusters: int = 2,
+    few_arch: str = "sm_80",
     edit: Callable[[str, str], str] | None = None,
     patch: tuple[tuple[str, str, str], ...] = (),
     **options,
@@ -361,6 +417,7 @@ def linear_sm90(
     """y[M, n] of the kernel that csrc/cuda launches on Hopper for a weight that cuda_sm90.Layout.pack packed, and counts.
 
     tokens: the kernel for many tokens, in tiles of so many. clusters: how many of them a GPU runs at once. edit changes its PTX.
+    few_arch: what the kernel for few tokens is compiled for.
     """
     m, k = x.shape
     refused = refusal_sm90(x.data_ptr(), m, n, k, 2 * x.stride(0), weight)
@@ -376,10 +433,10 @@ def linear_sm90(
         vector = n % 8 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in (y, bias, residual))
         arguments = [x, values, starts, pieces, *extras, y, m, n, k, x.stride(0), few.row // 16, few.order]
         arguments += [ACTIVATIONS.index(activation), int(vector)]
-        code = program(ptx("kernels_sm80.cu", "sm_80", patch), entry(few, few_launch, x.dtype))
+        code = program(ptx("kernels_sm80.cu", few_arch, patch), entry(few, few_launch, x.dtype))
         size = {"shared_bytes": few_launch.shared_bytes}
         return y, code.launch(few_launch.blocks, few_launch.threads, arguments, **size, **options)
-    name = f"bsr_linear_sm90_{NAMES[x.dtype]}_{launch.tokens}_{launch.line}x{launch.lines}"
+    name = entry_sm90(launch, x.dtype)
     text = ptx("kernels_sm90.cu", "sm_90a", patch)
     code = program(edit(text, name) if edit else text, name)
     described = _config().sparse_prune_x_map_arguments(

@@ -26,6 +26,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent / "csrc"
 SOURCES = ("kernels_sm80.cu", "kernels_int8.cu", "kernels_e4m3.cu", "kernels_sdd.cu", "kernels_sm90.cu", "config.cpp")
+MAP_TYPES = {False: 6, True: 9}  # CU_TENSOR_MAP_DATA_TYPE_FLOAT16 and _BFLOAT16 of cuda.h
 STREAM = 0x57  # recorded_stream of cuda_launches.cpp
 # Device code that the launchers name, without its bodies.
 BODIES = """#include <cuda.h>
@@ -70,6 +71,11 @@ BUGS = {
         "cuda/kernels_sm80.cu",
         "launch.shared_bytes,\n                             static_cast<cudaStream_t>(stream)",
         "launch.shared_bytes,\n                             BUG ? nullptr : static_cast<cudaStream_t>(stream)",
+    ),
+    "a tensor map of the other data type": (
+        "cuda/kernels_sm90.cu",
+        "encoder(map, bfloat16 ?",
+        "encoder(map, bfloat16 != BUG ?",
     ),
     "no device guard": ("cuda_ops.cpp", "guard(device);\n  Tensor y", "guard(BUG ? -2 : device);\n  Tensor y"),
 }
@@ -146,7 +152,9 @@ def library() -> ctypes.CDLL:
     """The host code with its fake runtime, compiled once by content; its operators are registered as it is loaded."""
     files = host_files()
     files["cuda_launches.cpp"] = (HERE / "cuda_launches.cpp").read_text()
-    shown = subprocess.run(["nvcc", "-x", "cu", "--dryrun", "-c", "/dev/null"], capture_output=True, text=True).stderr
+    shown = subprocess.run(
+        [cuda_kernels.nvcc(), "-x", "cu", "--dryrun", "-c", "/dev/null"], capture_output=True, text=True
+    ).stderr
     includes = re.search(r'INCLUDES="(.*?)"', shown)[1].split()
     torch_include = Path(torch.__file__).parent / "include"
     flags = [
@@ -240,9 +248,10 @@ class Recorder:
         for place, (_, size) in enumerate(program.params):
             data = ctypes.string_at(launch.arguments[place], size)
             if size == 128:
-                address, columns, rows, stride, *box, swizzle, _ = (
+                address, columns, rows, stride, *box, swizzle, kind = (
                     int.from_bytes(data[i : i + 8], "little") for i in range(0, 64, 8)
                 )
+                assert kind == MAP_TYPES["_bf16_" in kernel], f"a tensor map of data type {kind} for {kernel}"
                 x = self.at(address)
                 x = x if x.element_size() == 2 else x.view(torch.int16)
                 arguments.append(ptx_emulator.TensorMap(x, box, (columns, rows), (stride,), swizzle))

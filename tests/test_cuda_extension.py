@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import cuda_kernels
 import pytest
 import torch
 import torch.nn.functional as F
+from cuda_kernels import BLOCKS
 
 import sparse_prune as sp
 from sparse_prune import backends, ops, planner, reference
@@ -46,6 +48,78 @@ def library(tmp_path_factory):
     return path
 
 
+def nvcc_that_knows(folder, *archs):
+    """A toolkit at folder, whose nvcc can only tell what it compiles for."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\n" + "".join(f"echo compute_{arch}\n" for arch in archs))
+    nvcc.chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "known, archs",
+    [((80, 90, 100, 120), "80 90 100 120+PTX"), ((80, 90, 100), "80 90 100+PTX"), ((80, 90), "80 90+PTX"), ((), "")],
+)
+def test_younger_gpus_get_ptx_of_the_youngest_architecture_that_nvcc_knows(tmp_path, monkeypatch, known, archs):
+    monkeypatch.delenv("SPARSE_PRUNE_CUDA_ARCHS", raising=False)
+    setup, home = cuda_kernels.setup_module(), nvcc_that_knows(tmp_path, *known)
+    assert setup.architectures(home, "kernels_sm80.cu") == archs.split()
+    assert setup.architectures(home, "kernels_e4m3.cu") == archs.replace("80", "89").split()
+    assert setup.architectures(home, "kernels_sm90.cu") == ["90a"] * bool(known)
+    if known:
+        assert setup.nvcc_flags(home, "kernels_sm80.cu")[-1].endswith(f"code=[sm_{known[-1]},compute_{known[-1]}]")
+    monkeypatch.setenv("SPARSE_PRUNE_CUDA_ARCHS", "80;86")
+    assert setup.architectures(home, "kernels_sm80.cu") == ["80", "86"], "what was asked for, and no more"
+
+
+@pytest.mark.parametrize(
+    "mode, nvcc, told",
+    [
+        ("auto", None, "the CUDA kernels were not built (nvcc was not found: set CUDA_HOME, or install the extra"),
+        ("auto", "/cuda", "the CUDA kernels were not built (this torch is built without CUDA; SPARSE_PRUNE_CUDA=1"),
+        ("0", None, ""),
+        ("1", None, "SPARSE_PRUNE_CUDA=1, but the CUDA kernels cannot be built: nvcc was not found"),
+        ("2", None, "SPARSE_PRUNE_CUDA: expected auto, 1 or 0, got '2'"),
+    ],
+)
+def test_setup_without_nvcc_or_a_torch_with_cuda(monkeypatch, capsys, mode, nvcc, told):
+    """auto goes on and says why, 1 stops, 0 says nothing."""
+    setup = cuda_kernels.setup_module()
+    monkeypatch.setattr(setup, "cuda_home", lambda: nvcc and Path(nvcc))
+    monkeypatch.setattr(setup, "no_extension", lambda: None)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setenv("SPARSE_PRUNE_CPU", "0")
+    monkeypatch.setenv("SPARSE_PRUNE_CUDA", mode)
+    if mode in "12":
+        with pytest.raises(SystemExit, match=re.escape(told)):
+            setup.extensions()
+    else:
+        assert setup.extensions() == {}
+        shown = capsys.readouterr().err
+        assert told in shown and ("CUDA" in shown) == (mode == "auto")
+
+
+@pytest.mark.parametrize("where", ["CUDA_HOME", "the path", "a wheel"])
+def test_nvcc_is_found_where_an_installation_puts_it(tmp_path, monkeypatch, where):
+    """CUDA_HOME, the path, the wheels of the extra cuda-build: tests look where the build does."""
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)] if where == "a wheel" else [])
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    setup = cuda_kernels.setup_module()
+    assert setup.cuda_home() is None
+    home = nvcc_that_knows(tmp_path / "nvidia" / "cu13")
+    setup.cuda_home.cache_clear()
+    if where == "CUDA_HOME":
+        monkeypatch.setenv("CUDA_HOME", str(home))
+    elif where == "the path":
+        (home / "bin" / "nvcc").write_text(f"#!/bin/sh\necho '#$ TOP={home}' >&2\n")
+        monkeypatch.setattr(shutil, "which", lambda name: str(home / "bin" / name))
+    assert setup.cuda_home() == home
+    monkeypatch.setattr(cuda_kernels, "setup_module", lambda: setup)
+    assert cuda_kernels.nvcc.__wrapped__() == str(home / "bin" / "nvcc")
+
+
 @pytest.mark.slow
 @needs_nvcc
 def test_it_asks_torch_for_the_stable_interface_only(library):
@@ -59,19 +133,78 @@ def test_it_asks_torch_for_the_stable_interface_only(library):
     assert {n for n in foreign if not STABLE.match(n)} == set()
 
 
+def held(name: str, arch: str) -> tuple[int, int]:
+    """Threads of a block of a kernel, and blocks that a multiprocessor holds: its __launch_bounds__, which the grid counts on."""
+    if name.startswith("bsr_linear_sm90"):
+        return 384, 1
+    if name.startswith("bsr_linear_skinny"):
+        return (512, 1) if name.endswith("_16_1") else (256, 2)
+    if name.startswith("bsr_linear_sm80"):
+        apart = "_e4m3_" in name and arch in ("sm_90", "sm_100")  # kTakenApart
+        return 256, 1 if name.endswith("_256") or apart else 2
+    return (128, 4) if name.startswith("quantize_rows") else (256, 2)
+
+
+def wanted_instructions(name: str, arch: str) -> set[str]:
+    """What the machine code of a kernel must have: products of the tensor cores, asynchronous copies or loads of 16 bytes."""
+    if name.startswith("bsr_linear_sm90"):
+        return {"HGMMA", "UTMALDG", "UBLKCP"}
+    if name.startswith(("quantize_rows", "sum_parts")):
+        return set()
+    apart = "_e4m3_" in name and arch in ("sm_90", "sm_100")
+    if apart and name.endswith("_256"):  # empty
+        return set()
+    product = "IMMA" if "_int8_" in name else "QMMA" if "_e4m3_" in name and not apart else "HMMA"
+    return {product, "LDG.E.128" if "skinny" in name else "LDGSTS"}
+
+
+def shared_of_launches() -> dict[str, int]:
+    """The most dynamic shared memory that the launcher asks for, by kernel."""
+    most: dict[str, int] = {}
+    kinds = [(None, block) for block in BLOCKS]
+    kinds += [(of, block) for of in cuda_kernels.KINDS for block in BLOCKS if block[1] >= 32]
+    for (of, (r, c)), m, sms in product(kinds, (1, 17, 65, 4096), (1, 8, 108)):
+        options = {"sms": sms, "most_row": 32 if of else 64}
+        at, launch = cuda_kernels.linear_launch(m, 4096, (1, r, c // 2 if of else c), **options)
+        for dtype in cuda_kernels.NAMES:
+            name = cuda_kernels.entry(at, launch, dtype, of)
+            most[name] = max(most.get(name, 0), launch.shared_bytes)
+            sdd = cuda_kernels.sdd_launch(m, 8, (9, r, c), sms)
+            most[f"bsr_sdd_{cuda_kernels.NAMES[dtype]}_{sdd.units}"] = sdd.shared_bytes
+    for r, c, tokens in product((16, 64), (16, 32, 64), (128, 256)):
+        launch = cuda_kernels.launch_sm90(1, 16, cuda_kernels.PackedSm90(r, c, 1, 0, 1, 1), tokens)[2]
+        most |= {cuda_kernels.entry_sm90(launch, dtype): launch.shared_bytes for dtype in cuda_kernels.NAMES}
+    return most
+
+
+# KiB of shared memory of a multiprocessor; each block costs one more than it asks for. Code for 8.0 runs on 8.6 and 8.9 too.
+SHARED = {"sm_80": 164, "sm_89": 100, "sm_90": 228, "sm_90a": 228, "sm_100": 228, "sm_120": 100}
+
+
 @pytest.mark.slow
 @needs_nvcc
 def test_code_for_every_architecture(library):
-    """No kernel spills; they multiply on tensor cores and copy asynchronously; younger GPUs get PTX."""
+    """Each kernel for each architecture: no spills, registers and shared memory as the launcher claims, tensor cores and copies."""
     usage = subprocess.run([tool("cuobjdump"), "--dump-resource-usage", library], capture_output=True, text=True).stdout
-    arch, seen = "", {}
+    arch, seen, launched = "", {}, shared_of_launches()
     for line in usage.splitlines():
         if line.startswith("arch = "):
             arch = line.split()[-1]
         elif match := re.match(r"\s*Function (\w+):", line):
             name = match[1]
-        elif match := re.search(r"REG:(\d+) STACK:(\d+)", line):
-            assert int(match[2]) == 0, f"{name} for {arch} keeps {match[2]} bytes of registers in memory"
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            registers, stack, static, local = map(int, match.groups())
+            assert stack == local == 0, f"{name} for {arch} keeps {stack + local} bytes of registers in memory"
+            threads, blocks = held(name, arch)
+            assert -(-registers // 8) * 8 * threads * blocks <= 65536, f"{name} for {arch}: {registers} registers"
+            if name.startswith("bsr_linear_sm90"):
+                assert registers == 168, name  # what setmaxnreg counts on
+            shared = static + 1024 + (launched[name] if name.startswith("bsr_") else 0)
+            many = blocks if SHARED[arch] > 100 else 1
+            assert many * shared <= 1024 * SHARED[arch], f"{name} for {arch}: {many} blocks of {shared} bytes"
+            assert arch in ("sm_90", "sm_90a", "sm_100") or shared <= 1024 * 100, f"{name}: {shared} bytes"
+            if re.match(r"bsr_linear_sm80_.*(32|64)x\d+_128$", name):  # two of them run on 8.6, 8.9 and 12.0 as well
+                assert 2 * shared <= 1024 * 100, name
             seen.setdefault(arch, set()).add(name)
     # 24 of products in 16 bits and 6 of gradients; 20 of int8; 20 of e4m3, which no older GPU than 8.9 multiplies
     assert {arch: len(names) for arch, names in seen.items()} == {
@@ -83,16 +216,13 @@ def test_code_for_every_architecture(library):
         "sm_120": 70,
     }
     for arch, names in seen.items():
-        hopper = arch == "sm_90a"
-        ours = "bsr_linear_sm90_" if hopper else "bsr_linear_s(m80|kinny)_|bsr_sdd_|sum_parts_|quantize_rows_"
-        ours = "\\w+_e4m3_" if arch == "sm_89" else ours
-        assert all(re.match(ours, name) for name in names), arch
-        code = subprocess.run(
-            [tool("cuobjdump"), "-sass", "-arch", arch, library], capture_output=True, text=True
-        ).stdout
-        wanted = {"sm_90a": ("HGMMA", "UTMALDG", "UBLKCP"), "sm_89": ("QMMA", "LDGSTS")}
-        for instruction in wanted.get(arch, ("HMMA", "IMMA", "LDGSTS")):
-            assert re.search(rf"\b{instruction}\b", code), f"no {instruction} for {arch}"
+        dumped = [tool("cuobjdump"), "-sass", "-arch", arch, library]
+        code = subprocess.run(dumped, capture_output=True, text=True).stdout
+        found = dict(part.partition("\n")[::2] for part in re.split(r"\s*Function : ", code)[1:])
+        assert set(found) == names
+        for name, body in found.items():
+            lacks = {each for each in wanted_instructions(name, arch) if not re.search(rf"\b{re.escape(each)}\b", body)}
+            assert not lacks, f"no {lacks} in {name} for {arch}"
     # In a process of its own: where the package has a library like it loaded, this one would define its operators again.
     program = (
         "import ctypes, sys, torch; told = ctypes.CDLL(sys.argv[1]).sparse_prune_cuda_contents;"
@@ -122,6 +252,33 @@ def test_it_loads_beside_any_torch_and_says_why_it_cannot_run(library):
         assert done.stdout.count("this torch was built without CUDA") == 2
     elif not torch.cuda.is_available():
         assert "CUDA" in done.stdout and "None" not in done.stdout
+
+
+def test_it_is_loaded_only_when_it_is_asked_for(tmp_path):
+    """Importing the package and running on a CPU leaves it alone; asking for its kernels loads it, or says why not."""
+    package = tmp_path / "sparse_prune"
+    package.mkdir()
+    for path in (ROOT / "sparse_prune").iterdir():
+        if not path.name.startswith("_C_cuda"):
+            (package / path.name).symlink_to(path)
+    (package / "_C_cuda.abi3.so").write_text("no library")
+    program = (
+        "import torch; load, loaded = torch.ops.load_library, [];"
+        "torch.ops.load_library = lambda path: (loaded.append(path), load(path));"
+        "import sparse_prune as sp; from sparse_prune import backends;"
+        f"assert backends.__file__ == {str(package / 'backends.py')!r};"
+        "packed = sp.BsrWeight.from_dense(torch.randn(64, 64), torch.eye(2) > 0, (32, 32));"
+        "sp.bsr_linear(torch.randn(3, 64), packed);"
+        "print(sum('_C_cuda' in path for path in loaded));"
+        "print(backends.cuda_unavailable(torch.device('cuda'), torch.bfloat16, (32, 32)));"
+        "print(sum('_C_cuda' in path for path in loaded))"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(ROOT / "kernels")])
+    run = [sys.executable, "-c", program]
+    done = subprocess.run(run, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    before, reason, after = done.stdout.strip().splitlines()
+    assert (before, after) == ("0", "1") and reason.startswith("the CUDA extension _C_cuda.abi3.so does not load: ")
 
 
 def test_reasons():

@@ -67,10 +67,9 @@ def test_products(case):
 @pytest.mark.parametrize("m", [1, 140])
 @pytest.mark.parametrize("block", [(32, 32), (64, 16)], ids=str)
 def test_products_on_hopper(block, m):
-    _, _, launches = linear((m, 300, 504, *block, 0.4), major=9, sms=8)
-    assert len(launches) == 1 and launches[0][0].startswith(
-        "bsr_linear_sm90_bf16" if m > 64 else "bsr_linear_skinny_bf16"
-    )
+    for dtype, name in cuda_kernels.NAMES.items():
+        _, _, launches = linear((m, 300, 504, *block, 0.4), dtype, major=9, sms=8)
+        assert len(launches) == 1 and launches[0][0].startswith(f"bsr_linear_{'sm90' if m > 64 else 'skinny'}_{name}")
 
 
 GIVEN = {
@@ -176,4 +175,5 @@ def test_errors_in_words():
 @pytest.mark.parametrize("bug", cuda_launches.BUGS)
 def test_planted_bugs_are_caught(bug):
     with pytest.raises((AssertionError, ptx_emulator.EmulationError)):
-        linear((130, 300, 500, 32, 32, 0.4), given=GIVEN["one column further, copied"][0], bug=bug)
+        major = 9 if "sm90" in cuda_launches.BUGS[bug][0] else 8
+        linear((130, 300, 500, 32, 32, 0.4), given=GIVEN["one column further, copied"][0], major=major, bug=bug)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import cuda_kernels
 import ptx_emulator
 import pytest
 import torch
+from cuda_kernels import BLOCKS, PAIRS
 from triton_problems import (
     ACTIVATIONS,
     PROBLEMS,
@@ -102,10 +104,51 @@ def check_sdd(problem, dtype=BF16, apart=8, **options):
     return packed, counts, jobs
 
 
-@pytest.mark.parametrize("tokens", [None, 128])
-@pytest.mark.parametrize("problem", PROBLEMS[1:], ids=str)
-def test_dx(problem, tokens):
-    check_dx(problem, tokens=tokens)
+# (tokens, blocks that run one kernel): together all kernels; up to 64 tokens rows of 16 in units of one, longer ones of two.
+GROUPS = [
+    (16, BLOCKS),
+    (64, [block for block in BLOCKS if block[0] == 16]),
+    (64, [block for block in BLOCKS if block[0] > 16]),
+    (128, [block for block in BLOCKS if block[0] >= 64]),
+    (256, [block for block in BLOCKS if block[0] >= 64 and block[1] == 16]),
+    (256, [block for block in BLOCKS if block[0] >= 64 and block[1] > 16]),
+]
+for most in (128, 256):
+    GROUPS.append((most, [block for block in BLOCKS if block[0] == 16]))
+    GROUPS += [(most, [(32, 16)]), (most, [block for block in BLOCKS if block[0] == 32 and block[1] > 16])]
+CASES = cuda_kernels.rotation(GROUPS)
+# Small and odd problems, which go round the same.
+ODD = [(problem, tokens, *PAIRS[i % 6]) for i, (problem, tokens) in enumerate(product(PROBLEMS[1:], (None, 128, 256)))]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward(case):
+    problem, tokens, dtype, mode, activation, extras = case
+    check(problem, dtype, activation, extras, tokens=tokens, mode=mode)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_dx(case):
+    """By the kernel that runs the forward product of a weight whose blocks lie across."""
+    (m, n, k, r, c, density), tokens, dtype, mode, *_ = case
+    check_dx((m, k, n, c, r, density), dtype, tokens=tokens, mode=mode)
+
+
+@pytest.mark.parametrize("case", ODD, ids=str)
+def test_small_and_odd_problems(case):
+    problem, tokens, dtype, mode = case
+    check(problem, dtype, "gelu", tokens=tokens, mode=mode)
+    check_dx(problem, dtype, tokens=tokens, mode=mode)
+
+
+def test_every_kernel_runs_with_every_dtype_in_every_mode_and_for_all_blocks():
+    """Forward and dx: test_forward and test_dx run all that kernels_sm80.cu has."""
+    ran = {(cuda_kernels.kernel_of(problem, tokens, dtype), mode) for problem, tokens, dtype, mode, *_ in CASES}
+    there = kernels_of_weights(cuda_kernels.ptx("kernels_sm80.cu", "sm_80"))
+    assert ran == set(product(there, ptx_emulator.MODES)) and len(there) == 24
+    for few in (True, False):
+        assert {problem[3:5] for problem, tokens, *_ in CASES if (tokens is None) == few} == set(BLOCKS)
+    assert {case[4:] for case in CASES} == set(product(ACTIVATIONS, product((True, False), repeat=2)))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
@@ -118,22 +161,29 @@ def test_sdd(problem, dtype):
 @pytest.mark.parametrize("sms", [1, 108], ids=["whole", "parts"])
 @pytest.mark.parametrize("block", [(16, 16), (32, 32), (64, 64), (128, 128), (64, 16), (16, 128), (128, 16)], ids=str)
 def test_sdd_of_several_jobs_and_copies_that_end_whenever_they_like(block, sms, mode):
-    _, counts, jobs = check_sdd((530, 300, 500, *block, 0.4), sms=sms, mode=mode)
+    dtype = F16 if block[1] == 128 else BF16  # both with units of 16 and of 32 outputs
+    _, counts, jobs = check_sdd((530, 300, 500, *block, 0.4), dtype, sms=sms, mode=mode)
     assert len(jobs) > 2 and len(counts) == (1 if sms == 1 else 2)
 
 
-# None: what the launcher chooses, which is another kernel up to 64 tokens.
-@pytest.mark.parametrize("tokens", [None, 128, 256])
-@pytest.mark.parametrize("problem", PROBLEMS[1:], ids=str)
-def test_forward(problem, tokens):
-    check(problem, activation="gelu", tokens=tokens)
-
-
-@pytest.mark.parametrize("mode", ptx_emulator.MODES)
-@pytest.mark.parametrize("block", [(16, 16), (32, 32), (64, 128), (128, 16)], ids=str)
-@pytest.mark.parametrize("m", [1, 8, 9, 16, 17, 64])
-def test_few_tokens(m, block, mode):
-    check((m, 300, 500, *block, 0.4), activation="silu", mode=mode)
+@pytest.mark.parametrize("m", [9, 64])
+@pytest.mark.parametrize("block", [(16, 16), (64, 32)], ids=str)
+def test_few_tokens_give_the_same_bits_every_time(block, m):
+    """Warps share a row and add their sums in one order, however their loads arrive."""
+    packed, x, bias, _ = make_problem(m, 300, 500, *block, 0.4, BF16)
+    given = (
+        cuda_kernels.aligned(x),
+        layout_of(packed).pack(packed.values),
+        tuple(packed.values.shape),
+        300,
+        bias,
+        "gelu",
+    )
+    first, *others = (
+        cuda_kernels.linear(*given, mode=mode, seed=seed)[0]
+        for mode, seed in (("late", 0), ("late", 0), ("early", 0), ("random", 1), ("random", 2))
+    )
+    assert first.isfinite().all() and all(torch.equal(first, y) for y in others)
 
 
 @pytest.mark.parametrize("mode", ptx_emulator.MODES)
@@ -166,12 +216,12 @@ def test_what_is_not_finite_stays_with_who_reads_it(side, dtype, tokens, transpo
     )
     layout = make_layout(packed.crow_indices, packed.col_indices, 9, side, side, transposed=transposed)
 
-    def product(rows, values):
+    def times(rows, values):
         return cuda_kernels.linear(
             cuda_kernels.aligned(rows), layout.pack(values), tuple(values.shape), n, tokens=tokens
         )[0]
 
-    clean, block = product(rows, packed.values), int(packed.col_indices[0])
+    clean, block = times(rows, packed.values), int(packed.col_indices[0])
     first = int(packed.block_mask()[:, block].nonzero()[0])  # block 0 is block-row first, block-column block
     out, at = (block * side + 7, first * side + 5) if transposed else (first * side + 5, block * side + 7)
     for number in (torch.nan, torch.inf):
@@ -181,7 +231,7 @@ def test_what_is_not_finite_stays_with_who_reads_it(side, dtype, tokens, transpo
         reached[3] = mask[:, at // side].repeat_interleave(side)[:n]
         in_w = torch.zeros(20, n, dtype=torch.bool)
         in_w[:, out] = True
-        for y, where in ((product(spoilt, packed.values), reached), (product(rows, values), in_w)):
+        for y, where in ((times(spoilt, packed.values), reached), (times(rows, values), in_w)):
             assert not y[where].isfinite().any() and torch.equal(y[~where], clean[~where])
 
 
@@ -209,6 +259,15 @@ def test_what_is_not_finite_stays_with_its_output_or_input_in_dw(side, dtype):
         inputs[packed.col_indices == block, :, 7] = True
         for dvalues, where in ((gradient(spoilt_dy, x), outputs), (gradient(dy, spoilt_x), inputs)):
             assert not dvalues[where].isfinite().any() and torch.equal(dvalues[~where], clean[~where])
+
+
+@pytest.mark.parametrize("block", [(16, 16), (32, 32), (64, 64), (128, 128)], ids=str)
+def test_tiles_with_most_steps_come_first(block):
+    """The grid runs them in this order: its last blocks are short."""
+    mask = torch.rand(1024 // block[0], 1024 // block[1]) < torch.rand(1024 // block[0], 1)  # rows of every density
+    layout = layout_of(sp.BsrWeight.from_dense(torch.ones(1024, 1024, dtype=BF16), mask, block))
+    steps = layout.tables[: 12 * layout.tiles].view(-1, 12)[:, 1]
+    assert (steps.diff() <= 0).all() and steps[0] > steps[-1]
 
 
 @pytest.mark.parametrize("k", [1024, 1000])
@@ -363,17 +422,16 @@ def test_planted_bugs_in_sdd_are_caught(bug):
     assert turns_red(*runs) == (bug is not None)
 
 
-# (M, N, K, R, C, density); blocks of 8-bit weights have 32 inputs or more.
-W8A8_PROBLEMS = [
-    (1, 96, 64, 32, 32, 0.5),
-    (7, 45, 70, 16, 32, 0.5),
-    (9, 64, 64, 32, 32, 0.0),
-    (20, 100, 300, 128, 128, 0.7),
-    (64, 300, 500, 64, 64, 0.4),
-    (260, 300, 500, 16, 128, 0.4),
-    (140, 96, 400, 128, 32, 0.4),
-    (1100, 40, 33, 32, 32, 0.5),
-]
+# As GROUPS: blocks of 8-bit weights have 32 inputs or more, and rows 32 outputs at most.
+BLOCKS_8 = [block for block in BLOCKS if block[1] >= 32]
+GROUPS_8 = [(16, BLOCKS_8)]
+GROUPS_8 += [(64, [block for block in BLOCKS_8 if (block[0] == 16) == low]) for low in (True, False)]
+for most in (128, 256):
+    GROUPS_8.append((most, [block for block in BLOCKS_8 if block[0] == 16]))
+    GROUPS_8 += [(most, [b for b in BLOCKS_8 if b[0] > 16 and (b[1] == 32) == narrow]) for narrow in (True, False)]
+CASES_8 = cuda_kernels.rotation(GROUPS_8)
+# Small and odd ones: no blocks at all, one row and column of blocks with a tail.
+ODD_8 = [(1, 96, 64, 32, 32, 0.5), (9, 64, 64, 32, 32, 0.0), (1100, 40, 33, 32, 32, 0.5)]
 
 
 def check_w8a8(problem, dtype=BF16, activation="gelu", extras=(True, True), x_scale=None, of=torch.int8, **options):
@@ -389,19 +447,6 @@ def check_w8a8(problem, dtype=BF16, activation="gelu", extras=(True, True), x_sc
     y, counts = cuda_kernels.linear_w8a8(*given, bias, activation, residual, x_scale, of=of, **options)
     assert_as_good_as_torch(y, *exact_and_reference_int8(x, packed, bias, activation, residual, x_scale))
     return packed, counts
-
-
-@pytest.mark.parametrize("tokens", [None, 128, 256])
-@pytest.mark.parametrize("problem", W8A8_PROBLEMS, ids=str)
-def test_int8(problem, tokens):
-    check_w8a8(problem, tokens=tokens)
-
-
-@pytest.mark.parametrize("mode", ptx_emulator.MODES)
-@pytest.mark.parametrize("block", [(16, 32), (32, 32), (64, 64), (128, 128)], ids=str)
-def test_int8_with_copies_that_end_whenever_they_like(block, mode):
-    check_w8a8((260, 300, 900, *block, 0.4), F16, "none", (True, False), mode=mode)
-    packed, counts = check_w8a8((16, 300, 900, *block, 0.4), F16, "relu", (False, True), x_scale=0.02, mode=mode)
 
 
 E4M3 = torch.float8_e4m3fn
@@ -421,19 +466,32 @@ def few_of_8_bits(kind, shape):
     )
 
 
+ARCHS_8 = {torch.int8: "sm_80", E4M3: "sm_89"}
+
+
+@pytest.mark.parametrize("of", ARCHS_8, ids=str)
+@pytest.mark.parametrize("case", CASES_8, ids=str)
+def test_weights_of_8_bits(case, of):
+    """Every third with a scale given for x, by which some of it saturates."""
+    problem, tokens, dtype, mode, activation, extras = case
+    x_scale = (0.02 if of == torch.int8 else 0.004) if CASES_8.index(case) % 3 == 0 else None
+    check_w8a8(problem, dtype, activation, extras, x_scale, of, tokens=tokens, arch=ARCHS_8[of], mode=mode)
+
+
+@pytest.mark.parametrize("of", ARCHS_8, ids=str)
 @pytest.mark.parametrize("tokens", [None, 128, 256])
-@pytest.mark.parametrize("problem", W8A8_PROBLEMS, ids=str)
-def test_e4m3(problem, tokens):
-    check_w8a8(problem, tokens=tokens, of=E4M3, arch="sm_89")
+@pytest.mark.parametrize("problem", ODD_8, ids=str)
+def test_small_and_odd_problems_of_8_bits(problem, tokens, of):
+    check_w8a8(problem, tokens=tokens, of=of, arch=ARCHS_8[of])
 
 
-@pytest.mark.parametrize("mode", ptx_emulator.MODES)
-@pytest.mark.parametrize("block", [(16, 32), (32, 32), (128, 128)], ids=str)
-def test_e4m3_with_copies_that_end_whenever_they_like(block, mode):
-    """A scale given for x saturates."""
-    options = {"of": E4M3, "arch": "sm_89", "mode": mode}
-    check_w8a8((260, 300, 900, *block, 0.4), F16, "none", (True, False), **options)
-    check_w8a8((16, 300, 900, *block, 0.4), F16, "relu", (False, True), 0.004, **options)
+@pytest.mark.parametrize("of", ARCHS_8, ids=str)
+def test_every_kernel_of_8_bits_runs_with_every_dtype_in_every_mode(of):
+    ran = {(cuda_kernels.kernel_of(problem, tokens, dtype, of), mode) for problem, tokens, dtype, mode, *_ in CASES_8}
+    there = kernels_of_weights(cuda_kernels.ptx(f"kernels_{cuda_kernels.KINDS[of]}.cu", ARCHS_8[of]))
+    assert ran == set(product(there, ptx_emulator.MODES)) and len(there) == 18
+    for few in (True, False):
+        assert {problem[3:5] for problem, tokens, *_ in CASES_8 if (tokens is None) == few} == set(BLOCKS_8)
 
 
 E4M3_BUGS = {
@@ -541,6 +599,7 @@ PROMISED = [
     ((4096, 4096, 4096), (16, 16), 0.2, "e_bound", 0.6),
     ((4096, 4096, 4096), (32, 32), 0.2, "e_bound", 0.85),
     ((4096, 4096, 4096), (64, 64), 0.2, "e_bound", 0.945),  # 512 blocks are 4.74 of 5 turns of 108 SMs: .948
+    ((4096, 4096, 4096), (128, 128), 0.2, "e_bound", 0.945),
 ]
 
 
@@ -562,7 +621,7 @@ def main_loop(kernel, folder):
     tools = pytest.importorskip("triton.backends.nvidia.compiler").__file__
     text, cubin = folder / "kernel.ptx", folder / "kernel.cubin"
     text.write_text(cuda_kernels.ptx("kernels_sm80.cu", "sm_80"))
-    command = ["nvcc", "-arch=sm_80", "-cubin", f"-Xptxas=-e,{kernel}", text, "-o", cubin]
+    command = [cuda_kernels.nvcc(), "-arch=sm_80", "-cubin", f"-Xptxas=-e,{kernel}", text, "-o", cubin]
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     disassemble = [Path(tools).with_name("bin") / "cuobjdump", "-sass", "-fun", kernel, cubin]
     sass = subprocess.run(list(map(str, disassemble)), check=True, capture_output=True, text=True).stdout
@@ -583,16 +642,26 @@ def main_loop(kernel, folder):
     return [run for run in runs if run]
 
 
-# The part of the main loop's instructions that are mma, at density 0.2; docs/gpu-performance.md has what else there is.
-SHARES = [("32x32_256", (32, 32), 0.5), ("64x32_256", (64, 64), 0.6), ("64x32_256", (128, 128), 0.65)]
+# Kernel, blocks, density, the part of the main loop's instructions that are mma; docs/gpu-performance.md has what else there is.
+SHARES = [
+    ("32x32_256", (32, 32), 0.2, 0.5),
+    ("32x32_256", (32, 32), 0.1, 0.48),
+    ("64x32_256", (64, 64), 0.2, 0.6),
+    ("64x32_256", (128, 128), 0.2, 0.65),
+    ("64x16_256", (64, 16), 0.2, 0.56),
+    ("64x16_256", (128, 16), 0.2, 0.63),
+    ("32x32_128", (32, 32), 0.2, 0.4),
+    ("64x16_128", (64, 64), 0.2, 0.47),
+    ("64x16_128", (128, 128), 0.2, 0.53),
+]
 
 
 @pytest.mark.parametrize("case", SHARES, ids=str)
 def test_instructions_of_the_main_loop(case, tmp_path):
     """Counted in machine code, each run of instructions as often as the steps of a weight run it; nothing spilled."""
-    (kernel, block, least), generator = case, torch.Generator().manual_seed(0)
+    (kernel, block, density, least), generator = case, torch.Generator().manual_seed(0)
     packed = sp.BsrWeight.from_dense(
-        torch.ones(4096, 4096, dtype=BF16), random_mask((4096, 4096), block, 0.2, generator), block
+        torch.ones(4096, 4096, dtype=BF16), random_mask((4096, 4096), block, density, generator), block
     )
     layout = layout_of(packed)
     rows = 64 // layout.row
@@ -606,7 +675,7 @@ def test_instructions_of_the_main_loop(case, tmp_path):
         often = each if "HMMA" in kinds else some if "LDSM" in kinds else 1.0
         products += often * kinds.count("HMMA")
         every += often * len(run)
-    print(f"{kernel}, blocks of {block}: {products / every:.3f} of {every / 3:.0f} instructions a step")
+    print(f"{kernel}, blocks of {block} at {density}: {products / every:.3f} of {every / 3:.0f} instructions a step")
     assert products / every >= least
 
 

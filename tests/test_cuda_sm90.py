@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import cuda_kernels
@@ -11,6 +12,7 @@ import ptx_emulator
 import pytest
 import torch
 import torch.nn.functional as F
+from cuda_kernels import BLOCKS, PAIRS
 from ptx_emulator import EmulationError
 from sparse_prune_kernels import config, cuda_sm90
 from triton_problems import assert_as_good_as_torch, exact_and_dense, make_problem
@@ -24,7 +26,7 @@ BF16, F16 = torch.bfloat16, torch.float16
 ACTIVATIONS = list(reference.ACTIVATIONS)
 
 
-def product(x, packed, bias=None, residual=None, activation="none", cluster=None, **options):
+def run(x, packed, bias=None, residual=None, activation="none", cluster=None, **options):
     """act(x @ W^T + bias) + residual by `clusters` clusters that stay until all is done; y, counts and the plan."""
     (n, k), (r, c) = packed.shape, packed.blocksize
     layout = cuda_sm90.make_layout(packed.crow_indices, packed.col_indices, k, r, c, cluster=cluster)
@@ -39,7 +41,7 @@ def check(problem, dtype, activation="gelu", extras=(True, True), **options):
     packed, x, bias, residual = make_problem(*problem, dtype)
     x = cuda_kernels.aligned(x)
     bias, residual = (tensor if used else None for tensor, used in zip((bias, residual), extras, strict=True))
-    y, counts, plan = product(x, packed, bias, residual, activation, **options)
+    y, counts, plan = run(x, packed, bias, residual, activation, **options)
     exact, dense = exact_and_dense(x, packed.to_dense(), bias, activation, residual)
     assert_as_good_as_torch(y, exact, dense)
     return packed, counts, plan
@@ -66,22 +68,48 @@ PROBLEMS = [
 
 
 @pytest.mark.parametrize("case", PROBLEMS, ids=str)
-def test_forward(case):
+def test_clusters(case):
     problem, tokens, cluster, clusters = case
     check(problem, BF16, tokens=tokens, cluster=cluster, clusters=clusters)
 
 
+# (tokens, blocks that run one kernel): together all kernels.
+GROUPS = [
+    (tokens, [block for block in BLOCKS if (min(block[1], 64), block[0] >= 64) in kinds])
+    for tokens in (128, 256)
+    for kinds in ([(16, False)], [(16, True)], [(32, False), (32, True)], [(64, False), (64, True)])
+]
+CASES = cuda_kernels.rotation(GROUPS)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward(case):
+    problem, tokens, dtype, mode, activation, extras = case
+    check(problem, dtype, activation, extras, tokens=tokens, mode=mode)
+
+
+def test_every_kernel_runs_with_every_dtype_in_every_mode_and_for_all_blocks():
+    ran = set()
+    for (m, n, _, r, c, _), tokens, dtype, mode, *_ in CASES:
+        launch = cuda_kernels.launch_sm90(m, n, cuda_kernels.PackedSm90(r, c, 1, 1, 1, 1), tokens)[2]
+        ran.add((cuda_kernels.entry_sm90(launch, dtype), mode))
+    there = re.findall(r"\.entry (bsr_linear_sm90_\w+)\(", cuda_kernels.ptx("kernels_sm90.cu", "sm_90a"))
+    assert ran == set(product(there, ptx_emulator.MODES)) and sorted(there) == sorted(KERNELS)
+    for wanted in (128, 256):
+        assert {problem[3:5] for problem, tokens, *_ in CASES if tokens == wanted} == set(BLOCKS)
+
+
 @pytest.mark.parametrize("m", [9, 140])
-@pytest.mark.parametrize("block", [(64, 16), (16, 128), (32, 32)], ids=str)
-def test_layout_of_the_transpose(block, m):
+@pytest.mark.parametrize("i", range(len(BLOCKS)), ids=[str(block) for block in BLOCKS])
+def test_layout_of_the_transpose(i, m):
     """x @ W, as for dx: by both kernels that read the layout."""
-    packed, *_ = make_problem(1, 300, 200, *block, 0.4, BF16)
-    r, c = block
-    x = cuda_kernels.aligned(torch.randn(m, 300).bfloat16())
+    (r, c), (dtype, mode) = BLOCKS[i], PAIRS[i % len(PAIRS)]
+    packed, *_ = make_problem(1, 300, 200, r, c, 0.4, dtype)
+    x = cuda_kernels.aligned(torch.randn(m, 300).to(dtype))
     layout = cuda_sm90.make_layout(packed.crow_indices, packed.col_indices, 200, r, c, transposed=True)
     plan = layout.plan
     weight = cuda_kernels.PackedSm90(c, r, plan.cluster, packed.nnzb, plan.groups, plan.lines)
-    y, counts = cuda_kernels.linear_sm90(x, layout.pack(packed.values), weight, 200)
+    y, counts = cuda_kernels.linear_sm90(x, layout.pack(packed.values), weight, 200, mode=mode)
     assert (counts.kinds["wgmma"] > 0) == (m > cuda_kernels.FEW_TOKENS)
     assert_as_good_as_torch(y, *exact_and_dense(x, packed.to_dense().T.contiguous(), None, "none", None))
 
@@ -134,7 +162,7 @@ def poisoned(block, value, dtype=BF16, **options):
     x, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in ((140, k), (n,)))
     x[7, 2 * c + 1], x[130, 3 * c - 1] = value, -value
     x = cuda_kernels.aligned(x)
-    y, *_ = product(x, packed, bias, tokens=128, clusters=1, **options)
+    y, *_ = run(x, packed, bias, tokens=128, clusters=1, **options)
     sees = expand_mask(mask, block, (n, k))[:, None] & ~x.isfinite()[None]  # [N, M, K]
     clean, dense = x.nan_to_num(0, 0, 0), packed.to_dense()
     exact = F.linear(clean.double(), dense.double(), bias.double())
@@ -171,12 +199,46 @@ def test_few_tokens_run_the_other_kernel_on_the_same_weights(m, block):
     assert counts.kinds["wgmma"] == 0 and counts.kinds["mma"] > 0
 
 
+@pytest.mark.parametrize("m", [9, 40])
+def test_few_tokens_give_the_same_bits_every_time(m):
+    packed, x, bias, _ = make_problem(m, 300, 500, 64, 32, 0.4, BF16)
+    x, modes = cuda_kernels.aligned(x), ("late", *ptx_emulator.MODES)
+    first, *others = (run(x, packed, bias, activation="gelu", tokens=None, mode=mode)[0] for mode in modes)
+    assert first.isfinite().all() and all(torch.equal(first, y) for y in others)
+
+
 def test_tiles_fill_the_gpu():
     """Tiles of 256 rows of x where they leave no multiprocessors idle, else of 128; no more clusters than tiles."""
     weight = cuda_kernels.PackedSm90(32, 32, 4, 0, 8, 8)  # 4096 outputs
     chosen = [cuda_kernels.launch_sm90(m, 4096, weight)[2] for m in (65, 256, 512, 1024, 4096)]
     assert [launch.tokens for launch in chosen] == [128, 128, 128, 256, 256]
     assert [launch.turns for launch in chosen] == [8, 16, 32, 32, 128]
+
+
+# (M, K, N), blocksize, density, kind of bound, the least that the design promises: docs/gpu-performance.md.
+PROMISED = [
+    ((4096, 4096, 4096), (16, 16), 0.2, "e_bound", 0.35),
+    ((4096, 4096, 4096), (32, 32), 0.2, "e_bound", 0.53),
+    ((4096, 4096, 4096), (64, 64), 0.2, "e_bound", 0.76),
+    ((4096, 4096, 4096), (128, 128), 0.2, "e_bound", 0.94),
+    ((16, 4096, 4096), (32, 32), 0.1, "speedup_bound", 9.0),
+]
+
+
+@pytest.mark.parametrize("promised", PROMISED, ids=str)
+def test_bounds_are_those_promised(promised, monkeypatch):
+    """Of both kernels that read the layout for Hopper, and no other layout."""
+    pytest.importorskip("triton", reason="Triton, which bench gpu-bounds compares with, is not installed")
+    from sparse_prune_kernels import cuda
+
+    from sparse_prune import gpu_bounds
+
+    monkeypatch.delattr(cuda, "make_layout")
+    problem, block, density, kind, least = promised
+    row = gpu_bounds.cuda_row(90, problem[0], gpu_bounds.weight_of(problem, block, density))
+    assert row[kind] >= least, row
+    if problem[0] <= 64:
+        assert row["bytes_ratio"] <= 1.05 and row["limit"] == "DRAM"
 
 
 # ---- what ptxas makes of it ----
@@ -197,7 +259,7 @@ def test_cubin(name, tmp_path):
     tokens, line, lines = (int(part) for part in re.split("[_x]", name)[-3:])
     text, cubin = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
     text.write_text(cuda_kernels.ptx("kernels_sm90.cu", "sm_90a"))
-    ptxas = ["nvcc", "-arch=sm_90a", "-cubin", f"-Xptxas=-v,-e,{name}", str(text), "-o", str(cubin)]
+    ptxas = [cuda_kernels.nvcc(), "-arch=sm_90a", "-cubin", f"-Xptxas=-v,-e,{name}", str(text), "-o", str(cubin)]
     done = subprocess.run(ptxas, capture_output=True, text=True)
     report = done.stdout + done.stderr
     assert done.returncode == 0, report

@@ -176,6 +176,35 @@ def test_layers_in_a_cuda_graph(m):
         assert torch.equal(y, layer(x, "gelu"))
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU: graphs are CUDA's")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("m", [1, 64, 512])
+def test_products_in_a_cuda_graph(m, backend):
+    """Of every backend, with the gradient of x: a replay reads what x and dy hold then."""
+    need(backend, torch.bfloat16, (32, 32))
+    packed, x, bias, dy = make_problem(m, 768, 768, 32, 32, 0.3, torch.bfloat16, DEVICE)
+    x.requires_grad_()
+
+    def both():
+        y = sp.bsr_linear(x, packed, bias, "gelu", backend=backend)
+        return y, *torch.autograd.grad(y, x, dy)
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            both()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    with torch.no_grad():
+        x.normal_()
+        dy.normal_()
+    graph.replay()
+    assert all(torch.equal(ours, wanted) for ours, wanted in zip(captured, both(), strict=True))
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU: compiled layers have tests of their own on the CPU")
 def test_compiled_layer():
     layer = sp.SparseLinear.from_dense(nn.Linear(256, 256), torch.rand(8, 8) < 0.3).to("cuda", torch.bfloat16).eval()

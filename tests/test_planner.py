@@ -577,10 +577,14 @@ def test_shipped_bounds_choose_between_the_kernels_of_a_gpu(gpu):
         assert "shipped bounds, counted and not timed" in choice.reason and "sm_80" in choice.reason
     gpu(cuda="not built")
     assert planner.plan(GPU, blocksize=(16, 16), **ask).at(4096).kernel == "triton"
-    gpu(120)
-    assert "sm_90" in planner.plan(GPU, blocksize=(16, 16), **ask).at(1).reason
-    gpu(86)
-    assert "sm_80" in planner.plan(GPU, blocksize=(128, 32), **ask).at(1).reason
+
+
+@pytest.mark.parametrize("capability, rows", [(80, 80), (86, 80), (89, 80), (90, 90), (100, 80), (120, 80)])
+def test_rows_of_the_kernel_that_a_gpu_runs(gpu, capability, rows):
+    """The kernel for 9.0 runs on no other GPU: a younger one has the kernel for 8.0, and no rows of another."""
+    gpu(capability)
+    found = planner.plan(GPU, torch.bfloat16, (128, 32), 0.2, (4096, 4096))
+    assert all(f"(sm_{rows}, " in choice.reason for choice in found.choices)
 
 
 def test_nothing_measured_and_nothing_that_runs_on_a_gpu(gpu):
