@@ -259,7 +259,8 @@ def sdd_config(r: int, c: int, itemsize: int, capability: int) -> SddConfig:
     """Tiles for blocks of r x c."""
     gpu = gpu_of(capability)
     block_m = 64 if itemsize == 2 else 16  # as block_k above: m is what this product sums over
-    num_warps = 8 if r * c >= 128 * 128 else 4  # as above: 128 x 128 accumulators
+    # As above: 128 x 128 accumulators. In float32, beside whole operand tiles, eight warps spilled two registers on 8.0.
+    num_warps = 4 if r * c < 128 * 128 else 8 if itemsize == 2 else 16
     return SddConfig(block_m, num_warps, _stages((r + c) * block_m * itemsize, gpu.shared, gpu))
 
 
