@@ -157,8 +157,8 @@ def cuda_row(capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
     at, launch = kernels.linear_launch(m, n, blocks, sms)
     heads = layout.tables[: layout.tiles * cuda.TILE_INTS].view(layout.tiles, -1)
     units = torch.cat([heads[1:, 2], heads.new_tensor([len(layout.units)])]) - heads[:, 2]  # of each tile
-    some = (units - units.float().mean()).abs().argsort()[:SAMPLE]  # work grows with them
-    programs = float(units[some].sum() / units.float().mean())  # so many average ones
+    some, average = _average(units)  # work grows with them
+    programs = len(some) * average
     served = heads[some, 4 : 4 + cuda.TILE_OUTPUTS // layout.row].flatten()
     outputs = (served[served >= 0][:, None] * layout.row + torch.arange(layout.row)).flatten()
     outputs = outputs[outputs < n]
@@ -296,7 +296,7 @@ def triton_row(capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
     tiles = config.linear_config(m, n, k, r, c, sizes[0], capability, packed.density, unions, value_size=sizes[1])
     whole = plans[tiles.merge]
     every = m <= config.SMALL_M  # few rows are cheap: count all programs, and so the bytes that must move
-    some = whole if every else _some_tiles(packed, whole)
+    some, average = (whole, 1.0) if every else _some_tiles(packed, whole, tiles.skip)
     rows = min(m, tiles.block_m)
     x, y = _rows(rows, k), torch.full((rows, n), torch.nan, dtype=torch.bfloat16)
     operand, before = x, []
@@ -310,8 +310,6 @@ def triton_row(capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
     )
     passes = [_run(emulator, call, capability) for call in before]
     counted = [_run(emulator, call, capability) for call in calls]
-    work = (lambda p: int((p.table[p.tiles + 1 :, 1:] >= 0).sum())) if tiles.skip else (lambda p: p.steps)
-    average = max(1, work(some)) / some.tiles / (max(1, work(whole)) / whole.tiles)  # what a tile of some is worth
     counted[0] = _worth(counted[0], average)
     launches = -(-m // tiles.block_m) * whole.tiles / (some.tiles * average)
     scales = [launches, 1.0]  # the second call adds all parts already
@@ -334,14 +332,26 @@ def triton_row(capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
     return _headline(row, capability, m, packed)
 
 
-def _some_tiles(packed: BsrWeight, whole):
-    """A plan that holds only SAMPLE of the tiles of a whole one, spread over all."""
+def _some_tiles(packed: BsrWeight, whole, skip: bool):
+    """A plan that holds only SAMPLE of the tiles of a whole one, and what each of them is worth, as _average says.
+
+    Work is their steps, or with skip the blocks that they have.
+    """
     from sparse_prune_kernels import plan
 
-    sample = min(SAMPLE, whole.tiles)
-    chosen = [int((place + 0.5) * whole.tiles / sample) for place in range(sample)]
+    begin, steps = whole.table[: whole.tiles + 1, 0].long(), whole.table[whole.tiles + 1 :, 1:]  # [T + 1], [U, merge]
+    each = (steps >= 0).sum(1) if skip else torch.ones(len(steps), dtype=torch.int64)  # [U]
+    ends = torch.cat([each.new_zeros(1), each.cumsum(0)])[begin]  # [T + 1]
+    chosen, average = _average(ends.diff())
     slots = plan.places(packed.crow_indices, packed.col_indices, packed.shape[1] // packed.blocksize[1])
-    return plan.plan_of(slots, whole.table[chosen, 1:].long(), whole.table.device)
+    return plan.plan_of(slots, whole.table[chosen, 1:].long(), whole.table.device), average
+
+
+def _average(work: Tensor) -> tuple[Tensor, float]:
+    """SAMPLE tiles that stand for all: those nearest to the mean of their work [tiles], and the work of each over that mean."""
+    work = work.double()
+    chosen = (work - work.mean()).abs().argsort(stable=True)[:SAMPLE]
+    return chosen, float(work[chosen].mean() / work.mean())
 
 
 def _torch(emulator, capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
@@ -351,14 +361,12 @@ def _torch(emulator, capability: int, m: int, packed: BsrWeight) -> dict[str, An
     meta = peers.torch_meta(m, n, k, r, c, packed.density, capability)
     columns = m // meta["SPLIT_N"]
     block_rows = n // r
-    by_length = packed.crow_indices.diff().argsort(descending=True)
-    chosen = by_length[[int((place + 0.5) * block_rows / SAMPLE) for place in range(min(SAMPLE, block_rows))]]
+    chosen, average = _average(packed.crow_indices.diff())
     dense = packed.to_dense().view(block_rows, r, k)[chosen].reshape(-1, k)
     mask = packed.block_mask()[chosen]
     some = BsrWeight.from_dense(dense, mask, (r, c))
     x, y = _rows(columns, k), torch.full((columns, len(dense)), torch.nan, dtype=torch.bfloat16)
     call = peers.torch_call(x, some.crow_indices, some.col_indices, some.values, y, meta, columns)
-    average = some.nnzb / len(chosen) / (packed.nnzb / block_rows)
     counted = _worth(_run(emulator, call, capability), average)
     _check(y, x, dense, "PyTorch")
     launches = block_rows / (len(chosen) * average) * meta["SPLIT_N"]

@@ -146,7 +146,7 @@ def held(name: str, arch: str) -> tuple[int, int]:
 
 
 def wanted_instructions(name: str, arch: str) -> set[str]:
-    """What the machine code of a kernel must have: products of the tensor cores, asynchronous copies or loads of 16 bytes."""
+    """What the machine code of a kernel must have: tensor cores, and asynchronous copies or loads of 16 bytes past L1."""
     if name.startswith("bsr_linear_sm90"):
         return {"HGMMA", "UTMALDG", "UBLKCP"}
     if name.startswith(("quantize_rows", "sum_parts")):
@@ -155,7 +155,7 @@ def wanted_instructions(name: str, arch: str) -> set[str]:
     if apart and name.endswith("_256"):  # empty
         return set()
     product = "IMMA" if "_int8_" in name else "QMMA" if "_e4m3_" in name and not apart else "HMMA"
-    return {product, "LDG.E.128" if "skinny" in name else "LDGSTS"}
+    return {product, "LDG.E.NA.128" if "skinny" in name else "LDGSTS"}
 
 
 def shared_of_launches() -> dict[str, int]:
@@ -219,9 +219,13 @@ def test_code_for_every_architecture(library):
         dumped = [tool("cuobjdump"), "-sass", "-arch", arch, library]
         code = subprocess.run(dumped, capture_output=True, text=True).stdout
         found = dict(part.partition("\n")[::2] for part in re.split(r"\s*Function : ", code)[1:])
-        assert set(found) == names
-        for name, body in found.items():
-            lacks = {each for each in wanted_instructions(name, arch) if not re.search(rf"\b{re.escape(each)}\b", body)}
+        assert names <= set(found)  # that of sm_90 comes with sm_90a
+        for name in names:
+            lacks = {
+                each
+                for each in wanted_instructions(name, arch)
+                if not re.search(rf"\b{re.escape(each)}\b", found[name])
+            }
             assert not lacks, f"no {lacks} in {name} for {arch}"
     # In a process of its own: where the package has a library like it loaded, this one would define its operators again.
     program = (

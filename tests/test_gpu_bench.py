@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import cuda_kernels
@@ -280,3 +281,14 @@ def test_bounds_are_counted_without_a_gpu(quantized, tmp_path, monkeypatch, caps
     for name, cell in zip(head.split(" | ")[1:], line.strip("| ").split(" | ")[1:], strict=True):
         name = name.strip("| ")
         assert cell.startswith(f"{bounds[name.split()[0] + ' bfloat16'] / bounds[name]:.2f} ("), name
+
+
+def test_tiles_near_the_mean_stand_for_all():
+    chosen, average = gpu_bounds._average(torch.tensor([9, 4, 1, 5, 21]))
+    assert chosen.tolist() == [0, 3, 1] and average == pytest.approx(6 / 8)
+
+
+def test_the_tables_of_the_documentation_are_made_of_the_rows_beside_them():
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    rows = json.loads((docs / "gpu-bounds.json").read_text())
+    assert gpu_bounds.markdown(rows) == (docs / "gpu-bounds.md").read_text()
