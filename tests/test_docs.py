@@ -132,7 +132,7 @@ def test_the_code_for_several_processes_runs_on_one_and_resumes(tmp_path, monkey
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     monkeypatch.chdir(tmp_path)
-    code = _code("docs/huggingface.md")[2].replace("500", "2")
+    code = _code("docs/huggingface.md")[-1].replace("500", "2")
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = transformers.BertConfig(**sizes, **dropout, vocab_size=50)
