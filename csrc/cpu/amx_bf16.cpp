@@ -90,7 +90,7 @@ const char* spread_rows(const LinearArgs& a, int64_t m0, int64_t m1, int64_t i0,
   const int64_t bytes = 2 * a.K, products = (a.crow[i1] - a.crow[i0]) * a.C / a.K;
   if (ldx / 64 % 2 == 1 || m1 - m0 < 2 * kTile || products < 4) return x;
   const int64_t from = ldx;
-  ldx = ((bytes + 63) / 64 | 1) * 64;
+  ldx = odd_lines(bytes);
   auto* to = static_cast<char*>(thread_scratch((m1 - m0) * ldx));  // [m1 - m0, ldx]
   for (int64_t m = 0; m < m1 - m0; ++m) memcpy(to + m * ldx, x + m * from, bytes);
   return to;
@@ -122,11 +122,10 @@ inline void split(__m512 a, __m512 b, __m512& finite, const Store& store) {
 
 inline bool all_finite(__m512 finite) { return _mm512_cmp_ps_mask(finite, finite, _CMP_UNORD_Q) == 0; }
 
-// Rows [m0, m1) of x as pieces [m1 - m0][ldx bytes], zeros from K up to x_bytes; false where a number is not finite.
-bool split_x(const LinearArgs& a, int64_t m0, int64_t m1, char* to, int64_t ldx, int64_t x_bytes) {
+// Rows [m0, m1) of x as pieces [m1 - m0][ldx bytes] of x_piece bytes, zeros from K up to x_bytes; false where a number is not finite.
+bool split_x(const LinearArgs& a, int64_t m0, int64_t m1, char* to, int64_t ldx, int64_t x_piece, int64_t x_bytes) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i odd_words = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x00040004)), _mm512_set1_epi32(0x00030001));
-  const int64_t x_piece = (m1 - m0) * ldx;
   __m512 finite = _mm512_setzero_ps();
   for (int64_t m = m0; m < m1; ++m, to += ldx) {
     const uint16_t* x = static_cast<const uint16_t*>(a.x) + m * a.ldx;
@@ -142,9 +141,8 @@ bool split_x(const LinearArgs& a, int64_t m0, int64_t m1, char* to, int64_t ldx,
   return all_finite(finite);
 }
 
-// The weights of block-rows [i0, i1) as pieces [blocks][C / 2][R][2]; false where a number is not finite.
-bool split_weights(const LinearArgs& a, int64_t i0, int64_t i1, char* to) {
-  const int64_t w_piece = (a.crow[i1] - a.crow[i0]) * a.R * a.C * 2;
+// The weights of block-rows [i0, i1) as pieces [blocks][C / 2][R][2] of w_piece bytes; false where a number is not finite.
+bool split_weights(const LinearArgs& a, int64_t i0, int64_t i1, char* to, int64_t w_piece) {
   __m512 finite = _mm512_setzero_ps();
   for (int64_t e = a.crow[i0]; e < a.crow[i1]; ++e) {
     const uint16_t* w = static_cast<const uint16_t*>(a.w) + (a.block ? a.block[e] : e) * a.R * a.C;  // [C][R]
@@ -162,7 +160,7 @@ void linear_f16(const LinearArgs& a, int64_t m0, int64_t m1, int64_t i0, int64_t
   if (a.R % kTile != 0 || a.C % (2 * kTile) != 0 || m1 - m0 < kTile) return avx512_kernels()->linear(a, m0, m1, i0, i1);
   constexpr int64_t pieces = 2;
   const int64_t block_bytes = 2 * a.R * a.C, x_bytes = 2 * ((a.K + a.C - 1) / a.C * a.C);
-  const int64_t ldx = (x_bytes / 64 | 1) * 64, x_piece = (m1 - m0) * ldx;
+  const int64_t ldx = odd_lines(x_bytes), x_piece = (m1 - m0) * ldx;
   const auto end_of = [&](int64_t g) { return group_end(a, g, i1, 2 * pieces); };
   int64_t most = 0;  // blocks of a group
   for (int64_t g = i0, end; g < i1; g = end) {
@@ -171,14 +169,16 @@ void linear_f16(const LinearArgs& a, int64_t m0, int64_t m1, int64_t i0, int64_t
   }
   auto* x = static_cast<char*>(thread_scratch(pieces * (x_piece + most * block_bytes)));
   char* w = x + pieces * x_piece;
-  if (!split_x(a, m0, m1, x, ldx, x_bytes)) return avx512_kernels()->linear(a, m0, m1, i0, i1);
+  const auto split_rows = [&] { return split_x(a, m0, m1, x, ldx, x_piece, x_bytes); };
+  if (!split_rows()) return avx512_kernels()->linear(a, m0, m1, i0, i1);
   LinearArgs split = a;
   split.block = nullptr;
   const bool past_cache = writes_past_cache<Half>(a);
   const auto multiply = [&](int64_t g0, int64_t g1) {
-    if (!split_weights(a, g0, g1, w)) return false;
+    const int64_t w_piece = (a.crow[g1] - a.crow[g0]) * block_bytes;
+    if (!split_weights(a, g0, g1, w, w_piece)) return false;
     split.w = w - a.crow[g0] * block_bytes;
-    const FloatTiles<Half, pieces> op = {split, past_cache, x_piece, (a.crow[g1] - a.crow[g0]) * block_bytes};
+    const FloatTiles<Half, pieces> op = {split, past_cache, x_piece, w_piece};
     amx_range(op, x, ldx, x_bytes, m0, m1, g0, g1);
     return true;
   };
@@ -188,7 +188,7 @@ void linear_f16(const LinearArgs& a, int64_t m0, int64_t m1, int64_t i0, int64_t
     for (int64_t i = g0; i < g1; ++i)  // one by one, so that bits do not depend on which of them are a group
       if (!multiply(i, i + 1)) {
         avx512_kernels()->linear(a, m0, m1, i, i + 1);
-        split_x(a, m0, m1, x, ldx, x_bytes);  // that has used the scratch
+        split_rows();  // that has used the scratch
       }
   }
   if (past_cache) Avx512::fence();

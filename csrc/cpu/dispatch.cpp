@@ -362,8 +362,7 @@ bool prepack_int8(const int8_t* values, const int32_t* crow, int64_t rows, int64
 }
 
 int64_t int8_row_bytes(int64_t K, int64_t C) {
-  const int64_t read = (K + C - 1) / C * C + kInt8Step - 1;
-  return ((read + 63) / 64 | 1) * 64;
+  return odd_lines((K + C - 1) / C * C + kInt8Step - 1);
 }
 
 void run_quantize(const QuantizeArgs& a, int64_t M, int64_t threads, ParallelFor parallel) {

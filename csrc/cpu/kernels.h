@@ -28,6 +28,9 @@ constexpr int64_t kSlack = 128;
 // Two products that make one y: the first writes it, the second, whose residual it is, multiplies it: y = act(...) * residual.
 enum class Pair : int { none, first, second };
 
+// Rows at a distance of an odd number of cache lines do not compete for few sets of the L1 cache; bytes: of a row.
+constexpr int64_t odd_lines(int64_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
+
 // y[M, N] = act(x[M, K] @ W[N, K]^T + bias[N]) + residual[M, N], where block e of block-row i covers outputs [i*R, i*R + R) and inputs
 // [col[e]*C, col[e]*C + C), both cut by N and K. The same struct serves dx, as a product with W^T through a transposed index.
 struct LinearArgs {
