@@ -14,7 +14,7 @@ from . import backends, ops, planner, reference
 from .bsr import QUANTIZED, BsrWeight, Derived, dtype_name
 from .errors import SparsePruneError
 from .linears import as_matrix, is_linear
-from .masks import check_blocksize, grid_shape
+from .masks import block_density, check_blocksize
 from .ops import (
     ACTIVATION_NUMBERS,
     QUANTIZED_INPUTS,
@@ -445,8 +445,7 @@ class SparseLinear(nn.Module):
         "dense: why"; see sp.backend_for.
         """
         values, shape = self.values, (self.out_features, self.in_features)
-        rows, cols = grid_shape(shape, self.blocksize)
-        density = values.shape[0] / (rows * cols)
+        density = block_density(values.shape[0], shape, self.blocksize)
         found = ops.backend_for(
             values.device, values.dtype, "auto", self.blocksize, density, tokens, shape, self._weight_only
         )

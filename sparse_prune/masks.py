@@ -127,6 +127,12 @@ def element_density(block_mask: Tensor, blocksize: Sequence[int], shape: Sequenc
     return float((elements * block_mask).sum() / elements.sum())
 
 
+def block_density(nnzb: int, shape: Sequence[int], blocksize: Sequence[int]) -> float:
+    """Kept blocks over all blocks of a weight of shape (N, K): what the planner goes by."""
+    rows, cols = grid_shape(shape, blocksize)
+    return nnzb / (rows * cols)
+
+
 def top_mask(saliency: Tensor, density: float) -> Tensor:
     """Keep the max(1, round(density * numel)) entries of highest saliency; ties go to the lower index.
 

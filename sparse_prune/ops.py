@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from . import backends, planner, reference, tiles
 from .bsr import QUANTIZED, BsrWeight, Derived
 from .errors import SparsePruneError
-from .masks import grid_shape
+from .masks import block_density, grid_shape
 
 Activation = Literal["none", "relu", "gelu", "gelu_tanh", "silu"]
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -223,11 +223,10 @@ def picking(name: str, triton: Callable) -> Callable:
 
     def run(*arguments):
         blocksize, nnzb, shape, m = problem_of(name, arguments)
-        rows, cols = grid_shape(shape, blocksize)
         first = arguments[0]
         quantized = name in QUANTIZED_OPERATORS
         dtype = arguments[3].dtype if quantized else first.dtype
-        kernel = planner.gpu_kernel(first.device, dtype, blocksize, nnzb / (rows * cols), shape, m)
+        kernel = planner.gpu_kernel(first.device, dtype, blocksize, block_density(nnzb, shape, blocksize), shape, m)
         takes = not quantized or first.dtype in CUDA_QUANTIZED_INPUTS
         return (cuda if kernel == "cuda" and takes else triton)(*arguments)
 
@@ -241,10 +240,9 @@ def picking_glu(triton: Callable) -> Callable:
         x, n = arguments[0], arguments[9]
         shape, kernels = (n, x.shape[1]), set()
         for values in (arguments[3], arguments[7]):
-            blocksize = tuple(values.shape[1:])
-            rows, cols = grid_shape(shape, blocksize)
-            density = values.shape[0] / (rows * cols)
-            kernels.add(planner.gpu_kernel(x.device, x.dtype, blocksize, density, shape, x.shape[0]))
+            nnzb, *blocksize = values.shape
+            density = block_density(nnzb, shape, blocksize)
+            kernels.add(planner.gpu_kernel(x.device, x.dtype, tuple(blocksize), density, shape, x.shape[0]))
         return (_two_linears if "cuda" in kernels else triton)(*arguments)
 
     return run
@@ -687,7 +685,7 @@ def bsr_linear_glu(
     _require(gate.shape == up.shape, "up", f"a weight {gate.shape} like gate", up.shape, "pass both of one MLP")
     rows, weights = flatten_rows(x), (gate, up)  # [M, K]
     on_cpu = gate.values.device.type == "cpu"
-    one_kernel = backend in ("auto", "cpu" if on_cpu else "auto") and gate.scales is None
+    one_kernel = (backend == "auto" or (backend == "cpu" and on_cpu)) and gate.scales is None
     prepacked: list[Tensor | None] = [None, None]
     alike = gate.values.dtype == up.values.dtype and (not on_cpu or gate.blocksize[0] == up.blocksize[0])
     if one_kernel and alike:

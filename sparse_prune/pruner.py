@@ -563,7 +563,7 @@ class Pruner:
         if not self.config.regrow:
             saliency = {key: value.masked_fill(~self._kept[key], -torch.inf) for key, value in saliency.items()}
         if self._criterion.article:
-            return self._above_bisected(self._means(saliency), density)
+            return self._above_bisected(saliency, density)
         if self.config.scope == "local":
             return {key: top_mask(value, density) for key, value in saliency.items()}
         scores, costs = [], []
@@ -585,19 +585,19 @@ class Pruner:
         parts = kept.split([unit.size for unit in self._units.values()])
         return dict(zip(self._units, parts, strict=True))
 
-    def _means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sums over decisions as means over the elements that each has."""
-        return {key: total / self._elements(key).to(total.dtype) for key, total in sums.items()}
+    def _means(self, sums: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Sums over decisions as means over the elements that each has, and these elements, float64: fewer in a cut block."""
+        means, elements = {}, {}
+        for key, total in sums.items():
+            unit = self._units[key]
+            elements[key] = self._new(unit, 0.0, torch.float64)
+            for member in unit.members:
+                of_block = block_elements(matrix_shape(self._modules[member.name]), member.blocksize, total.device)
+                elements[key] += of_block.view(member.repeats, unit.size).sum(0)
+            means[key] = total / elements[key].to(total.dtype)
+        return means, elements
 
-    def _elements(self, key: str) -> Tensor:
-        """Elements of each decision of a unit, float64 [size]: fewer where an edge cuts a block."""
-        unit, total = self._units[key], self._new(self._units[key], 0.0, torch.float64)
-        for member in unit.members:
-            elements = block_elements(matrix_shape(self._modules[member.name]), member.blocksize, total.device)
-            total += elements.view(member.repeats, unit.size).sum(0)
-        return total
-
-    def _above_bisected(self, means: dict[str, Tensor], density: float) -> dict[str, Tensor]:
+    def _above_bisected(self, sums: dict[str, Tensor], density: float) -> dict[str, Tensor]:
         """The article's rule with the threshold that leaves this density: one for the model, or for each layer under scope "local".
 
         The threshold is alpha * max|r| for some alpha whatever r is, so it is bisected on the means' own scale.
@@ -607,16 +607,17 @@ class Pruner:
             scale = float(values.max()) or 1.0
             return bisect_alpha(values, scale, density, elements).alpha * scale
 
+        means, elements = self._means(sums)
         if self.config.scope == "local":
             return {key: values >= threshold(values) for key, values in means.items()}
-        least = threshold(torch.cat(list(means.values())), torch.cat([self._elements(key) for key in means]))
+        least = threshold(torch.cat(list(means.values())), torch.cat(list(elements.values())))
         return {key: values >= least for key, values in means.items()}
 
     def _above_threshold(self, alpha: float) -> dict[str, Tensor]:
         """The article's rule on this step's weights and gradients: mean |v| of a block >= alpha * max|r|."""
         if "grad" in (self.config.relative_to, *self._criterion.needs):
             self._check_grads()
-        means = self.reduce_saliency(self._means(self._unit_saliency()))
+        means = self.reduce_saliency(self._means(self._unit_saliency())[0])
         tensors = {"weight": self._competing_weight, "grad": self._grad}[self.config.relative_to]
         largest = {
             key: max(
