@@ -329,7 +329,7 @@ def cpu_build() -> str:
 
 
 def peak_flops(isa: str) -> float:
-    """FLOP/s of one thread doing multiply-adds on registers alone, by a set of cpu_isas(); 0 for one without a probe."""
+    """FLOP/s of one thread doing multiply-adds on registers alone, by a set of cpu_isas(); 0 for another name."""
     assert _library is not None
     return _library.sparse_prune_peak_flops(isa.encode())
 

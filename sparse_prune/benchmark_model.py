@@ -5,7 +5,7 @@ anything is timed; candidates take turns, and the median over the turns counts. 
 
     dense          PyTorch as it is            dense fused    the dense model after fuse_encoder_
     compile        torch.compile of it         shrunk         dense, heads and FFN rows removed down to the sparse model's size
-    sparse         sparsify_ of it, fused      openvino, onnxruntime   the dense model; deepsparse   the pruned one
+    sparse         sparsify_ of it, fused      openvino, onnxruntime   the dense model and the pruned ones; deepsparse   these alone
 
 Only encoders of KINDS can be fused and shrunk; of any other model, the row says that these candidates are absent, and why.
 """
@@ -341,8 +341,8 @@ def _compiled(model: nn.Module, dtype: str) -> nn.Module:
 
 
 def _takes(runtime: str, source: str) -> bool:
-    """DeepSparse runs what was pruned; the others gain nothing from zeros."""
-    return source.startswith("sparse") if runtime == "deepsparse" else source == "dense"
+    """Every engine runs the pruned weights, and those that are made for dense ones these too."""
+    return source.startswith("sparse") or (source == "dense" and runtime != "deepsparse")
 
 
 def _peer_candidates(opened, peers, files, arguments, dtypes, threads, row) -> Iterator[_PeerCandidate]:
@@ -355,7 +355,7 @@ def _peer_candidates(opened, peers, files, arguments, dtypes, threads, row) -> I
             for dtype in peers_.RUNTIMES[runtime]:
                 if dtype not in dtypes:
                     continue
-                name = f"{runtime} {source.partition(' ')[2]}".strip() if source != "dense" else runtime
+                name = runtime if source == "dense" else f"{runtime} {source.removeprefix('sparse ')}"
                 try:
                     peer = opened.enter_context(peers_.Peer(runtime, python, threads))
                     peer.load(file, inputs, dtype, threads)

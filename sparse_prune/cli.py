@@ -643,7 +643,7 @@ def bench_linear(
     )
     _show_machine(rows)
     for name, limit in {(row["dtype"], row["threads"]): row["limits"] for row in rows if "limits" in row}.items():
-        text = f"{short(name[0])}, {name[1]} thread(s): {limit['gflops']:.0f} GFLOP/s ({limit['peak']}), "
+        text = f"{short(name[0])}, {name[1]} thread(s): {limit['gflops']:.0f} GFLOP/s on registers, "
         text += (
             f"{limit['cached_gbytes_per_s']:.0f} GB/s from cache, {limit['memory_gbytes_per_s']:.0f} GB/s from memory"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import sys
 
@@ -108,6 +109,51 @@ def test_the_export_computes_the_same(kind, tmp_path):
     with torch.no_grad():
         wanted = model(input_ids=ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(got[mask.bool()], wanted[mask.bool()], atol=1e-4, rtol=1e-4)
+
+
+class Evaluator:
+    """A peer in this process: onnx's own evaluator, with every output times `factor`."""
+
+    version, factor = "1", 1.0
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def load(self, model, inputs, *_):
+        self.session, self.inputs = importlib.import_module("onnx.reference").ReferenceEvaluator(str(model)), inputs
+
+    def run(self):
+        self.results = [self.factor * array for array in self.session.run(None, self.inputs)]
+        return 0.001
+
+    def outputs(self):
+        return self.results
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("twin", (False, True))
+def test_peers_run_the_same_pruned_weights(twin, monkeypatch):
+    pytest.importorskip("onnx.reference")
+    monkeypatch.setattr(peers, "Peer", Evaluator)
+    model = made("bert")
+    packed = copy.deepcopy(model)
+    sp.sparsify_(packed, sp.BlockSparseConfig(blocksize=(16, 16), density=0.5), encoder_filter(packed))
+    engines = dict.fromkeys(("openvino", "onnxruntime", "deepsparse"), sys.executable)
+    arguments = SMALL | {"dtypes": ["float32"], "peers": engines, "packed": packed if twin else None}
+    (row,) = benchmark_model.bench_model(model, encoder_filter(model), **arguments)
+    errors = {c["name"]: c["error"] for c in row["candidates"] if c["name"].partition(" ")[0] in engines}
+    pruned = "sparse" if twin else "0.5"
+    assert set(errors) == {"openvino", "onnxruntime", *(f"{engine} {pruned}" for engine in engines)}
+    assert max(errors.values()) < 1e-5, "against float64 with the weights of the candidate, dense or pruned"
+    monkeypatch.setattr(Evaluator, "factor", 1.2)
+    (row,) = benchmark_model.bench_model(model, encoder_filter(model), **arguments)
+    assert len(row["failed"]) == 5 and all("wrong: error" in why for why in row["failed"].values())
 
 
 def test_a_model_that_onnx_cannot_hold_is_timed_without_the_peers_that_read_it(monkeypatch):

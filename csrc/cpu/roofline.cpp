@@ -64,6 +64,29 @@ SPARSE_PRUNE_PEAK(bf16_peak, __attribute__((target("avx512f,avx512bf16"))), __m5
 #define SPARSE_PRUNE_DPBUSD(s) _mm512_dpbusd_epi32(s, a, b)
 SPARSE_PRUNE_PEAK(vnni_peak, __attribute__((target("avx512f,avx512vnni"))), __m512i, "v", _mm512_setzero_si512(),
                   SPARSE_PRUNE_DPBUSD)
+
+// Four sums of 16 x 16 by two tiles of each factor. The numbers are not 0: on zeros tiles keep a clock that they do not have at work.
+constexpr int64_t kTileProducts = 4;
+#define SPARSE_PRUNE_TILE_PEAK(name, product)                                                                        \
+  void name() {                                                                                                      \
+    uint8_t config[64] = {1}; /* palette 1; bytes in a row from 16 on, rows from 48 on */                            \
+    for (int t = 0; t < 8; ++t) config[16 + 2 * t] = 64, config[48 + t] = 16;                                        \
+    uint16_t numbers[16 * 32];                                                                                       \
+    for (int i = 0; i < 16 * 32; ++i) numbers[i] = static_cast<uint16_t>(0x3f80 + i % 97); /* bf16 from 1 to 1.75 */ \
+    __asm__ volatile(                                                                                                \
+        "ldtilecfg %0\n tilezero %%tmm0\n tilezero %%tmm1\n tilezero %%tmm2\n tilezero %%tmm3\n"                    \
+        "tileloadd (%1,%2), %%tmm4\n tileloadd (%1,%2), %%tmm5\n"                                                    \
+        "tileloadd (%1,%2), %%tmm6\n tileloadd (%1,%2), %%tmm7"                                                      \
+        :                                                                                                            \
+        : "m"(config), "r"(numbers), "r"(int64_t{64})                                                                \
+        : "memory");                                                                                                 \
+    for (int64_t i = 0; i < kRounds; ++i)                                                                            \
+      __asm__ volatile(product " %tmm6, %tmm4, %tmm0\n" product " %tmm7, %tmm4, %tmm1\n"                             \
+                       product " %tmm6, %tmm5, %tmm2\n" product " %tmm7, %tmm5, %tmm3");                             \
+    __asm__ volatile("tilerelease");                                                                                 \
+  }
+SPARSE_PRUNE_TILE_PEAK(amx_bf16_peak, "tdpbf16ps")
+SPARSE_PRUNE_TILE_PEAK(amx_int8_peak, "tdpbusd")
 #else
 void portable_peak() {
   volatile float sink;
@@ -103,6 +126,9 @@ double peak_flops(const std::string& isa) {
   // kSums multiplies and adds per round
   constexpr double kCalls = 2.0 * kSums * kRounds;
 #if SPARSE_PRUNE_X86
+  constexpr double kTiles = 2.0 * kTileProducts * kRounds * 16 * 16;
+  if (isa == "amx_int8") return best_rate(kTiles * 64, amx_int8_peak);
+  if (isa == "amx_bf16") return best_rate(kTiles * 32, amx_bf16_peak);
   if (isa == "avx512_vnni") return best_rate(kCalls * 64, vnni_peak);
   if (isa == "avx512_bf16") return best_rate(kCalls * 32, bf16_peak);
   if (isa == "avx512") return best_rate(kCalls * 16, avx512_peak);

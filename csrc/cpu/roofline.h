@@ -6,8 +6,8 @@
 
 namespace sparse_prune {
 
-// Floating-point (for avx512_vnni integer) operations a second of multiply-adds on registers alone, with the instructions that the kernels
-// of that name use; 0 for a name without a probe. The processor must have the instructions.
+// Floating-point (for avx512_vnni and amx_int8 integer) operations a second of multiply-adds on registers alone, with the instructions that
+// the kernels of that name use; 0 for an unknown name. The processor must have the instructions, and the process its permission for tiles.
 double peak_flops(const std::string& isa);
 
 // Bytes a second of reading `bytes` at data in order, again and again: of the cache that holds them, or of memory.
