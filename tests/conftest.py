@@ -11,6 +11,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import built
 import hypothesis
 import pytest
 import torch
@@ -74,7 +75,7 @@ def run(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="session")
-def harness(tmp_path_factory):
+def harness():
     """The functions of amx_harness.cpp with kernels as setup.py compiles them ("native"), and with bf16's tiles "counted".
 
     What the processor lacks of AMX and AVX512-BF16 is carried out by trap.cpp ("trap").
@@ -83,31 +84,32 @@ def harness(tmp_path_factory):
 
     if sys.platform != "linux" or "avx512" not in backends.cpu_isas():
         pytest.skip("the AMX and AVX512-BF16 kernels need AVX-512, and their traps Linux: not this processor or build")
-    compiler = (os.environ.get("CXX") or "c++").split()
+    compiler = built.compiler()
     if not shutil.which(compiler[0]):
         pytest.skip("no C++ compiler")
-    tests, folder = Path(__file__).parent, tmp_path_factory.mktemp("harness")
+    tests = Path(__file__).parent
     kernels = tests.parent / "csrc" / "cpu"
     shipped = ["-O3", "-fno-math-errno", "-ffp-contract=off"]
-
-    def compile_one(name, source, flags):
-        command = [*compiler, "-std=c++20", "-w", "-fPIC", *flags, "-c", source, "-o", folder / f"{name}.o"]
-        subprocess.run(command, check=True)
-
-    def link(name, parts):
-        subprocess.run(
-            [*compiler, "-shared", "-o", folder / f"{name}.so", *(folder / f"{p}.o" for p in parts)], check=True
-        )
-        return ctypes.CDLL(str(folder / f"{name}.so"))
-
     # What takes longest first.
     common = ("avx512_bf16_int8", "avx512_bf16", "avx512", "amx_int8", "activation_tables", "scratch")
     jobs = [(name, kernels / f"{name}.cpp", shipped) for name in (*common, "amx_bf16")]
     jobs += [("counted", kernels / "amx_bf16.cpp", [*shipped, "-DSPARSE_PRUNE_COUNT_TILES"])]
     jobs += [("door", tests / "amx_harness.cpp", ["-O1"]), ("trap", tests / "trap.cpp", ["-O3", "-mavx2", "-mfma"])]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda job: compile_one(*job), jobs))
-    trap = link("trap", ["trap"])
-    trap.trap_install()
-    native, counted = (link(f"with_{own}", ["door", *common, own]) for own in ("amx_bf16", "counted"))
-    return {"native": native, "counted": counted, "trap": trap}
+    libraries = {"trap": ["trap"], "native": ["door", *common, "amx_bf16"], "counted": ["door", *common, "counted"]}
+
+    def make(folder):
+        def compile_one(name, source, flags):
+            command = [*compiler, "-std=c++20", "-w", "-fPIC", *flags, "-c", source, "-o", folder / f"{name}.o"]
+            subprocess.run(command, check=True)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda job: compile_one(*job), jobs))
+        for name, parts in libraries.items():
+            objects = [folder / f"{part}.o" for part in parts]
+            subprocess.run([*compiler, "-shared", "-o", folder / f"{name}.so", *objects], check=True)
+
+    sources = [*sorted(kernels.iterdir()), *sorted(tests.glob("*.cpp")), repr((shipped, libraries))]
+    folder = built.built("harness", sources, make)
+    loaded = {"trap": ctypes.CDLL(str(folder / "trap.so"))}
+    loaded["trap"].trap_install()
+    return loaded | {name: ctypes.CDLL(str(folder / f"{name}.so")) for name in ("native", "counted")}

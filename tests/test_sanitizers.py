@@ -14,6 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import built
 import pytest
 import torch
 
@@ -21,7 +22,6 @@ import sparse_prune
 from sparse_prune import backends
 
 ROOT = Path(__file__).resolve().parents[1]
-COMPILER = os.environ.get("CXX", "c++").split()
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g1", "-fno-omit-frame-pointer"]
 OPTIONS = {
     # torch and Python free at exit, allocate in one library and free in another, and define some symbols twice
@@ -32,18 +32,17 @@ OPTIONS = {
 
 def runtime() -> str | None:
     """What to preload: AddressSanitizer, and libstdc++, whose exceptions it must find when it starts; None without either."""
-    if sys.platform != "linux" or not shutil.which(COMPILER[0]):
+    if sys.platform != "linux" or not shutil.which(built.compiler()[0]):
         return None
     names = ("libasan.so", "libstdc++.so.6")
-    found = [run([*COMPILER, f"-print-file-name={name}"]).stdout.strip() for name in names]
+    found = [run([*built.compiler(), f"-print-file-name={name}"]).stdout.strip() for name in names]
     return " ".join(found) if all(map(os.path.isabs, found)) else None
 
 
-def build(sources: Path, library: Path) -> None:
-    """Compile the CPU extension's sources with both sanitizers; two at a time."""
-    setup = (ROOT / "setup.py").read_text()
+def library() -> Path:
+    """The CPU extension with both sanitizers, compiled two files at a time."""
+    setup, csrc, home = (ROOT / "setup.py").read_text(), ROOT / "csrc", Path(torch.__file__).parent
     (version,) = re.findall(r'"TORCH_TARGET_VERSION", "(\w+)"', setup)
-    home = Path(torch.__file__).parent
     flags = [
         "-std=c++20",
         "-fPIC",
@@ -54,15 +53,22 @@ def build(sources: Path, library: Path) -> None:
     ]
     flags += [f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}"]
 
-    def compile_one(source: Path) -> Path:
-        compiled = library.parent / f"{source.stem}.o"
-        run([*COMPILER, *SANITIZE, *flags, "-c", source, "-o", compiled])
-        return compiled
+    def make(folder: Path) -> None:
+        def compile_one(source: Path) -> Path:
+            compiled = folder / f"{source.stem}.o"
+            run([*built.compiler(), *SANITIZE, *flags, "-c", source, "-o", compiled])
+            return compiled
 
-    with ThreadPoolExecutor(2) as pool:
-        files = [*sources.glob("*.cpp"), *sources.glob("cpu/*.cpp")]
-        compiled = list(pool.map(compile_one, sorted(f for f in files if f.name != "cuda_ops.cpp")))
-    run([*COMPILER, *SANITIZE, "-shared", *compiled, "-o", library, f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"])
+        with ThreadPoolExecutor(2) as pool:
+            files = [*csrc.glob("*.cpp"), *csrc.glob("cpu/*.cpp")]
+            # What takes longest first.
+            files.sort(key=lambda file: -len(file.read_text()) if file.stem != "avx512" else -1e9)
+            compiled = list(pool.map(compile_one, (f for f in files if f.name != "cuda_ops.cpp")))
+        link = ["-shared", *compiled, "-o", folder / "_C_cpu.so", f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"]
+        run([*built.compiler(), *SANITIZE, *link])
+
+    sources = [*sorted(csrc.glob("*.*")), *sorted(csrc.glob("cpu/*")), torch.__version__, *SANITIZE, *flags]
+    return built.built("sanitized", sources, make) / "_C_cpu.so"
 
 
 def run(command: list, **options) -> subprocess.CompletedProcess:
@@ -76,16 +82,16 @@ def sanitized(tmp_path_factory) -> dict[str, str]:
     """The environment of a Python that imports this package with sanitized kernels."""
     if not backends.cpu_isas():
         pytest.skip("the C++ extension was not built")
-    library = runtime()
-    if library is None:
+    preloaded = runtime()
+    if preloaded is None:
         pytest.skip("the compiler has no AddressSanitizer library")
     folder = tmp_path_factory.mktemp("sanitized")
     package = Path(sparse_prune.__file__).parent
     shutil.copytree(package, folder / "sparse_prune", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    build(ROOT / "csrc", folder / "sparse_prune" / "_C_cpu.so")
+    shutil.copy(library(), folder / "sparse_prune")
     # Two threads, also where this test process has but a share of the cores.
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    return {**alone, **OPTIONS, "LD_PRELOAD": library, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "2"}
+    return {**alone, **OPTIONS, "LD_PRELOAD": preloaded, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "2"}
 
 
 @pytest.mark.slow

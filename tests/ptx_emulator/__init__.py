@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import platform
 import shutil
@@ -24,6 +23,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
+from built import built
 
 HERE = Path(__file__).parent
 # No contraction: PTX says itself where a product and a sum are one operation.
@@ -392,20 +392,16 @@ def _library() -> ctypes.CDLL:
     compiler = _compiler()
     if compiler is None:
         raise EmulationError(unavailable())
-    files = sorted(HERE.glob("*.cpp")) + sorted(HERE.glob("*.h"))
-    key = hashlib.sha256(b"".join(f.read_bytes() for f in files))
-    key.update(" ".join((*FLAGS, *compiler, platform.machine(), _cpu())).encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparse-prune" / "ptx_emulator"
-    path = cache / f"{key.hexdigest()[:24]}.so"
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as build, ThreadPoolExecutor(os.cpu_count()) as pool:
-            sources = sorted(HERE.glob("*.cpp"))
-            objects = [f"{build}/{source.stem}.o" for source in sources]
-            list(pool.map(lambda s, o: _run([*compiler, *FLAGS, "-c", str(s), "-o", o]), sources, objects))
-            _run([*compiler, *FLAGS, "-shared", *objects, "-o", f"{build}/emulator.so"])
-            os.replace(f"{build}/emulator.so", path)  # whole or not at all: other processes may compile too
-    return _load(path)
+    sources = sorted(HERE.glob("*.cpp"))
+
+    def make(folder: Path) -> None:
+        objects = [folder / f"{source.stem}.o" for source in sources]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda s, o: _run([*compiler, *FLAGS, "-c", str(s), "-o", str(o)]), sources, objects))
+        _run([*compiler, *FLAGS, "-shared", *map(str, objects), "-o", str(folder / "emulator.so")])
+
+    texts = [*sources, *sorted(HERE.glob("*.h")), *FLAGS, _cpu()]
+    return _load(built("ptx_emulator", texts, make, compiler) / "emulator.so")
 
 
 def _load(path: Path) -> ctypes.CDLL:
