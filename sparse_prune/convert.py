@@ -13,7 +13,7 @@ from . import planner
 from .bsr import check_quantization, dtype_name
 from .criteria import block_mask
 from .errors import SparsePruneError
-from .fuse import FuseResult, fuse_encoder_
+from .fuse import FuseResult, count_dead_heads, fuse_encoder_
 from .layers import SparseLinear
 from .linears import as_matrix, check_there, is_linear, linear_modules, matrix_shape
 from .masks import block_sum, check_blocksize, check_density, element_density, grid_shape
@@ -67,10 +67,13 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class SparsifyResult:
-    """One row per linear layer, in module order, and what became of the encoder around them; print it for the table."""
+    """One row per linear layer, in module order, what became of the encoder around them, and how many of its attention heads
+    contribute nothing and are left out, of how many; print it for the table.
+    """
 
     layers: list[LayerReport]
     encoder: FuseResult = field(default_factory=lambda: FuseResult([]))
+    dead_heads: tuple[int, int] = (0, 0)
 
     @property
     def converted(self) -> list[str]:
@@ -97,7 +100,11 @@ class SparsifyResult:
         lines.append(
             f"{len(self.converted)} of {len(self.layers)} linear layers are sparse, density {self.density:.3f}"
         )
-        return "\n".join([*lines, *map(str, self.encoder.stacks)])
+        lines += map(str, self.encoder.stacks)
+        dead, heads = self.dead_heads
+        if dead:
+            lines.append(f"{dead} of {heads} attention heads contribute nothing and are left out")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -251,7 +258,7 @@ def sparsify_(
     if rows and all(row.reason.startswith(UNFIT) for row in rows):
         check_blocksize(config.blocksize, max((row.shape for row in rows), key=math.prod))
     swap_modules(model, new)
-    result = SparsifyResult(rows, fuse_encoder_(model))
+    result = SparsifyResult(rows, fuse_encoder_(model), count_dead_heads(model))
     if result.converted:
         announce(model)
     return result

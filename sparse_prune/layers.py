@@ -160,8 +160,8 @@ class SparseLinear(nn.Module):
     def cat(cls, layers: Sequence[SparseLinear]) -> SparseLinear:
         """One layer whose outputs are those of layers, one after another, copied: such as q, k and v from one reading of x.
 
-        For inference: in evaluation, and nothing in it requires gradients. Raises SparsePruneError as BsrWeight.cat, which says
-        what the weights must share.
+        For inference: in evaluation, nothing in it requires gradients, and planned if all are. Raises SparsePruneError as
+        BsrWeight.cat, which says what the weights must share.
         """
         packed = BsrWeight.cat([layer.packed for layer in layers])
         bias, biases = None, [layer.bias for layer in layers]
@@ -169,7 +169,9 @@ class SparseLinear(nn.Module):
         if like is not None:
             lacking = (like.new_zeros(layer.out_features) for layer in layers)
             bias = torch.cat([zeros if b is None else b for b, zeros in zip(biases, lacking, strict=True)])
-        return cls.from_bsr(packed, bias).requires_grad_(False).eval()
+        joined = cls.from_bsr(packed, bias).requires_grad_(False).eval()
+        joined.planned = all(layer.planned for layer in layers)
+        return joined
 
     @property
     def blocksize(self) -> tuple[int, int]:
