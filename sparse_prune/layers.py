@@ -58,6 +58,7 @@ class SparseLinear(nn.Module):
     out_features: int
     planned: bool
     _derived: Derived
+    _weight_only: bool
     crow_indices: Tensor
     col_indices: Tensor
     values: nn.Parameter
@@ -97,8 +98,8 @@ class SparseLinear(nn.Module):
             self._buffers["scales"] = scales
         own = nn.Parameter(values, requires_grad=values.dtype not in QUANTIZED)
         self._parameters.update(values=own, bias=None if bias is None else nn.Parameter(bias))
-        vars(self).update(in_features=in_features, out_features=out_features, planned=True, _derived=Derived())
-        self._weight_only = False
+        sizes = {"in_features": in_features, "out_features": out_features}
+        vars(self).update(sizes, planned=True, _derived=Derived(), _weight_only=False)
         if weight_only:
             self.weight_only = True
 
@@ -128,7 +129,7 @@ class SparseLinear(nn.Module):
     def become(cls, module: nn.Module, *arguments: Any) -> SparseLinear:
         """Turn module, another linear layer, into SparseLinear(*arguments) in its place: its hooks and names in a model stay."""
         vars(module).update(_parameters={}, _buffers={})
-        module.__class__ = cls
+        object.__setattr__(module, "__class__", cls)
         assert isinstance(module, cls)
         module._fill(*arguments)
         return module
