@@ -287,7 +287,8 @@ class BsrWeight:
         if values.dtype == torch.float8_e4m3fn:  # which PyTorch can do little more with than convert
             values = values.float()
         at = block_rows(self.crow_indices, self.nnzb) if dim == 0 else self.col_indices  # [nnzb]
-        found = values.abs().amax(2 - dim) != 0  # bool [nnzb, R or C]; by numbers, which takes a tenth of the time of any()
+        # By the largest number, which takes a tenth of the time of any().
+        found = values.abs().amax(2 - dim) != 0  # bool [nnzb, R or C]
         count = at.new_zeros(grid_shape(self.shape, self.blocksize)[dim], self.blocksize[dim])
         return count.index_add_(0, at, found.to(count.dtype)).flatten()[: self.shape[dim]] > 0
 

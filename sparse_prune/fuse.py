@@ -109,6 +109,21 @@ def count_dead_heads(model: nn.Module) -> tuple[int, int]:
     return sum(int((~live).sum()) for live in alive), sum(map(len, alive))
 
 
+def feed_forwards(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """(layers in, layer out) of each feed-forward network of a known kind: out(act(in(x))), or out(act(gate(x)) * up(x)).
+
+    Between them stand functions of single neurons alone, which give 0 for 0.
+    """
+    for module in model.modules():
+        named = type(module).__name__
+        if named in KINDS and _is_own_class(module) and not KINDS[named].why_not(module):
+            for _, _, ffn_in, ffn_out in KINDS[named].linears(module):
+                yield (ffn_in,), ffn_out
+        elif named in GATED and _is_own_class(module) and not _unknown_activation(_gated_activation(module)):
+            parts: Any = module
+            yield (parts.gate_proj, parts.up_proj), parts.down_proj
+
+
 def unfuse_encoder_(model: nn.Module) -> None:
     """Give every stack that fuse_encoder_ changed its own forward back."""
     for stack in model.modules():
