@@ -11,7 +11,15 @@ result = sp.quantize_(model)                                # int8 blocks, for i
 from __future__ import annotations
 
 from .bsr import BsrWeight
-from .convert import BlockSparseConfig, QuantizeResult, SparsifyResult, nonzero_masks, quantize_, sparsify_
+from .convert import (
+    BlockSparseConfig,
+    QuantizeResult,
+    SparsifyResult,
+    gather_neurons_,
+    nonzero_masks,
+    quantize_,
+    sparsify_,
+)
 from .criteria import AlphaSearch, block_mask, find_alpha, threshold_mask
 from .errors import SparsePruneError
 from .fuse import fuse_encoder_, unfuse_encoder_
@@ -43,6 +51,7 @@ __all__ = [
     "fused_glu",
     "fused_linear",
     "load_packed",
+    "gather_neurons_",
     "nonzero_masks",
     "quantize_",
     "save_packed",

@@ -346,6 +346,11 @@ def pack(
     for table in (result.layers, result.rounded):
         if table is not None:
             console.print(str(table), markup=False, highlight=False)
+    dead, neurons = result.neurons
+    if dead:
+        console.print(
+            f"{dead:,} of {neurons:,} feed-forward neurons are dead: put last, where whole blocks leave them out"
+        )
     ratio = result.packed_bytes / result.dense_bytes
     console.print(f"{result.dense_bytes:,} -> {result.packed_bytes:,} bytes ({ratio:.2f}x)")
     _say("packed", out)

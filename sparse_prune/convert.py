@@ -13,7 +13,7 @@ from . import planner
 from .bsr import check_quantization, dtype_name
 from .criteria import block_mask
 from .errors import SparsePruneError
-from .fuse import FuseResult, fuse_encoder_
+from .fuse import FuseResult, count_dead_heads, feed_forwards, fuse_encoder_
 from .layers import SparseLinear
 from .linears import as_matrix, check_there, is_linear, linear_modules, matrix_shape
 from .masks import block_sum, check_blocksize, check_density, element_density, grid_shape
@@ -67,10 +67,13 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class SparsifyResult:
-    """One row per linear layer, in module order, and what became of the encoder around them; print it for the table."""
+    """One row per linear layer, in module order, what became of the encoder around them, and how many of its attention heads
+    contribute nothing and are left out, of how many; print it for the table.
+    """
 
     layers: list[LayerReport]
     encoder: FuseResult = field(default_factory=lambda: FuseResult([]))
+    dead_heads: tuple[int, int] = (0, 0)
 
     @property
     def converted(self) -> list[str]:
@@ -97,7 +100,11 @@ class SparsifyResult:
         lines.append(
             f"{len(self.converted)} of {len(self.layers)} linear layers are sparse, density {self.density:.3f}"
         )
-        return "\n".join([*lines, *map(str, self.encoder.stacks)])
+        lines += map(str, self.encoder.stacks)
+        dead, heads = self.dead_heads
+        if dead:
+            lines.append(f"{dead} of {heads} attention heads contribute nothing and are left out")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -251,7 +258,7 @@ def sparsify_(
     if rows and all(row.reason.startswith(UNFIT) for row in rows):
         check_blocksize(config.blocksize, max((row.shape for row in rows), key=math.prod))
     swap_modules(model, new)
-    result = SparsifyResult(rows, fuse_encoder_(model))
+    result = SparsifyResult(rows, fuse_encoder_(model), count_dead_heads(model))
     if result.converted:
         announce(model)
     return result
@@ -294,6 +301,39 @@ def nonzero_masks(model: nn.Module, blocksize: Sequence[int]) -> dict[str, Tenso
         if not mask.all():
             masks[name] = mask
     return masks
+
+
+def gather_neurons_(model: nn.Module) -> tuple[int, int]:
+    """Order the neurons of feed-forward networks so that dead ones come last, in place: (how many were moved, of how many).
+
+    For a model whose neurons were pruned one by one elsewhere (nn_pruning): their zeros then lie together in blocks, which
+    nonzero_masks finds. Outputs stay, but for the order of sums. A neuron is dead where all weights that read it are zero, or all
+    that make it and their bias; all that it has becomes zero. It knows Garlic, the BERT family and gated MLPs (`fuse_encoder_`),
+    and leaves a network as it is where other zeros too are in it, whose blocks another order would break.
+    """
+    dead_count = count = 0
+    for layers, out in feed_forwards(model):
+        if not all(is_linear(layer) for layer in (*layers, out)):
+            continue
+        made = [as_matrix(layer, layer.weight.detach()) for layer in layers]  # each [F, H]
+        read = as_matrix(out, out.weight.detach())  # [H, F]
+        dead = ~(read != 0).any(0)  # [F]
+        for layer, weight in zip(layers, made, strict=True):
+            bias = 0 if layer.bias is None else layer.bias.detach()
+            dead |= (weight == 0).all(1) & torch.as_tensor(bias == 0, device=dead.device)
+        count += len(dead)
+        kept = [weight[~dead] != 0 for weight in made] + [read[:, ~dead] != 0]
+        if not dead.any() or any(part.float().mean() < 0.95 for part in kept):
+            continue
+        dead_count += int(dead.sum())
+        order = dead.int().argsort(stable=True)  # int64 [F]
+        gone = dead[order]
+        for layer, weight in zip(layers, made, strict=True):
+            weight.copy_(weight[order].masked_fill(gone[:, None], 0))
+            if layer.bias is not None:
+                layer.bias.detach().copy_(layer.bias.detach()[order].masked_fill(gone, 0))
+        read.copy_(read[:, order].masked_fill(gone, 0))
+    return dead_count, count
 
 
 def _shared_weights(model: nn.Module) -> set[int]:

@@ -7,17 +7,20 @@ residual, LayerNorm; and which hands over to the stack's own forward whenever th
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import backends
 from .layers import SparseLinear, fused_glu, fused_linear
+from .masks import grid_shape
 from .ops import Activation, attention, layer_norm, values_key
 
 # By Hugging Face's names.
@@ -67,31 +70,58 @@ def fuse_encoder_(model: nn.Module) -> FuseResult:
 
     Knows Garlic and the BERT family of Hugging Face (BERT and MiniLM, RoBERTa, XLM-RoBERTa, ELECTRA, DistilBERT), dense or sparse.
     In decoders (Llama, Mistral, Qwen 2 and 3, Gemma, SmolLM3, OLMo 2) gate and up of the MLPs run in one call if both are sparse.
+    Attention heads that contribute nothing (`live_heads`) are not computed: what is left of such a layer's projections is copied.
     Results equal the unfused ones to the dtype's rounding. Training, gradients, autocast, torch.compile, hooks inside the stack and
     requests for attentions take the model's own path, as if nothing had been fused. `sparsify_` and `load_packed` do this by
     themselves; `unfuse_encoder_` undoes it.
     """
     rows = []
-    for name, stack in model.named_modules():
-        kind = KINDS.get(type(stack).__name__)
-        if kind is None or not _is_own_class(stack):
-            continue
-        reason = kind.why_not(stack)
-        if not reason and not torch.cuda.is_available():
-            reason = backends.cpu_unavailable(torch.device("cpu"), torch.float32) or ""
-        if not reason:
-            stack.forward = FusedForward(stack)
-        rows.append(FusedStack(name, type(stack).__name__, len(kind.layers(stack)), reason))
     counts: dict[tuple[str, str], int] = {}
-    for module in model.modules():
-        if type(module).__name__ not in GATED or not _is_own_class(module) or not _gated_sparse(module):
+    for name, module in model.named_modules():
+        named = type(module).__name__
+        if named not in KINDS and named not in GATED or not _is_own_class(module):
             continue
-        reason = _unknown_activation(_gated_activation(module))
-        if not reason:
-            module.forward = FusedGlu(module)
-        key = type(module).__name__, reason
-        counts[key] = counts.get(key, 0) + 1
+        if named in KINDS:
+            kind = KINDS[named]
+            reason = kind.why_not(module)
+            if not reason and not torch.cuda.is_available():
+                reason = backends.cpu_unavailable(torch.device("cpu"), torch.float32) or ""
+            if not reason:
+                module.forward = FusedForward(module)
+            rows.append(FusedStack(name, named, len(kind.layers(module)), reason))
+        elif _gated_sparse(module):
+            reason = _unknown_activation(_gated_activation(module))
+            if not reason:
+                module.forward = FusedGlu(module)
+            counts[named, reason] = counts.get((named, reason), 0) + 1
     return FuseResult(rows + [FusedStack("", kind, count, reason) for (kind, reason), count in counts.items()])
+
+
+def count_dead_heads(model: nn.Module) -> tuple[int, int]:
+    """(dead, all): the attention heads of model's fused encoders that are left out (`live_heads`), and how many it has."""
+    alive = [
+        live_heads(projections, out, kind.head_size(module))
+        for module in model.modules()
+        if isinstance(vars(module).get("forward"), FusedForward)
+        and (kind := KINDS.get(type(module).__name__)) is not None
+        for projections, out, *_ in kind.linears(module)
+    ]
+    return sum(int((~live).sum()) for live in alive), sum(map(len, alive))
+
+
+def feed_forwards(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """(layers in, layer out) of each feed-forward network of a known kind: out(act(in(x))), or out(act(gate(x)) * up(x)).
+
+    Between them stand functions of single neurons alone, which give 0 for 0.
+    """
+    for module in model.modules():
+        named = type(module).__name__
+        if named in KINDS and _is_own_class(module) and not KINDS[named].why_not(module):
+            for _, _, ffn_in, ffn_out in KINDS[named].linears(module):
+                yield (ffn_in,), ffn_out
+        elif named in GATED and _is_own_class(module) and not _unknown_activation(_gated_activation(module)):
+            parts: Any = module
+            yield (parts.gate_proj, parts.up_proj), parts.down_proj
 
 
 def unfuse_encoder_(model: nn.Module) -> None:
@@ -149,16 +179,110 @@ class FusedForward:
                 found = self.derived[name] = (key, make())
         return found[1]
 
-    def attend(self, name: int, x: Tensor, projections: tuple[Any, ...], size: int, **masks: Any) -> Tensor:
-        """Attention of x[B, T, H] by one qkv projection or by three: the heads of `size` side by side, [B, T, heads * size]."""
+    def heads(self, name: int, projections: tuple[Any, ...], out: Any, size: int) -> Heads:
+        """The Heads of a layer by its projections to q, k, v and back; made again when their weights change."""
+        found = self.derived.get(name)
+        # Where nothing was copied an old answer is never wrong, and a Derived is new one call after values are.
+        key = _key if found is None or found[1].copied else _derived
+        return self.remember(name, tuple(map(key, (*projections, out))), lambda: _heads(projections, out, size))
+
+
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """The heads of one layer that its output depends on.
+
+    projections   to q, k and v of these heads: one layer, or three; none where no head is left
+    out           the projection back, which takes these heads alone; where none is left, zeros
+    live          their numbers, int64; None: all
+    copied        whether either holds copies of the model's weights
+    """
+
+    projections: tuple[Any, ...]
+    out: Any
+    live: Tensor | None
+    copied: bool
+
+    def of(self, mask: Tensor) -> Tensor:
+        """What these heads take of a mask that broadcasts to [B, heads, T, T]."""
+        return mask if self.live is None or mask.shape[1] == 1 else mask[:, self.live]
+
+    def attend(self, x: Tensor, size: int, **masks: Any) -> Tensor:
+        """Attention of x[B, T, H], masks being `of` these heads of `size`: [B, T, heads * size], what `out` takes."""
         batch, length, _ = x.shape
-        if len(projections) == 3 and _joinable(projections):
-            projections = (self.remember(name, tuple(map(_key, projections)), lambda: SparseLinear.cat(projections)),)
-        if len(projections) == 1:
-            q, k, v = fused_linear(projections[0], x).view(batch, length, 3, -1, size).unbind(2)
+        if not self.projections:
+            return x.new_zeros(batch, length, self.out.in_features)
+        if len(self.projections) == 1:
+            q, k, v = fused_linear(self.projections[0], x).view(batch, length, 3, -1, size).unbind(2)
         else:
-            q, k, v = (fused_linear(p, x).view(batch, length, -1, size) for p in projections)
+            q, k, v = (fused_linear(p, x).view(batch, length, -1, size) for p in self.projections)
         return attention(q, k, v, **masks).view(batch, length, -1)
+
+
+def _heads(projections: tuple[Any, ...], out: Any, size: int) -> Heads:
+    live, given = live_heads(projections, out, size), projections
+    every = bool(live.all())
+    if not every:
+        unit = _unit(projections, out, size)
+        units = live.view(-1, unit // size)[:, 0].nonzero()[:, 0]  # int64
+        projections = tuple(_of_units(p, 0, units, unit, 3 // len(given)) for p in given if len(units))
+        out = _of_units(out, 1, units if len(units) else units.new_zeros(1), unit)
+    if len(projections) == 3 and _joinable(projections):
+        projections = (SparseLinear.cat(projections),)
+    return Heads(projections, out, None if every else live.nonzero()[:, 0], projections is not given)
+
+
+def live_heads(projections: tuple[Any, ...], out: Any, size: int) -> Tensor:
+    """bool [heads]: False for the heads of `size` that can be left out of a layer, by its projections to q, k, v and back.
+
+    A head is dead where all weights that read it in `out` are zero, or where its values are: their weights and biases. Where blocks
+    span several heads, these go only together. Layers that are not all sparse keep all heads.
+    """
+    every, value = torch.ones(out.in_features // size, dtype=torch.bool), projections[-1]
+    if not all(type(layer) is SparseLinear for layer in (*projections, out)) or (_full(out, 1) and _full(value, 0)):
+        return every
+    read, made = (
+        out.packed.nonzero(1),
+        value.packed.nonzero(0)[-out.in_features :],
+    )  # of one layer for q, k, v the end is v
+    if value.bias is not None:
+        made = made | (value.bias[-len(made) :] != 0)
+    live = read.view(-1, size).any(1) & made.view(-1, size).any(1)
+    unit = _unit(projections, out, size)
+    if len(read) % unit:
+        return every
+    return live.view(-1, unit // size).any(1).repeat_interleave(unit // size)
+
+
+def _full(layer: SparseLinear, dim: int) -> bool:
+    """Whether a glance finds weights in every block-row (dim 0) or block-column (dim 1): blocks whose first one is not zero."""
+    # By NumPy: ten small operations of PyTorch, in each layer of a first call, would take a twentieth of that call's time.
+    seen = layer.values.detach()[:, 0, 0].float().cpu().numpy() != 0  # [nnzb]
+    if dim == 1:
+        at = layer.col_indices.cpu().numpy()
+    else:
+        counts = np.diff(layer.crow_indices.cpu().numpy())
+        at = np.repeat(np.arange(len(counts)), counts)
+    blocks = grid_shape((layer.out_features, layer.in_features), layer.blocksize)[dim]
+    return bool(np.bincount(at[seen], minlength=blocks).all())
+
+
+def _unit(projections: tuple[Any, ...], out: Any, size: int) -> int:
+    """Features of the fewest heads that are whole blocks of all layers."""
+    return math.lcm(size, out.blocksize[1], *(p.blocksize[0] for p in projections))
+
+
+def _of_units(layer: SparseLinear, dim: int, units: Tensor, unit: int, parts: int = 1) -> SparseLinear:
+    """layer with some units of its outputs (dim 0, of each of `parts` alike) or inputs (dim 1), for inference."""
+    size = layer.out_features if dim == 0 else layer.in_features
+    chosen = (torch.arange(parts, device=units.device)[:, None] * (size // unit // parts) + units).flatten()
+    per = unit // layer.blocksize[dim]
+    blocks = (chosen[:, None] * per + torch.arange(per, device=units.device)).flatten()
+    bias = None if layer.bias is None else layer.bias.detach()
+    if bias is not None and dim == 0:
+        bias = bias.view(-1, unit)[chosen].flatten()
+    part = SparseLinear.from_bsr(layer.packed.select(dim, blocks), bias).requires_grad_(False).eval()
+    part.planned = layer.planned
+    return part
 
 
 class FusedGlu(FusedForward):
@@ -180,18 +304,26 @@ def _gated_activation(module: Any) -> str:
     return getattr(module.config, "hidden_activation", None) or module.config.hidden_act
 
 
-def _key(linear: SparseLinear) -> object:
-    """Changes whenever a tensor of linear does, and with refresh_(), which makes a new Derived."""
-    bias, scales = linear.bias, linear._buffers.get("scales")
-    quantized = None if scales is None else values_key(scales)
+def _key(linear: Any) -> object:
+    """Changes whenever a tensor of a SparseLinear does, and with refresh_(), which makes a new Derived; others are not copied."""
+    if type(linear) is not SparseLinear:
+        return linear
+    # Straight to the dicts: nn.Module's attribute lookup costs more than all the rest.
+    parameters: Any = linear._parameters
+    buffers: Any = linear._buffers
+    values, bias, scales = parameters["values"], parameters["bias"], buffers.get("scales")
     return (
         linear._derived,
-        values_key(linear.values),
-        quantized,
-        linear.weight_only,
-        linear.col_indices.data_ptr(),
+        values_key(values),
+        None if scales is None else values_key(scales),
+        linear._weight_only,
+        buffers["col_indices"].data_ptr(),
         None if bias is None else values_key(bias),
     )
+
+
+def _derived(linear: Any) -> object:
+    return vars(linear).get("_derived", linear)
 
 
 def _joinable(layers: tuple[Any, ...]) -> bool:
@@ -264,16 +396,19 @@ class _Garlic:
         if output_attentions or not all(_plain(parts) and _linears((*parts[:2], *parts[4:6])) for parts in layers):
             return None
         weight, length = stack.distances.weight, x.shape[1]
-        everywhere = torch.ones(1, length, device=x.device)
-        bias = fused.remember(
-            "bias", (length, values_key(weight)), lambda: stack.bias(everywhere).detach().to(x.dtype).contiguous()
+        everywhere, key = torch.ones(1, length, device=x.device), (length, values_key(weight))
+        whole = fused.remember(
+            "bias", key, lambda: stack.bias(everywhere).detach().to(x.dtype).contiguous()
         )  # [1, heads, T, T]
-        masks = {"bias": bias, "keep": (attention_mask != 0)[:, None, None, :]}
+        keep = (attention_mask != 0)[:, None, None, :]
         size = cls.head_size(stack)
         states = [x]
         for i, (qkv, out, attention_norm, ffn_norm, ffn_in, ffn_out, _, _) in enumerate(layers):
-            context = fused.attend(i, _norm(attention_norm, x), (qkv,), size, **masks)  # [B, T, H]
-            x = fused_linear(out, context, residual=x)  # [B, T, H]
+            heads, bias = fused.heads(i, (qkv,), out, size), whole
+            if heads.live is not None:
+                bias = fused.remember(("bias", i), (key, heads), lambda heads=heads: heads.of(whole))
+            context = heads.attend(_norm(attention_norm, x), size, bias=bias, keep=keep)  # [B, T, live heads * size]
+            x = fused_linear(heads.out, context, residual=x)  # [B, T, H]
             inner = fused_linear(ffn_in, _norm(ffn_norm, x), "gelu")  # [B, T, F]
             x = fused_linear(ffn_out, inner, residual=x)  # [B, T, H]
             states.append(x)
@@ -343,8 +478,10 @@ class _Bert:
             return None
         activation, size = ACTIVATIONS[cls.activation(stack)], cls.head_size(stack)
         for i, (query, key, value, merge, ffn_in, ffn_out, attention_norm, ffn_norm, *_) in enumerate(layers):
-            context = fused.attend(i, x, (query, key, value), size, **masks)  # [B, T, H]
-            x = _norm_after(merge, attention_norm, context, x)  # [B, T, H]
+            heads = fused.heads(i, (query, key, value), merge, size)
+            of_heads = {name: heads.of(mask) for name, mask in masks.items()}
+            context = heads.attend(x, size, **of_heads)  # [B, T, live heads * size]
+            x = _norm_after(heads.out, attention_norm, context, x)  # [B, T, H]
             inner = fused_linear(ffn_in, x, activation)  # [B, T, F]
             x = _norm_after(ffn_out, ffn_norm, inner, x)  # [B, T, H]
         return cls.output(x)

@@ -58,6 +58,7 @@ class SparseLinear(nn.Module):
     out_features: int
     planned: bool
     _derived: Derived
+    _weight_only: bool
     crow_indices: Tensor
     col_indices: Tensor
     values: nn.Parameter
@@ -97,8 +98,8 @@ class SparseLinear(nn.Module):
             self._buffers["scales"] = scales
         own = nn.Parameter(values, requires_grad=values.dtype not in QUANTIZED)
         self._parameters.update(values=own, bias=None if bias is None else nn.Parameter(bias))
-        vars(self).update(in_features=in_features, out_features=out_features, planned=True, _derived=Derived())
-        self._weight_only = False
+        sizes = {"in_features": in_features, "out_features": out_features}
+        vars(self).update(sizes, planned=True, _derived=Derived(), _weight_only=False)
         if weight_only:
             self.weight_only = True
 
@@ -128,7 +129,7 @@ class SparseLinear(nn.Module):
     def become(cls, module: nn.Module, *arguments: Any) -> SparseLinear:
         """Turn module, another linear layer, into SparseLinear(*arguments) in its place: its hooks and names in a model stay."""
         vars(module).update(_parameters={}, _buffers={})
-        module.__class__ = cls
+        object.__setattr__(module, "__class__", cls)
         assert isinstance(module, cls)
         module._fill(*arguments)
         return module
@@ -160,8 +161,8 @@ class SparseLinear(nn.Module):
     def cat(cls, layers: Sequence[SparseLinear]) -> SparseLinear:
         """One layer whose outputs are those of layers, one after another, copied: such as q, k and v from one reading of x.
 
-        For inference: in evaluation, and nothing in it requires gradients. Raises SparsePruneError as BsrWeight.cat, which says
-        what the weights must share.
+        For inference: in evaluation, nothing in it requires gradients, and planned if all are. Raises SparsePruneError as
+        BsrWeight.cat, which says what the weights must share.
         """
         packed = BsrWeight.cat([layer.packed for layer in layers])
         bias, biases = None, [layer.bias for layer in layers]
@@ -169,7 +170,9 @@ class SparseLinear(nn.Module):
         if like is not None:
             lacking = (like.new_zeros(layer.out_features) for layer in layers)
             bias = torch.cat([zeros if b is None else b for b, zeros in zip(biases, lacking, strict=True)])
-        return cls.from_bsr(packed, bias).requires_grad_(False).eval()
+        joined = cls.from_bsr(packed, bias).requires_grad_(False).eval()
+        joined.planned = all(layer.planned for layer in layers)
+        return joined
 
     @property
     def blocksize(self) -> tuple[int, int]:

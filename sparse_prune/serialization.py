@@ -517,9 +517,12 @@ def parse_layers(described: Mapping[str, Any], source: str) -> dict[str, PackedL
     """What config.json or a file's metadata say of the layers; raises SparsePruneError naming source where it is malformed."""
     name = ""
     try:
-        layers = {}
+        layers, known = {}, {}
         for name, entry in described.items():
-            layers[name] = PackedLayer.parse(entry)
+            told = entry if isinstance(entry, str) else None  # a model's layers are of few kinds
+            if told is None or told not in known:
+                known[told] = PackedLayer.parse(entry)
+            layers[name] = known[told]
         return layers
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         got = f"{name}: {error!r}" if name else f"{error!r}"

@@ -87,8 +87,8 @@ def test_a_packed_twin(kind, int8):
 
 @pytest.mark.skipif(not backends.cpu_isas(), reason="nothing is fused where the C++ extension was not built")
 def test_a_wrong_result_is_not_timed(monkeypatch):
-    attend = fuse.FusedForward.attend
-    monkeypatch.setattr(fuse.FusedForward, "attend", lambda *a, **k: 1.5 * attend(*a, **k))
+    attend = fuse.Heads.attend
+    monkeypatch.setattr(fuse.Heads, "attend", lambda *a, **k: 1.5 * attend(*a, **k))
     model = made("bert")
     with pytest.raises(ArithmeticError, match="dense fused in float32: error"):
         benchmark_model.bench_model(model, encoder_filter(model), **SMALL)

@@ -184,3 +184,20 @@ def test_narrow_is_that_of_the_dense_weight(dim, start, length, quantize):
     for wrong in ((dim, 8, 16), (dim, 0, 8), (2, 0, 16), (0, 48, 16), (1, -32, 32), (0, 0, 0)):
         with pytest.raises(SparsePruneError, match="start, length: expected"):
             packed.narrow(*wrong)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(("dim", "blocks"), [(0, [0, 2]), (0, []), (1, [0, 2]), (1, [1])])
+def test_selected_blocks_and_what_is_not_zero(dim, blocks, dtype):
+    packed = packed_weight()
+    packed.values[packed.col_indices == 1] = 0  # stored, and zero
+    packed.values[:, 3] = 0
+    packed = packed.quantize(dtype) if dtype else packed
+    dense, size = packed.to_dense(), packed.blocksize[dim]
+    elements = [e for b in blocks for e in range(b * size, min((b + 1) * size, dense.shape[dim]))]
+    part = packed.select(dim, torch.tensor(blocks, dtype=torch.int64))
+    assert part.shape[dim] == len(elements)
+    if blocks:
+        part.validate()
+    assert torch.equal(part.to_dense(), dense.index_select(dim, torch.tensor(elements, dtype=torch.int64)))
+    assert torch.equal(packed.nonzero(dim), (dense != 0).any(1 - dim))

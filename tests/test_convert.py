@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparse_prune as sp
+from sparse_prune import fuse
 
 
 class Tied(nn.Module):
@@ -172,3 +173,39 @@ def test_a_model_on_the_meta_device_has_nothing_to_prune():
         sp.Pruner(model, sp.PruneConfig(blocksize=(16, 16)))
     with pytest.raises(sp.SparsePruneError, match="0.weight: expected numbers, got none, on the meta device"):
         sp.nonzero_masks(model, (16, 16))
+
+
+def feed_forward_models():
+    transformers = pytest.importorskip("transformers")
+    garlic = pytest.importorskip("sparse_prune.models.garlic")
+    sizes = {"vocab_size": 50, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    llama = transformers.LlamaConfig(**sizes, intermediate_size=96, mlp_bias=True)
+    yield transformers.BertModel(transformers.BertConfig(**sizes, intermediate_size=96))
+    yield transformers.DistilBertModel(
+        transformers.DistilBertConfig(vocab_size=50, dim=64, n_layers=2, n_heads=2, hidden_dim=96)
+    )
+    yield garlic.GarlicModel(
+        garlic.GarlicConfig(**sizes, intermediate_size=96, max_distance=4, ngram_buckets=64, ngram_size=8)
+    )
+    yield transformers.LlamaModel(llama)
+
+
+@pytest.mark.parametrize("which", range(4), ids=["bert", "distilbert", "garlic", "llama"])
+def test_dead_neurons_are_put_last(which):
+    model, ids = list(feed_forward_models())[which].double().eval(), torch.arange(5, 21).view(2, 8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        for layers, out in fuse.feed_forwards(model):
+            out.weight[:, 1::3] = 0  # 32 that nothing reads
+            layers[-1].weight[::3] = 0  # 32, of which the first is made by its bias
+            layers[-1].bias[3::3] = 0
+        before = model(ids, torch.ones_like(ids))[0]
+        assert sp.gather_neurons_(model) == (2 * 63, 2 * 96)
+        torch.testing.assert_close(model(ids, torch.ones_like(ids))[0], before, rtol=1e-12, atol=1e-12)
+        for layers, out in fuse.feed_forwards(model):
+            for layer in layers:
+                assert not layer.weight[33:].any() and not layer.bias[33:].any() and layer.bias[:33].all()
+            assert not out.weight[:, 33:].any() and out.weight[:, :33].all()
+        assert sp.gather_neurons_(model) == (2 * 63, 2 * 96), "as it is"
+        torch.testing.assert_close(model(ids, torch.ones_like(ids))[0], before, rtol=1e-12, atol=1e-12)

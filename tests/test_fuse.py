@@ -11,7 +11,7 @@ from cpu_isas import needs_kernels
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparse_prune as sp
-from sparse_prune import backends, fuse, layers, planner
+from sparse_prune import backends, convert, fuse, layers, planner
 
 transformers = pytest.importorskip("transformers")
 garlic = pytest.importorskip("sparse_prune.models.garlic")
@@ -23,14 +23,26 @@ SIZES = {
     "num_attention_heads": 2,
     "intermediate_size": 128,
 }
+
+
+def sizes(heads):
+    return SIZES | {"num_attention_heads": heads}
+
+
 MAKERS = {
-    "garlic": lambda: garlic.GarlicModel(garlic.GarlicConfig(**SIZES, max_distance=4, ngram_buckets=64, ngram_size=8)),
-    "bert": lambda: transformers.BertModel(transformers.BertConfig(**SIZES)),
-    "bert eager": lambda: transformers.BertModel(transformers.BertConfig(**SIZES, attn_implementation="eager")),
-    "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(**SIZES, hidden_act="gelu_new")),
-    "electra": lambda: transformers.ElectraModel(transformers.ElectraConfig(**SIZES, embedding_size=32)),
-    "distilbert": lambda: transformers.DistilBertModel(
-        transformers.DistilBertConfig(vocab_size=50, dim=64, n_layers=2, n_heads=2, hidden_dim=128)
+    "garlic": lambda heads=2: garlic.GarlicModel(
+        garlic.GarlicConfig(**sizes(heads), max_distance=4, ngram_buckets=64, ngram_size=8)
+    ),
+    "bert": lambda heads=2: transformers.BertModel(transformers.BertConfig(**sizes(heads))),
+    "bert eager": lambda heads=2: transformers.BertModel(
+        transformers.BertConfig(**sizes(heads), attn_implementation="eager")
+    ),
+    "roberta": lambda heads=2: transformers.RobertaModel(
+        transformers.RobertaConfig(**sizes(heads), hidden_act="gelu_new")
+    ),
+    "electra": lambda heads=2: transformers.ElectraModel(transformers.ElectraConfig(**sizes(heads), embedding_size=32)),
+    "distilbert": lambda heads=2: transformers.DistilBertModel(
+        transformers.DistilBertConfig(vocab_size=50, dim=64, n_layers=2, n_heads=heads, hidden_dim=128)
     ),
 }
 each_model = pytest.mark.parametrize("kind", MAKERS)
@@ -67,8 +79,8 @@ def is_fused(model):
 def fused_calls(monkeypatch):
     """How often an encoder ran fused."""
     calls = []
-    attend = fuse.FusedForward.attend
-    monkeypatch.setattr(fuse.FusedForward, "attend", lambda self, *a, **k: calls.append(1) or attend(self, *a, **k))
+    attend = fuse.Heads.attend
+    monkeypatch.setattr(fuse.Heads, "attend", lambda self, *a, **k: calls.append(1) or attend(self, *a, **k))
     return calls
 
 
@@ -172,6 +184,146 @@ def test_what_is_loaded_under_inference_mode_is_seen(fused_calls):
         assert fused_calls and not torch.allclose(fused, before, atol=1e-2)
         sp.unfuse_encoder_(model)
         torch.testing.assert_close(fused, model(**inputs).last_hidden_state)
+
+
+def attention_layers(model):
+    """Per layer: the projections to q, k, v, the one back, and the layer that makes v with the row where v begins."""
+    stack = next(m for m in model.modules() if type(m).__name__ in fuse.KINDS)
+    for projections, out, *_ in fuse.KINDS[type(stack).__name__].linears(stack):
+        yield projections, out, projections[-1], projections[-1].out_features - out.in_features
+
+
+def with_dead_heads(kind, dead, by="out", block=16):
+    """A fused model of two layers of four heads of 16. dead: per layer the heads that `out` has no blocks for, or, by "v", whose
+    values are zero.
+    """
+    torch.manual_seed(0)
+    model = MAKERS[kind](heads=4).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    inside = {m: name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layer" in name}
+    masks = {inside[m]: torch.rand([size // block for size in m.weight.shape]) < 0.7 for m in inside}
+    for mask in masks.values():
+        mask[0] = mask[:, 0] = True  # of the others none dies by chance
+    for heads, (_, out, value, start) in zip(dead, attention_layers(model), strict=True):
+        for head in heads:
+            if by == "out":
+                masks[inside[out]][:, 16 * head // block] = False
+            else:
+                masks[inside[value]][(start + 16 * head) // block] = False
+                value.bias.data[start + 16 * head :][:16] = 0
+    result = sp.sparsify_(model, sp.BlockSparseConfig((block, block), max_density=1.0), masks=masks)
+    assert result.dead_heads == (sum(map(len, dead)), 8)
+    assert f"{result.dead_heads[0]} of 8 attention heads contribute nothing and are left out" in str(result)
+    return model
+
+
+@pytest.fixture
+def attended(monkeypatch):
+    """How many heads each attention ran on."""
+    counts, attention = [], fuse.attention
+    monkeypatch.setattr(fuse, "attention", lambda q, *a, **k: counts.append(q.shape[2]) or attention(q, *a, **k))
+    return counts
+
+
+@needs_kernels
+@each_model
+@pytest.mark.parametrize(
+    ("by", "dead"), [("out", ((0, 2), (1, 2, 3))), ("v", ((0, 1, 2), ())), ("v", ((0, 2), (0, 1, 2, 3)))]
+)
+def test_dead_heads_are_left_out(kind, by, dead, attended):
+    model = with_dead_heads(kind, dead, by)
+    plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    sp.unfuse_encoder_(plain)
+    for batch, length in ((1, 1), (3, 20), (2, 40)):
+        inputs = tokens(batch, length, True)
+        kept = inputs["attention_mask"].bool()
+        with torch.inference_mode():
+            for _ in range(3):  # derives, settles, and runs
+                attended.clear()
+                ours = model(**inputs).last_hidden_state[kept]
+                assert attended == [4 - len(heads) for heads in dead if len(heads) < 4]
+            theirs, best = plain(**inputs).last_hidden_state[kept], exact(**inputs).last_hidden_state[kept]
+        error, allowed = (ours - best).norm(), (theirs - best).norm()
+        assert error <= 2 * max(allowed, torch.finfo(torch.float32).eps / 4 * best.norm())
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["garlic", "bert"])
+def test_what_lives_is_the_same_bit_for_bit(kind, dtype, attended, monkeypatch):
+    model, inputs = with_dead_heads(kind, ((0, 2), (0, 1, 2, 3))).to(dtype), tokens(2, 20, True)
+    with planner.using_table("off"), torch.inference_mode():
+        fewer = model(**inputs).last_hidden_state
+        monkeypatch.setattr(fuse, "live_heads", lambda *_: torch.ones(4, dtype=torch.bool))
+        whole = copy.deepcopy(model)(**inputs).last_hidden_state
+    assert attended == [2, 4, 4] and torch.equal(fewer, whole)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["garlic", "bert"])
+def test_heads_die_and_live_again_with_their_weights(kind, attended):
+    model, inputs = with_dead_heads(kind, ((1,), (2,)), "v"), tokens(2, 9, True)
+    plain = copy.deepcopy(model)
+    sp.unfuse_encoder_(plain)
+
+    def check(*heads):
+        model(**inputs)  # where nothing was left out a change is seen one call later
+        attended.clear()
+        torch.testing.assert_close(model(**inputs).last_hidden_state, plain(**inputs).last_hidden_state)
+        assert attended == list(heads)
+
+    with torch.no_grad():
+        check(3, 3)
+        for m in (model, plain):
+            (_, _, value, start), (_, out, _, _) = attention_layers(m)
+            value.bias[start + 16 :][:16] = 0.5  # a constant is no zero
+            out.values[out.col_indices == 3] = 0  # kept blocks of zeros
+        check(4, 2)
+        for m in (model, plain):
+            (_, first, _, _), (_, out, _, _) = attention_layers(m)
+            first.values[first.col_indices > 0] = 0
+            out.values[out.col_indices == 3] = 0.1
+        check(1, 3)
+    dense = next(attention_layers(with_dead_heads(kind, ((1,), (2,)))))
+    back = dense[1].to_dense()
+    assert fuse.live_heads(dense[0], back, 16).all(), "only layers that are sparse tell when they change"
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["garlic", "bert"])
+def test_heads_that_share_a_block_go_together(kind, attended):
+    model, inputs = with_dead_heads(kind, ((2, 3), ()), block=32), tokens(2, 9, True)
+    with torch.no_grad():
+        _, (_, out, _, _) = attention_layers(model)
+        out.values[:, :, :16] = 0  # one head of two
+        ours = model(**inputs).last_hidden_state
+        assert attended == [2, 4]
+        sp.unfuse_encoder_(model)
+        torch.testing.assert_close(ours, model(**inputs).last_hidden_state)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_dead_heads_of_quantized_layers(dtype, attended):
+    """A row of x is rounded by the largest of what is left of it: no more coarsely than before."""
+    model, inputs = with_dead_heads("bert", ((0, 2), (0, 1, 2, 3))), tokens(2, 20, True)
+    sp.quantize_(model, dtype=dtype)
+    plain, exact = copy.deepcopy(model), copy.deepcopy(model)
+    sp.unfuse_encoder_(plain)
+    layers = [m for m in exact.modules() if isinstance(m, sp.SparseLinear)]
+    convert.swap_modules(exact, {layer: layer.to_dense() for layer in layers})
+    with torch.inference_mode():
+        ours, theirs, best = (m(**inputs).last_hidden_state for m in (model, plain, exact))
+    assert attended[:1] == [2]
+    assert (ours - best).norm() <= 1.1 * (theirs - best).norm()
+
+
+def test_a_model_of_which_nothing_is_gone_says_nothing():
+    model = MAKERS["bert"]()
+    result = sp.sparsify_(model, sp.BlockSparseConfig((16, 16), density=0.9), lambda name, _: ".layer" in name)
+    assert result.dead_heads[0] == 0 and "heads" not in str(result)
 
 
 def test_what_is_not_fused_says_why():

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 import safetensors.torch
@@ -244,7 +245,7 @@ def test_who_reads_the_sparse_layers(packed, monkeypatch, options):
     model, path = packed
     waited, made = [], []
     read, empty = hf._read, hf._empty_layer
-    monkeypatch.setattr(hf, "_read", lambda awaited: waited.extend(awaited) or read(awaited))
+    monkeypatch.setattr(hf, "_read", lambda awaited, *values: waited.extend(awaited) or read(awaited, *values))
     monkeypatch.setattr(hf, "_empty_layer", lambda *arguments: made.append(arguments) or empty(*arguments))
     auto = transformers.AutoModelForSequenceClassification
     loaded, told = auto.from_pretrained(path, output_loading_info=True, **options)
@@ -440,6 +441,27 @@ def test_values_that_are_not_finite_are_refused(packed, value):
     safetensors.torch.save_file(tensors, file, metadata)
     with pytest.raises(sp.SparsePruneError, match="output.dense.values: expected finite numbers"):
         load(path)
+
+
+def test_finite_values_of_any_size_load(packed):
+    _, path = packed
+    tensors = safetensors.torch.load_file(path / "model.safetensors")
+    name = next(key for key in tensors if key.endswith("output.dense.values"))
+    tensors[name][0, 0, 0] = 1e38  # whose square is no number
+    safetensors.torch.save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    assert dict(load(path).named_parameters())[name].max() == torch.tensor(1e38)
+    with pytest.raises(sp.SparsePruneError, match="output.dense.values: expected finite numbers"):
+        load(path, dtype=torch.float16)
+
+
+def test_values_are_read_beside_what_transformers_reads(packed, monkeypatch):
+    from sparse_prune.integrations import hf
+
+    _, path = packed
+    threads, read = [], hf._read_values
+    monkeypatch.setattr(hf, "_read_values", lambda awaited: threads.append(threading.current_thread()) or read(awaited))
+    load(path)
+    assert len(threads) == 1 and threads[0] is not threading.current_thread()
 
 
 def test_damaged_config_is_refused(packed):

@@ -418,6 +418,9 @@ def test_cat_gives_the_outputs_side_by_side():
     parts = [make(n=n, bias=bias)[1] for n, bias in ((64, True), (96, False), (45, True))]
     x = torch.randn(5, 64)
     joined = sp.SparseLinear.cat(parts)
+    assert joined.planned
+    parts[0].planned = False
+    assert not sp.SparseLinear.cat(parts).planned
     torch.testing.assert_close(joined(x), torch.cat([layer(x) for layer in parts], 1))
     assert not joined.training and not any(p.requires_grad for p in joined.parameters())
     assert sp.SparseLinear.cat([make(bias=False)[1]] * 2).bias is None

@@ -9,8 +9,11 @@ module as soon as transformers' quantizers are there; importing it registers the
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -111,6 +114,7 @@ class SparsePruneQuantizer(HfQuantizer):
                 self.awaited.append(_Awaited(linear, own, name, entry, linear.weight.dtype, files))
             else:
                 new[linear] = _empty_layer(linear, entry).train(linear.training)
+        self.values = _in_background(_read_values, self.awaited)
         for waiting in self.awaited:
             _Nothing.become(waiting.module)
         if new:
@@ -132,8 +136,9 @@ class SparsePruneQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
         model.is_quantized = False  # transformers would refuse half(), float() and training; a sparse model takes them
-        awaited, self.awaited = self.awaited, []
-        _read(awaited)
+        awaited, values, self.awaited = self.awaited, self.values, []
+        del self.values
+        _read(awaited, *values.result())
         if self.only_awaited:
             self.quantization_config.layers = {waiting.own: str(waiting.entry) for waiting in awaited}
             fuse_encoder_(model)
@@ -229,7 +234,7 @@ class _Nothing(nn.Module):
     def become(cls, module: nn.Module) -> None:
         """Turn module into one, in its place."""
         vars(module).update(_parameters={}, _buffers={})
-        module.__class__ = cls
+        object.__setattr__(module, "__class__", cls)
 
 
 class _Empty(SparseLinear):
@@ -245,13 +250,40 @@ def _patterns_of(names: Sequence[str]) -> set[str]:
     return {rf"(^|\.){name}\.({parts})$".replace("0", r"\d+") for name in kinds}
 
 
-def _read(awaited: Sequence[_Awaited]) -> None:
-    """Turn the modules into SparseLinear. Values are views of the mapped file, or where dtype is another copies: then nothing is
-    mapped that would stay. Indices are copied, so that what was checked is what the kernels get.
+def _in_background(work: Callable, *arguments: Any) -> Future:
+    """What work(*arguments) gives, from a thread of its own."""
+    worker = ThreadPoolExecutor(1)
+    future = worker.submit(work, *arguments)
+    worker.shutdown(wait=False)
+    return future
+
+
+def _read_values(awaited: Sequence[_Awaited]) -> tuple[list[Tensor], bool]:
+    """Values of the layers, and whether those in floating point are finite for sure.
+
+    They are views of the mapped file, or where dtype is another copies: then nothing is mapped that would stay. All are read, by
+    one call, which leaves the interpreter to other threads.
+    """
+    values = []
+    for it in awaited:
+        name, file = f"{it.name}.values", it.files["values"]
+        own = file.tensor(name)
+        cast = it.entry.dtype is None and own.dtype in VALUE_DTYPES and own.dtype != it.dtype
+        values.append(file.tensor(name, apart=True).to(it.dtype) if cast else own)
+    floating = [own for own in values if own.dtype in VALUE_DTYPES]
+    return values, math.isfinite(torch.nn.utils.get_total_norm(floating, foreach=True))
+
+
+def _read(awaited: Sequence[_Awaited], values: Sequence[Tensor], finite: bool) -> None:
+    """Turn the modules into SparseLinear of these values, finite if that is known already. Indices are copied, so that what was
+    checked is what the kernels get.
 
     Raises SparsePruneError where a file does not hold what the config says, or a layer that is not sound.
     """
-    read = [{part: file.tensor(f"{it.name}.{part}") for part, file in it.files.items()} for it in awaited]
+    read = [
+        {part: file.tensor(f"{it.name}.{part}") for part, file in it.files.items() if part != "values"}
+        for it in awaited
+    ]
     sound = bool(awaited) and all(got[kind].dtype == torch.int32 for got in read for kind in _INDICES)
     if sound:
         copies = _copies([got[kind] for kind in _INDICES for got in read])
@@ -260,24 +292,24 @@ def _read(awaited: Sequence[_Awaited]) -> None:
         sound = sound_indices(grids, crows, cols)
         for got, crow, col in zip(read, crows, cols, strict=True):
             got["crow_indices"], got["col_indices"] = torch.from_numpy(crow), torch.from_numpy(col)
-    for it, got in zip(awaited, read, strict=True):
+    for it, got, blocks in zip(awaited, read, values, strict=True):
         (n, k), blocksize, nnzb = it.entry.shape, it.entry.blocksize, it.entry.nnzb
         quantized = it.entry.dtype is not None
-        values, bias, scales = got["values"], got.pop("bias", None), got.get("scales")
-        it.entry.check_dtype(values, f"{it.name}.values")
-        if values.shape[:1] != (nnzb,):
+        bias, scales = got.pop("bias", None), got.get("scales")
+        it.entry.check_dtype(blocks, f"{it.name}.values")
+        if blocks.shape[:1] != (nnzb,):
             expected = f"{nnzb} blocks, as config.json says"
-            raise SparsePruneError(f"{it.name}.values", expected, tuple(values.shape), _REMEDY)
-        as_said = values.shape == (nnzb, *blocksize) and len(got["col_indices"]) == nnzb
-        if not (sound and as_said and values.dtype in VALUE_DTYPES and not quantized):
-            validate_bsr((n, k), blocksize, **got, name=it.name, weight_only=it.entry.weight_only)
+            raise SparsePruneError(f"{it.name}.values", expected, tuple(blocks.shape), _REMEDY)
+        as_said = blocks.shape == (nnzb, *blocksize) and len(got["col_indices"]) == nnzb
+        floating = blocks.dtype in VALUE_DTYPES
+        if not (sound and as_said and floating and not quantized):
+            validate_bsr((n, k), blocksize, values=blocks, **got, name=it.name, weight_only=it.entry.weight_only)
         check_bias(bias, None if bias is None else n, f"{it.name}.bias")
-        if not quantized and values.dtype != it.dtype:
-            values = it.files["values"].tensor(f"{it.name}.values", apart=True).to(it.dtype)
-        check_finite(values, f"{it.name}.values")
+        if not (finite and floating):
+            check_finite(blocks, f"{it.name}.values")
         bias = None if bias is None else bias.to(it.dtype)
         index = (got["crow_indices"], got["col_indices"])
-        SparseLinear.become(it.module, k, n, *index, values, bias, scales, it.entry.weight_only)
+        SparseLinear.become(it.module, k, n, *index, blocks, bias, scales, it.entry.weight_only)
 
 
 def _copies(indices: Sequence[Tensor]) -> list[np.ndarray]:
@@ -345,12 +377,14 @@ def _check_stored(described: Mapping[str, PackedLayer], stored: Mapping[str, Map
 
     By number, since for some models transformers stores weights under older names than the modules have now.
     """
+    ends = Counter(key.rpartition(".")[2] for key in stored)
+    scaled = sum(entry.dtype is not None for entry in described.values())
     for part in ("crow_indices", "col_indices", "values", "scales"):
-        wanted = [f"{name}.{part}" for name, entry in described.items() if part in entry.parts]
-        held = [key for key in stored if key.endswith(f".{part}")]
-        if stored and len(held) < len(wanted):
-            missing = next((name for name in wanted if name not in stored), "a layer")
+        wanted, held = scaled if part == "scales" else len(described), ends[part]
+        if stored and held < wanted:
+            keys = (f"{name}.{part}" for name, entry in described.items() if part in entry.parts)
+            missing = next((key for key in keys if key not in stored), "a layer")
             raise SparsePruneError(f"the checkpoint: {missing}", "a tensor", "none", _REMEDY)
-        if part == "crow_indices" and len(held) > len(wanted):
-            expected = f"the {len(held)} sparse layers that the files hold"
-            raise SparsePruneError("quantization_config.layers", expected, len(wanted), _REMEDY)
+        if part == "crow_indices" and held > wanted:
+            expected = f"the {held} sparse layers that the files hold"
+            raise SparsePruneError("quantization_config.layers", expected, wanted, _REMEDY)

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..convert import BlockSparseConfig, QuantizeResult, SparsifyResult, nonzero_masks, quantize_, sparsify_
+from ..convert import (
+    BlockSparseConfig,
+    QuantizeResult,
+    SparsifyResult,
+    gather_neurons_,
+    nonzero_masks,
+    quantize_,
+    sparsify_,
+)
 from ..errors import SparsePruneError
 from ..linears import as_matrix, linear_modules, matrix_shape
 from ..masks import element_density, suggest_blocksize
@@ -38,13 +46,15 @@ COMPANIONS = (
 class PackResult:
     """What packing did: per layer, and to the size of the weights file.
 
-    layers is None where the source was packed already, rounded where its blocks were not rounded.
+    layers is None where the source was packed already, rounded where its blocks were not rounded. neurons: how many of the
+    feed-forward networks were dead and put last (gather_neurons_), of how many.
     """
 
     layers: SparsifyResult | None
     rounded: QuantizeResult | None
     dense_bytes: int
     packed_bytes: int
+    neurons: tuple[int, int] = (0, 0)
 
     @property
     def density(self) -> float:
@@ -66,8 +76,8 @@ def pack(
     """Write the packed twin of a pruned model directory to out, with config and tokenizer; dtype rounds its blocks (quantize_).
 
     The model may be of any class of transformers. The masks are those in masks.safetensors; without that file, blocks that are zero
-    throughout in the encoder's layers, of blocksize (None: the size that most of these layers' zeros form). What is not rounded
-    keeps its dtype.
+    throughout in the encoder's layers, of blocksize (None: the size that most of these layers' zeros form), after neurons that were
+    pruned one by one were put together (gather_neurons_). What is not rounded keeps its dtype.
 
     Raises SparsePruneError where the directory is not a model, lacks some of its weights, is packed already (unless to be
     rounded), or has nothing to pack.
@@ -87,6 +97,7 @@ def pack(
     check_all_there(source, model, missing)
     before = sum(file.stat().st_size for file in stored_weights(source))
     tell("pack", 1, 4, "packing its blocks")
+    neurons = (0, 0) if packed or (source / MASKS_NAME).is_file() else gather_neurons_(model)
     layers = None if packed else _sparsified(model, source, blocksize)
     tell("pack", 2, 4, "rounding" if dtype else "packed")
     rounded = None if dtype is None else quantize_(model, dtype=dtype, weight_only=weight_only)
@@ -101,7 +112,7 @@ def pack(
         packed_bytes = (temporary / WEIGHTS_NAME).stat().st_size
         record(temporary, "pack", {})
     tell("pack", 4, 4, "done")
-    return PackResult(layers, rounded, before, packed_bytes)
+    return PackResult(layers, rounded, before, packed_bytes, neurons)
 
 
 def pack_(model: nn.Module, masks: Mapping[str, Tensor], blocksize: tuple[int, int]) -> SparsifyResult:
@@ -132,6 +143,10 @@ def _sparsified(model: nn.Module, source: Path, blocksize: tuple[int, int] | Non
         masks = {name: mask for name, mask in nonzero_masks(model, blocksize).items() if name in linears}
         if not masks:
             raise SparsePruneError(str(source), "a model pruned in blocks", *_why_none(weights, blocksize))
+        result, (r, c) = pack_(model, masks, blocksize), blocksize
+        full, outside = f"no block of {r}x{c} zeros in it", "outside of the encoder's layers"
+        whys = {row.name: full if row.name in linears else outside for row in result.layers if row.name not in masks}
+        return replace(result, layers=[replace(row, reason=whys.get(row.name, row.reason)) for row in result.layers])
     return pack_(model, masks, blocksize)
 
 
