@@ -11,7 +11,7 @@ result = sp.quantize_(model)                                # int8 blocks, for i
 from __future__ import annotations
 
 from .bsr import BsrWeight
-from .convert import BlockSparseConfig, QuantizeResult, SparsifyResult, nonzero_masks, quantize_, sparsify_
+from .convert import BlockSparseConfig, QuantizeResult, SparsifyResult, calibrate_, nonzero_masks, quantize_, sparsify_
 from .criteria import AlphaSearch, block_mask, find_alpha, threshold_mask
 from .errors import SparsePruneError
 from .fuse import fuse_encoder_, unfuse_encoder_
@@ -38,6 +38,7 @@ __all__ = [
     "block_mask",
     "bsr_linear",
     "bsr_linear_glu",
+    "calibrate_",
     "find_alpha",
     "fuse_encoder_",
     "fused_glu",

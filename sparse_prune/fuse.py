@@ -189,6 +189,7 @@ def _key(linear: SparseLinear) -> object:
         values_key(linear.values),
         quantized,
         linear.weight_only,
+        linear.x_scale,
         linear.col_indices.data_ptr(),
         None if bias is None else values_key(bias),
     )
@@ -197,7 +198,8 @@ def _key(linear: SparseLinear) -> object:
 def _joinable(layers: tuple[Any, ...]) -> bool:
     if not all(type(layer) is SparseLinear for layer in layers):
         return False
-    alike = len({(layer.blocksize, layer.values.dtype, layer.weight_only) for layer in layers}) == 1
+    kinds = {(layer.blocksize, layer.values.dtype, layer.weight_only, layer.x_scale) for layer in layers}
+    alike = len(kinds) == 1
     return alike and all(layer.out_features % layer.blocksize[0] == 0 for layer in layers)
 
 
