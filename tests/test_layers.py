@@ -71,7 +71,11 @@ def test_values_are_packed_for_the_kernels_once(monkeypatch, quantized):
         layer.values.copy_(layer.values.flip(0))
         layer(x)
         layer(x)
-    assert len(made) == 2
+        assert len(made) == 2, "written to: once more"
+        packed = layer.packed
+        for rows in (x, x[:1], x):
+            sp.bsr_linear(rows, packed)
+    assert len(made) == 3, "once for a weight without a layer"
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8"])
