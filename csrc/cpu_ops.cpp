@@ -73,24 +73,23 @@ void check_values(const Tensor& values, const char* name = kOnly.values) {
   STD_TORCH_CHECK(values.is_cpu(), name, ": expected a CPU tensor, got one on another device");
 }
 
-Tensor prepacked(const Tensor& values, sp::DType dtype, bool transposed) {
+Tensor prepacked(const Tensor& values, sp::DType dtype) {
   const Tensor source = torch::stable::contiguous(values);
   const int64_t nnzb = source.size(0), R = source.size(1), C = source.size(2);
-  const int64_t elements = transposed ? sp::prepacked_elements(dtype, nnzb, C, R) : sp::prepacked_elements(dtype, nnzb, R, C);
-  Tensor out = new_tensor(source, {elements});
-  sp::prepack(dtype, source.const_data_ptr(), nnzb, R, C, transposed, out.mutable_data_ptr(), threads(), parallel);
+  Tensor out = new_tensor(source, {sp::prepacked_elements(dtype, nnzb, R, C)});
+  sp::prepack(dtype, source.const_data_ptr(), nnzb, R, C, out.mutable_data_ptr(), threads(), parallel);
   return out;
 }
 
 Tensor cpu_prepack(const Tensor& values) {
   check_values(values);
-  return prepacked(values, dtype_of(values, "values"), false);
+  return prepacked(values, dtype_of(values, "values"));
 }
 
 // The part of a product that is x's and the caller's.
 sp::LinearArgs product_of(const Tensor& x, int64_t out_features, const std::string& activation) {
   sp::LinearArgs a = {};
-  a.dtype = dtype_of(x, "x");
+  a.dtype = a.out = dtype_of(x, "x");
   a.M = x.size(0), a.N = out_features, a.K = x.size(1);
   STD_TORCH_CHECK(a.N >= 0, "out_features: expected a number from 0, got ", a.N);
   a.x = x.const_data_ptr(), a.ldx = row_stride(x);
@@ -98,15 +97,9 @@ sp::LinearArgs product_of(const Tensor& x, int64_t out_features, const std::stri
   return a;
 }
 
-// What a product had to make of its weight and bias, to be kept until it is done.
-struct Kept {
-  Tensor prepacked;
-  std::optional<Tensor> bias;
-};
-
-// The part of a product that is its weight's and bias's.
-Kept set_weight(sp::LinearArgs& a, const Names& names, const Tensor& crow_indices, const Tensor& col_indices, const Tensor& values,
-                const std::optional<Tensor>& packed, const std::optional<Tensor>& bias) {
+// The part of a product that is its weight's, whose prepacked form is to be kept until it is done.
+Tensor set_weight(sp::LinearArgs& a, const Names& names, const Tensor& crow_indices, const Tensor& col_indices, const Tensor& values,
+                  const std::optional<Tensor>& packed) {
   a.R = values.size(1), a.C = values.size(2);
   const Index index = checked_index(crow_indices, col_indices, blocks_along(a.N, a.R), blocks_along(a.K, a.C), names);
   check_shape(values, names.values, {index.nnzb, a.R, a.C});
@@ -116,24 +109,36 @@ Kept set_weight(sp::LinearArgs& a, const Names& names, const Tensor& crow_indice
     check_shape(*packed, names.prepacked, {sp::prepacked_elements(a.dtype, index.nnzb, a.R, a.C)});
     STD_TORCH_CHECK(packed->is_contiguous(), names.prepacked, ": expected what cpu_prepack(values) gives, got a strided view");
   }
-  Kept kept = {packed ? *packed : prepacked(values, a.dtype, false), bias};
-  a.w = kept.prepacked.const_data_ptr();
-  a.bias = operand(kept.bias, names.bias, values, names.values, {a.N});
+  const Tensor kept = packed ? *packed : prepacked(values, a.dtype);
+  a.w = kept.const_data_ptr();
   return kept;
+}
+
+// A new y [M, N] of out_dtype, or without one of the dtype of x; puts it, bias and residual, which have its dtype, into their places.
+Tensor set_outputs(sp::LinearArgs& a, const Tensor& x, const std::optional<ScalarType>& out_dtype, std::optional<Tensor>& bias,
+                   std::optional<Tensor>& residual, const char* like = "x") {
+  const bool converts = out_dtype && *out_dtype != x.scalar_type();
+  Tensor y = converts ? torch::stable::new_empty(x, {a.M, a.N}, *out_dtype) : new_tensor(x, {a.M, a.N});
+  a.out = dtype_of(y, "out_dtype");
+  STD_TORCH_CHECK(!converts || (a.dtype != sp::DType::f64 && a.out != sp::DType::f64),
+                  "out_dtype: expected float32, bfloat16 or float16 from one of these, got ", torch::headeronly::toString(*out_dtype),
+                  " from ", torch::headeronly::toString(x.scalar_type()));
+  a.y = y.mutable_data_ptr();
+  a.bias = operand(bias, "bias", y, converts ? "out_dtype" : like, {a.N});
+  a.residual = operand(residual, "residual", y, converts ? "out_dtype" : like, {a.M, a.N});
+  return y;
 }
 
 Tensor bsr_linear(const Tensor& x_any, const Tensor& crow_indices, const Tensor& col_indices, const Tensor& values,
                   std::optional<Tensor> packed, int64_t out_features, std::optional<Tensor> bias, std::string activation,
-                  std::optional<Tensor> residual) {
+                  std::optional<Tensor> residual, std::optional<ScalarType> out_dtype) {
   check_values(values);
   check_matrix(x_any, "x");
   check_like(x_any, "x", values, kOnly.values);
   const Tensor x = with_dense_rows(x_any);
   sp::LinearArgs a = product_of(x, out_features, activation);
-  const Kept kept = set_weight(a, kOnly, crow_indices, col_indices, values, packed, bias);
-  a.residual = operand(residual, "residual", values, kOnly.values, {a.M, a.N});
-  Tensor y = new_tensor(x, {a.M, a.N});
-  a.y = y.mutable_data_ptr();
+  const Tensor kept = set_weight(a, kOnly, crow_indices, col_indices, values, packed);
+  const Tensor y = set_outputs(a, x, out_dtype, bias, residual, kOnly.values);
   sp::run_linear(a, threads(), parallel);
   return y;
 }
@@ -152,8 +157,10 @@ Tensor bsr_linear_glu(const Tensor& x_any, const Tensor& gate_crow_indices, cons
                   " outputs like gate_values, got ", up_values.size(1));
   const Tensor x = with_dense_rows(x_any);
   sp::LinearArgs gate = product_of(x, out_features, activation), up = product_of(x, out_features, "none");
-  const Kept gate_kept = set_weight(gate, kGate, gate_crow_indices, gate_col_indices, gate_values, gate_packed, gate_bias);
-  const Kept up_kept = set_weight(up, kUp, up_crow_indices, up_col_indices, up_values, up_packed, up_bias);
+  const Tensor gate_kept = set_weight(gate, kGate, gate_crow_indices, gate_col_indices, gate_values, gate_packed);
+  const Tensor up_kept = set_weight(up, kUp, up_crow_indices, up_col_indices, up_values, up_packed);
+  gate.bias = operand(gate_bias, kGate.bias, gate_values, kGate.values, {gate.N});
+  up.bias = operand(up_bias, kUp.bias, up_values, kUp.values, {up.N});
   Tensor y = new_tensor(x, {gate.M, gate.N});
   gate.y = up.y = y.mutable_data_ptr();
   sp::run_linear_glu(gate, up, threads(), parallel);
@@ -184,7 +191,7 @@ Tensor cpu_prepack_int8(const Tensor& values, const Tensor& crow_indices) {
   return prepacked_int8(values, checked_crow(crow_indices, rows, values.size(0)), rows);
 }
 
-// What an int8 product has kept, like Kept.
+// What an int8 product keeps of its weight until it is done.
 struct Int8Kept {
   Tensor prepacked, scales;
 };
@@ -217,22 +224,11 @@ Int8Kept set_int8_weight(sp::Int8Args& a, const Tensor& crow_indices, const Tens
   return kept;
 }
 
-// Puts the rows of a.x, rounded by `scale` (0: each by its own), in its place; they live as long as what is returned.
-Tensor round_rows(sp::Int8Args& a, const Tensor& values, float scale) {
-  // One temporary for both: q [M, ldq] in whole cache lines, then a scale per row.
-  const int64_t ldq = sp::int8_row_bytes(a.K, a.C);
-  const Tensor rounded = new_tensor(values, {a.M * (ldq + static_cast<int64_t>(sizeof(float)))});
-  auto* q = static_cast<uint8_t*>(rounded.mutable_data_ptr());
-  auto* x_scales = reinterpret_cast<float*>(q + a.M * ldq);
-  sp::run_quantize({a.dtype, a.K, a.x, a.ldx, scale, q, ldq, x_scales}, a.M, threads(), parallel);
-  a.x = q, a.ldx = ldq, a.x_scales = x_scales;
-  return rounded;
-}
-
 // y = act((round(x / x_scales) @ W^T) * scales * x_scales + bias) + residual, the sums in int32.
 Tensor bsr_linear_int8(const Tensor& x_any, const Tensor& crow_indices, const Tensor& col_indices, const Tensor& values,
                        const Tensor& scales, std::optional<Tensor> packed, int64_t out_features, std::optional<Tensor> bias,
-                       std::string activation, std::optional<Tensor> residual, std::optional<double> x_scale) {
+                       std::string activation, std::optional<Tensor> residual, std::optional<double> x_scale,
+                       std::optional<ScalarType> out_dtype) {
   check_int8_values(values);
   check_matrix(x_any, "x");
   STD_TORCH_CHECK(x_any.is_cpu(), "x: expected a CPU tensor, got one on another device");
@@ -241,15 +237,11 @@ Tensor bsr_linear_int8(const Tensor& x_any, const Tensor& crow_indices, const Te
   const Tensor x = with_dense_rows(x_any);
   sp::Int8Args a = {product_of(x, out_features, activation)};
   const Int8Kept kept = set_int8_weight(a, crow_indices, col_indices, values, scales, packed);
-  a.bias = operand(bias, "bias", x, "x", {a.N});
-  a.residual = operand(residual, "residual", x, "x", {a.M, a.N});
+  const Tensor y = set_outputs(a, x, out_dtype, bias, residual);
   const float scale = x_scale ? static_cast<float>(*x_scale) : 0.0f;
   STD_TORCH_CHECK(!x_scale || (scale > 0 && scale < std::numeric_limits<float>::infinity()),
                   "x_scale: expected a finite positive number, got ", x_scale.value_or(0));
-  Tensor y = new_tensor(x, {a.M, a.N});
-  a.y = y.mutable_data_ptr();
-  const Tensor rounded = round_rows(a, values, scale);
-  sp::run_linear_int8(a, threads(), parallel);
+  sp::run_linear_int8(a, scale, threads(), parallel);
   return y;
 }
 
@@ -258,6 +250,7 @@ Tensor bsr_linear_int8(const Tensor& x_any, const Tensor& crow_indices, const Te
 struct Ready {
   Tensor crow, col, values, packed;
   std::optional<Tensor> scales, bias;  // scales: of int8 values
+  float x_scale;                       // of int8 values; 0: of each row its own
   sp::Int8Args a;                      // what calls have in common; of int8 values without the dtype
   const void* values_at;
   int64_t nnzb;
@@ -286,12 +279,12 @@ std::shared_ptr<const Ready> ready_layer(int64_t number) {
 
 // The number of a layer with these tensors, to be given back by sparse_prune_drop_ready.
 int64_t cpu_ready(Tensor crow_indices, Tensor col_indices, Tensor values, Tensor packed, std::optional<Tensor> scales,
-                  std::optional<Tensor> bias, int64_t out_features, int64_t in_features) {
+                  std::optional<Tensor> bias, int64_t out_features, int64_t in_features, std::optional<double> x_scale) {
   check_values(values);
   STD_TORCH_CHECK(out_features >= 0 && in_features >= 0, "out_features, in_features: expected numbers from 0, got ", out_features,
                   " and ", in_features);
   if (scales) scales = torch::stable::contiguous(*scales);
-  auto ready = std::make_shared<Ready>(Ready{crow_indices, col_indices, values, packed, scales, bias});
+  auto ready = std::make_shared<Ready>(Ready{crow_indices, col_indices, values, packed, scales, bias, static_cast<float>(x_scale.value_or(0))});
   sp::Int8Args& a = ready->a;
   a.N = out_features, a.K = in_features;
   if (scales) {
@@ -299,7 +292,7 @@ int64_t cpu_ready(Tensor crow_indices, Tensor col_indices, Tensor values, Tensor
     set_int8_weight(a, crow_indices, col_indices, values, *scales, packed);
   } else {
     a.dtype = dtype_of(values, "values");
-    set_weight(a, kOnly, crow_indices, col_indices, values, packed, std::nullopt);
+    set_weight(a, kOnly, crow_indices, col_indices, values, packed);
   }
   ready->values_at = values.const_data_ptr(), ready->nnzb = col_indices.size(0);
   ReadyLayers& layers = ready_layers();
@@ -327,6 +320,7 @@ bool set_ready(sp::Int8Args& a, const Ready& r, const Tensor& x) {
   } else if (type != r.values.scalar_type()) {
     return false;
   }
+  a.out = a.dtype;
   const Index index = checked_index(r.crow, r.col, blocks_along(a.N, a.R), blocks_along(a.K, a.C));
   a.crow = index.crow, a.col = index.col;
   if (r.bias) {
@@ -383,8 +377,7 @@ std::optional<Tensor> cpu_linear_ready(const Tensor& x, int64_t number, int64_t 
   }
   a.y = y.mutable_data_ptr();
   if (layer->scales) {
-    const Tensor rounded = round_rows(a, layer->values, 0.0f);
-    sp::run_linear_int8(a, threads(), parallel);
+    sp::run_linear_int8(a, layer->x_scale, threads(), parallel);
   } else {
     sp::run_linear(a, threads(), parallel);
   }
@@ -403,10 +396,9 @@ std::optional<Tensor> cpu_glu_ready(const Tensor& x, int64_t gate_number, int64_
   Tensor y = new_rows(x, gate.N);
   gate.y = up.y = y.mutable_data_ptr();
   if (gate_layer->scales) {
-    if (gate.C != up.C) return std::nullopt;  // x is rounded once for both, in rows as long as their blocks want
-    const Tensor rounded = round_rows(gate, gate_layer->values, 0.0f);
-    up.x = gate.x, up.ldx = gate.ldx, up.x_scales = gate.x_scales;
-    sp::run_linear_int8_glu(gate, up, threads(), parallel);
+    // x is rounded once for both, in rows as long as their blocks want.
+    if (gate.C != up.C || gate_layer->x_scale != up_layer->x_scale) return std::nullopt;
+    sp::run_linear_int8_glu(gate, up, gate_layer->x_scale, threads(), parallel);
   } else {
     sp::run_linear_glu(gate, up, threads(), parallel);
   }
@@ -416,7 +408,7 @@ std::optional<Tensor> cpu_glu_ready(const Tensor& x, int64_t gate_number, int64_
 std::optional<Tensor> no_linear(const Tensor&, int64_t, int64_t, const std::optional<Tensor>&, bool) { return std::nullopt; }
 std::optional<Tensor> no_glu(const Tensor&, int64_t, int64_t, int64_t) { return std::nullopt; }
 
-// dx[M, K] = dy[M, N] @ W[N, K]: the same product, with W^T described by a transposed index over the same blocks.
+// dx[M, K] = dy[M, N] @ W[N, K]
 Tensor bsr_linear_dx(const Tensor& dy_any, const Tensor& crow_indices, const Tensor& col_indices, const Tensor& values,
                      int64_t in_features) {
   check_values(values);
@@ -424,25 +416,19 @@ Tensor bsr_linear_dx(const Tensor& dy_any, const Tensor& crow_indices, const Ten
   check_like(dy_any, "dy", values, "values");
   const Tensor dy = with_dense_rows(dy_any);
   sp::LinearArgs a = {};
-  a.dtype = dtype_of(dy, "dy");
+  a.dtype = a.out = dtype_of(dy, "dy");
   a.M = dy.size(0), a.N = in_features, a.K = dy.size(1);
   a.R = values.size(2), a.C = values.size(1);
   STD_TORCH_CHECK(a.N >= 0, "in_features: expected a number from 0, got ", a.N);
-  const int64_t rows = blocks_along(a.K, a.C), columns = blocks_along(a.N, a.R);
-  const Index index = checked_index(crow_indices, col_indices, rows, columns);
+  const Index index = checked_index(crow_indices, col_indices, blocks_along(a.K, a.C), blocks_along(a.N, a.R));
   check_shape(values, "values", {index.nnzb, a.C, a.R});
-  Tensor transposed = new_tensor(crow_indices, {columns + 1 + 2 * index.nnzb});
-  auto* col_start = static_cast<int32_t*>(transposed.mutable_data_ptr());
-  int32_t* row = col_start + columns + 1;
-  int32_t* block = row + index.nnzb;
-  sp::transpose_index(index.crow, index.col, rows, columns, col_start, row, block);
-  a.crow = col_start, a.col = row, a.block = block;
+  a.crow = index.crow, a.col = index.col;
   a.x = dy.const_data_ptr(), a.ldx = row_stride(dy);
-  const Tensor weights = prepacked(values, a.dtype, true);
-  a.w = weights.const_data_ptr();
+  const Tensor blocks = torch::stable::contiguous(values);
+  a.w = blocks.const_data_ptr();
   Tensor dx = new_tensor(dy, {a.M, a.N});
   a.y = dx.mutable_data_ptr();
-  sp::run_linear(a, threads(), parallel);
+  sp::run_linear_dx(a, threads(), parallel);
   return dx;
 }
 
@@ -486,7 +472,7 @@ Tensor bsr_sdd(const Tensor& dy_any, const Tensor& x_any, const Tensor& crow_ind
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_prune, m) {
   m.def("cpu_prepack(Tensor values) -> Tensor");
   m.def("cpu_ready(Tensor crow_indices, Tensor col_indices, Tensor values, Tensor prepacked, Tensor? scales, Tensor? bias, "
-        "int out_features, int in_features) -> int");
+        "int out_features, int in_features, float? x_scale=None) -> int");
   m.def("cpu_linear_ready(Tensor x, int ready, int activation=0, Tensor? residual=None, bool nothing_owed=False) "
         "-> Tensor?");
   m.def("cpu_glu_ready(Tensor x, int gate, int up, int activation=0) -> Tensor?");

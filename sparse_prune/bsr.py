@@ -84,6 +84,7 @@ class BsrWeight:
                    float8_e4m3fn. Blocks cut by the edge are zero-padded.
     scales         float32 [N] where values are int8 or float8_e4m3fn: W[n, k] = scales[n] * value; else None
     weight_only    how int8 values meet x: False, x is rounded to int8 too ("w8a8"); True, x stays as it is ("w8a16")
+    x_scale        where x is rounded too, the one scale of all its rows; None: each row of x by its own
     """
 
     shape: tuple[int, int]
@@ -93,6 +94,7 @@ class BsrWeight:
     values: Tensor
     scales: Tensor | None = None
     weight_only: bool = False
+    x_scale: float | None = None
     derived: Derived = field(default_factory=Derived, init=False, repr=False)
 
     @classmethod
@@ -232,6 +234,9 @@ class BsrWeight:
             if weight.weight_only != first.weight_only:
                 expected = f"weight_only={first.weight_only}, like the first"
                 raise SparsePruneError("weights", expected, weight.weight_only, "join weights that meet x alike")
+            if weight.x_scale != first.x_scale:
+                expected = f"x_scale={first.x_scale}, like the first"
+                raise SparsePruneError("weights", expected, weight.x_scale, "join weights that round x alike")
         if any(weight.shape[0] % first.blocksize[0] for weight in weights[:-1]):
             heights = [weight.shape[0] for weight in weights]
             expected = f"outputs in multiples of {first.blocksize[0]}"
@@ -248,6 +253,7 @@ class BsrWeight:
             torch.cat([weight.values.detach() for weight in weights]),
             None if first.scales is None else torch.cat([w.scales for w in weights if w.scales is not None]),
             first.weight_only,
+            first.x_scale,
         )
 
     def narrow(self, dim: int, start: int, length: int) -> BsrWeight:
@@ -279,7 +285,8 @@ class BsrWeight:
         crow[1:] = torch.bincount((at if dim == 0 else rows)[keep], minlength=len(crow) - 1).cumsum(0)
         col = self.col_indices[keep] if dim == 0 else at[keep].to(torch.int32)
         scales = self.scales if dim == 1 or self.scales is None else self.scales[elements]
-        return BsrWeight(shape, self.blocksize, crow, col, self.values.detach()[keep], scales, self.weight_only)
+        how = (self.weight_only, self.x_scale)
+        return BsrWeight(shape, self.blocksize, crow, col, self.values.detach()[keep], scales, *how)
 
     def nonzero(self, dim: int) -> Tensor:
         """bool [N] (dim 0) or [K] (dim 1): True for the outputs, or inputs, to which any weight other than zero belongs."""
@@ -374,7 +381,8 @@ class BsrWeight:
         if self.scales is not None:
             values, scales = self.values.to(cast.device), self.scales.to(cast.device)
         crow_indices, col_indices = self.crow_indices.to(cast.device), self.col_indices.to(cast.device)
-        return BsrWeight(self.shape, self.blocksize, crow_indices, col_indices, values, scales, self.weight_only)
+        how = (self.weight_only, self.x_scale)
+        return BsrWeight(self.shape, self.blocksize, crow_indices, col_indices, values, scales, *how)
 
     def validate(self) -> BsrWeight:
         """Check everything a kernel relies on and return self; raises SparsePruneError with the first violation.
@@ -383,6 +391,7 @@ class BsrWeight:
         """
         arrays = (self.crow_indices, self.col_indices, self.values)
         validate_bsr(self.shape, self.blocksize, *arrays, scales=self.scales, weight_only=self.weight_only)
+        check_x_scale(self.x_scale, self.values.dtype, self.weight_only)
         return self
 
 
@@ -394,6 +403,18 @@ def check_quantization(dtype: torch.dtype, weight_only: bool) -> None:
         raise SparsePruneError(
             "weight_only", "False beside float8_e4m3fn", weight_only, "use torch.int8, which keeps more"
         )
+
+
+def check_x_scale(x_scale: float | None, dtype: torch.dtype, weight_only: bool) -> None:
+    """Raise SparsePruneError unless all rows of x can be rounded by x_scale, beside values of dtype; None: each by its own."""
+    if x_scale is None:
+        return
+    kind = "a weight_only weight" if weight_only else f"a weight of {dtype}"
+    if dtype not in QUANTIZED or weight_only:
+        raise SparsePruneError("x_scale", f"None beside {kind}", x_scale, "leave it out")
+    lowest, highest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    if not lowest <= x_scale <= highest:
+        raise SparsePruneError("x_scale", "a finite positive number", x_scale, "leave it out")
 
 
 def round_to(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from . import planner
-from .bsr import check_quantization, dtype_name
+from .bsr import QUANTIZED, check_quantization, dtype_name
 from .criteria import block_mask
 from .errors import SparsePruneError
 from .fuse import FuseResult, count_dead_heads, feed_forwards, fuse_encoder_
@@ -194,6 +195,51 @@ def quantize_(
     if any(not row.reason for row in rows):
         announce(model)
     return QuantizeResult(rows, dtype)
+
+
+@contextmanager
+def calibrate_(model: nn.Module) -> Iterator[None]:
+    """Give the quantized layers of model that round their input one scale for all its rows, from what they see in the with block.
+
+        with sp.calibrate_(model):
+            for batch in batches:
+                model(batch)
+
+    x_scale = max |x| over all rows / L, with L = 127 for int8 and 448 for float8_e4m3fn: no call then looks for the maximum of each
+    row, and what lies beyond saturates. Inside the block each row has its own scale; layers that do not run, or see zeros alone,
+    keep that. Padding counts like any token.
+
+    Raises SparsePruneError if model has no such layer, and at the end where a layer has seen NaN or infinity; no scale is set then.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SparseLinear) and module.values.dtype in QUANTIZED and not module.weight_only
+    }
+    if not layers:
+        remedy = "call quantize_(model) first"
+        raise SparsePruneError("model", "a layer that rounds its input", type(model).__name__, remedy)
+    highest: dict[nn.Module, float] = {}
+
+    def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].numel():
+            most = inputs[0].detach().abs().max().item()
+            highest[module] = most if math.isnan(most) else max(highest.get(module, 0.0), most)
+
+    for layer in layers.values():
+        layer.x_scale = None
+    handles = [layer.register_forward_pre_hook(see) for layer in layers.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, layer in layers.items():
+        if not math.isfinite(highest.get(layer, 0.0)):
+            raise SparsePruneError(f"x of {name}", "finite numbers", highest[layer], "check the calibration inputs")
+    for layer in layers.values():
+        if highest.get(layer, 0.0) > 0:
+            layer.x_scale = highest[layer] / QUANTIZED[layer.values.dtype]
 
 
 def sparsify_(

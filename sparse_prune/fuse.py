@@ -317,6 +317,7 @@ def _key(linear: Any) -> object:
         values_key(values),
         None if scales is None else values_key(scales),
         linear._weight_only,
+        linear._x_scale,
         buffers["col_indices"].data_ptr(),
         None if bias is None else values_key(bias),
     )
@@ -329,7 +330,8 @@ def _derived(linear: Any) -> object:
 def _joinable(layers: tuple[Any, ...]) -> bool:
     if not all(type(layer) is SparseLinear for layer in layers):
         return False
-    alike = len({(layer.blocksize, layer.values.dtype, layer.weight_only) for layer in layers}) == 1
+    kinds = {(layer.blocksize, layer.values.dtype, layer.weight_only, layer.x_scale) for layer in layers}
+    alike = len(kinds) == 1
     return alike and all(layer.out_features % layer.blocksize[0] == 0 for layer in layers)
 
 

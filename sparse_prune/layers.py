@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import backends, ops, planner, reference
-from .bsr import QUANTIZED, BsrWeight, Derived, dtype_name
+from .bsr import QUANTIZED, BsrWeight, Derived, check_x_scale, dtype_name
 from .errors import SparsePruneError
 from .linears import as_matrix, is_linear
 from .masks import block_density, check_blocksize
@@ -40,7 +40,8 @@ class SparseLinear(nn.Module):
     Quantized, `values` is int8 or float8_e4m3fn and frozen, beside the buffer `scales` (float32 [N], see BsrWeight.quantize); both
     keep their dtype when the layer is cast. x is then float32, bfloat16 or float16 like the bias, and no gradient passes through.
     `weight_only` (of int8; False) leaves x as it is where it would be rounded to int8 too; it may be set at any time, and is no
-    part of the state dict: files have it beside the layer's shape.
+    part of the state dict: files have it beside the layer's shape. So have they `x_scale`, the one scale by which all rows of x
+    are rounded (`sp.calibrate_` finds it); None: each row by its own, as it comes.
 
     The kernels read values in an order of their own, which is derived on the first call without gradients and made again when
     values change. A write through `values.data`, or to values made under inference_mode, is invisible to PyTorch's version counter:
@@ -59,6 +60,7 @@ class SparseLinear(nn.Module):
     planned: bool
     _derived: Derived
     _weight_only: bool
+    _x_scale: float | None
     crow_indices: Tensor
     col_indices: Tensor
     values: nn.Parameter
@@ -76,9 +78,10 @@ class SparseLinear(nn.Module):
         bias: Tensor | None = None,
         scales: Tensor | None = None,
         weight_only: bool = False,
+        x_scale: float | None = None,
     ) -> None:
         super().__init__()
-        self._fill(in_features, out_features, crow_indices, col_indices, values, bias, scales, weight_only)
+        self._fill(in_features, out_features, crow_indices, col_indices, values, bias, scales, weight_only, x_scale)
 
     def _fill(
         self,
@@ -90,6 +93,7 @@ class SparseLinear(nn.Module):
         bias: Tensor | None = None,
         scales: Tensor | None = None,
         weight_only: bool = False,
+        x_scale: float | None = None,
     ) -> None:
         """Make this module, new or emptied, a layer of these tensors."""
         # Straight to the dicts: register_buffer and nn.Module's __setattr__ would be most of what loading a small model takes.
@@ -99,9 +103,11 @@ class SparseLinear(nn.Module):
         own = nn.Parameter(values, requires_grad=values.dtype not in QUANTIZED)
         self._parameters.update(values=own, bias=None if bias is None else nn.Parameter(bias))
         sizes = {"in_features": in_features, "out_features": out_features}
-        vars(self).update(sizes, planned=True, _derived=Derived(), _weight_only=False)
+        vars(self).update(sizes, planned=True, _derived=Derived(), _weight_only=False, _x_scale=None)
         if weight_only:
             self.weight_only = True
+        if x_scale is not None:
+            self.x_scale = x_scale
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, mask: Tensor, blocksize: Sequence[int] = (32, 32)) -> SparseLinear:
@@ -123,7 +129,7 @@ class SparseLinear(nn.Module):
         """A layer that shares the tensors of packed."""
         n, k = packed.shape
         index = (packed.crow_indices, packed.col_indices)
-        return cls(k, n, *index, packed.values, bias, packed.scales, packed.weight_only)
+        return cls(k, n, *index, packed.values, bias, packed.scales, packed.weight_only, packed.x_scale)
 
     @classmethod
     def become(cls, module: nn.Module, *arguments: Any) -> SparseLinear:
@@ -144,7 +150,10 @@ class SparseLinear(nn.Module):
 
     @property
     def weight_only(self) -> bool:
-        """Whether int8 blocks meet x as it is; False: x is rounded like them. Setting it beside others raises SparsePruneError."""
+        """Whether int8 blocks meet x as it is; False: x is rounded like them. Setting it beside others raises SparsePruneError.
+
+        True forgets x_scale.
+        """
         return self._weight_only
 
     @weight_only.setter
@@ -155,6 +164,21 @@ class SparseLinear(nn.Module):
                 "weight_only", expected, self.values.dtype, "quantize_(torch.int8, weight_only=True)"
             )
         self._weight_only = bool(value)
+        if value:
+            self._x_scale = None
+        self.refresh_()
+
+    @property
+    def x_scale(self) -> float | None:
+        """The scale by which all rows of x are rounded, None where each has its own. Setting one where x stays as it is raises
+        SparsePruneError.
+        """
+        return self._x_scale
+
+    @x_scale.setter
+    def x_scale(self, value: float | None) -> None:
+        check_x_scale(value, self.values.dtype, self._weight_only)
+        self._x_scale = None if value is None else float(value)
         self.refresh_()
 
     @classmethod
@@ -185,7 +209,7 @@ class SparseLinear(nn.Module):
         shape = (self.out_features, self.in_features)
         scales = self._buffers.get("scales")
         index = (self.crow_indices, self.col_indices)
-        return BsrWeight(shape, self.blocksize, *index, self.values, scales, self._weight_only)
+        return BsrWeight(shape, self.blocksize, *index, self.values, scales, self._weight_only, self._x_scale)
 
     @property
     def weight(self) -> Tensor:
@@ -413,7 +437,7 @@ class SparseLinear(nn.Module):
             operator = getattr(torch.ops.sparse_prune, quantized_operator(values, weight_only))
             bsr = (self.crow_indices, self.col_indices, values, self.scales)
             prepacked = None if derived is None else derived.prepacked
-            rest = (bias, activation, residual) if weight_only else (bias, activation, residual, None)
+            rest = (bias, activation, residual) if weight_only else (bias, activation, residual, self._x_scale)
             y = operator(x, *bsr, prepacked, self.out_features, *rest)
         return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
 
@@ -473,6 +497,7 @@ class SparseLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, blocksize={r}x{c}, density={self.density:.3f}, "
             f"bias={self.bias is not None}{quantized}{', weight_only' if self._weight_only else ''}"
+            f"{'' if self._x_scale is None else f', x_scale={self._x_scale:.3g}'}"
         )
 
 

@@ -9,7 +9,6 @@ has no kernel. `bsr_linear_cuda` and `bsr_linear_triton` are the same by one kin
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends, planner, reference, tiles
-from .bsr import QUANTIZED, BsrWeight, Derived
+from .bsr import QUANTIZED, BsrWeight, Derived, check_x_scale
 from .errors import SparsePruneError
 from .masks import block_density, grid_shape
 
@@ -38,6 +37,7 @@ _W8A16 = (
     "Tensor? bias, str activation, Tensor? residual) -> Tensor"
 )
 _W8A8 = _W8A16.replace("residual)", "residual, float? x_scale)")
+_WITH_OUT_DTYPE = (") -> Tensor", ", ScalarType? out_dtype=None) -> Tensor")
 _GLU = (
     "(Tensor x, Tensor gate_crow_indices, Tensor gate_col_indices, Tensor gate_values, Tensor? gate_prepacked, "
     "Tensor up_crow_indices, Tensor up_col_indices, Tensor up_values, Tensor? up_prepacked, int out_features, "
@@ -100,39 +100,66 @@ _SCHEMAS |= {
     for kernel in _FORCED[1:]
     for name in ("bsr_linear", *QUANTIZED_OPERATORS, "bsr_linear_dx", "bsr_sdd")
 }
+# Of these y may have another dtype than x; the kernels of a GPU store that of x.
+_OUT_DTYPE = ("bsr_linear", *QUANTIZED_OPERATORS)
+_SCHEMAS |= {name: _SCHEMAS[name].replace(*_WITH_OUT_DTYPE) for name in _OUT_DTYPE}
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _reference_linear(x, crow_indices, col_indices, values, prepacked, out_features, bias, activation, residual):
+def _reference_linear(
+    x, crow_indices, col_indices, values, prepacked, out_features, bias, activation, residual, out_dtype=None
+):
     return reference.bsr_linear(
-        x, crow_indices, col_indices, values, out_features, bias, activation, residual
+        x, crow_indices, col_indices, values, out_features, bias, activation, residual, out_dtype
     ).contiguous()
 
 
-def _reference_quantized(
-    x, crow_indices, col_indices, values, scales, prepacked, out_features, bias, activation, residual, *x_scale
+def _reference_w8a8(
+    x,
+    crow_indices,
+    col_indices,
+    values,
+    scales,
+    prepacked,
+    out_features,
+    bias,
+    activation,
+    residual,
+    x_scale,
+    out_dtype=None,
 ):
-    linear = reference.bsr_linear_w8a8 if x_scale else reference.bsr_linear_w8a16
     index, epilogue = (crow_indices, col_indices), (bias, activation, residual)
-    return linear(x, *index, values, scales, out_features, *epilogue, *x_scale).contiguous()
+    y = reference.bsr_linear_w8a8(x, *index, values, scales, out_features, *epilogue, x_scale, out_dtype)
+    return y.contiguous()
+
+
+def _reference_w8a16(
+    x, crow_indices, col_indices, values, scales, prepacked, out_features, bias, activation, residual, out_dtype=None
+):
+    index, epilogue = (crow_indices, col_indices), (bias, activation, residual)
+    y = reference.bsr_linear_w8a16(x, *index, values, scales, out_features, *epilogue, out_dtype)
+    return y.contiguous()
 
 
 def _dequantized_linear(
-    x, crow_indices, col_indices, values, scales, prepacked, out_features, bias, activation, residual, *x_scale
+    x, crow_indices, col_indices, values, scales, prepacked, out_features, bias, activation, residual, out_dtype=None
 ):
     """On a CPU, quantized blocks that have no kernel of their own: by that of the dtype of x, which prepacked has too."""
     if prepacked is None or prepacked.dtype != x.dtype:
         shape, blocksize = (out_features, x.shape[1]), (values.shape[1], values.shape[2])
         prepacked = _dequantized_layout(BsrWeight(shape, blocksize, crow_indices, col_indices, values, scales), x.dtype)
-    spoilt = None
-    if x_scale:
-        q, x_scales = reference.quantize_rows(x, x_scale[0], values.dtype)
-        spoilt = x_scales.isnan()  # bool [M], rows that are NaN also where no block reads them
-        x = _e4m3_times(q, x_scales, x.dtype)  # [M, K]
-    index, epilogue = (crow_indices, col_indices), (bias, activation, residual)
-    y = torch.ops.sparse_prune.bsr_linear(x, *index, _blocks_of(prepacked, values), prepacked, out_features, *epilogue)
-    return y if spoilt is None else y.masked_fill_(spoilt[:, None], torch.nan)
+    index, rest = (crow_indices, col_indices), (bias, activation, residual, out_dtype)
+    return torch.ops.sparse_prune.bsr_linear(x, *index, _blocks_of(prepacked, values), prepacked, out_features, *rest)
+
+
+def _dequantized_w8a8(x, crow_indices, col_indices, values, scales, *rest):
+    """The same where x is rounded too; rest: prepacked, out_features, bias, activation, residual, x_scale[, out_dtype]."""
+    rest, (x_scale, *out_dtype) = rest[:5], rest[5:]
+    q, x_scales = reference.quantize_rows(x, x_scale, values.dtype)
+    x = _e4m3_times(q, x_scales, x.dtype)  # [M, K]
+    y = _dequantized_linear(x, crow_indices, col_indices, values, scales, *rest, *out_dtype)
+    return y.masked_fill_(x_scales.isnan()[:, None], torch.nan)  # also where no block reads what is not finite
 
 
 def _e4m3_times(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -214,7 +241,19 @@ def _on_gpu(name: str, triton: Callable) -> Callable:
         _library.impl(f"{name}_triton", triton, "CUDA")
     if name == "bsr_linear_glu":
         return picking_glu(triton)
-    return picking(name, triton) if name in _CUDA else triton
+    kernel = picking(name, triton) if name in _CUDA else triton
+    return _storing_dtype_of_x(name, kernel) if name in _OUT_DTYPE else kernel
+
+
+def _storing_dtype_of_x(name: str, kernel: Callable) -> Callable:
+    """That kernel, and plain PyTorch where y has another dtype than x."""
+    inputs = len(getattr(torch.ops.sparse_prune, name).default._schema.arguments) - 1
+
+    def run(*arguments):
+        out_dtype = arguments[inputs:]  # without it, where it is None
+        return _REFERENCE[name](*arguments) if out_dtype not in ((), (None,)) else kernel(*arguments[:inputs])
+
+    return run
 
 
 def picking(name: str, triton: Callable) -> Callable:
@@ -272,7 +311,9 @@ def _two_linears(
 _REFERENCE: dict[str, Callable] = {
     "bsr_linear": _reference_linear,
     "bsr_linear_glu": _two_linears,
-    **dict.fromkeys(QUANTIZED_OPERATORS, _reference_quantized),
+    "bsr_linear_int8": _reference_w8a8,
+    "bsr_linear_e4m3": _reference_w8a8,
+    "bsr_linear_w8a16": _reference_w8a16,
     "bsr_linear_dx": reference.bsr_linear_dx,
     "bsr_sdd": reference.bsr_sdd,
     "attention": reference.attention,
@@ -281,18 +322,27 @@ _REFERENCE: dict[str, Callable] = {
 for _name, _function in _REFERENCE.items():
     _library.impl(_name, _function, "CompositeExplicitAutograd")
 if backends.cpu_isas():
-    for _name in ("bsr_linear_e4m3", "bsr_linear_w8a16"):
-        _library.impl(_name, _dequantized_linear, "CPU")
+    _library.impl("bsr_linear_e4m3", _dequantized_w8a8, "CPU")
+    _library.impl("bsr_linear_w8a16", _dequantized_linear, "CPU")
 backends.register_triton(_library, _REFERENCE, _on_gpu)
 tiles.install()
 
 
-def _fake_linear(x, crow_indices, col_indices, values, prepacked, out_features, bias, activation, residual):
-    return x.new_empty(x.shape[0], out_features)
+def _fake_linear(
+    x, crow_indices, col_indices, values, prepacked, out_features, bias, activation, residual, out_dtype=None
+):
+    return x.new_empty(x.shape[0], out_features, dtype=out_dtype)
 
 
-def _fake_quantized(x, crow_indices, col_indices, values, scales, prepacked, out_features, *others):
-    return x.new_empty(x.shape[0], out_features)
+def _fake_w8a16(
+    x, crow_indices, col_indices, values, scales, prepacked, out_features, bias, activation, residual, out_dtype=None
+):
+    return x.new_empty(x.shape[0], out_features, dtype=out_dtype)
+
+
+def _fake_w8a8(x, crow_indices, col_indices, values, scales, prepacked, out_features, *others):
+    out_dtype = others[4] if len(others) > 4 else None  # bias, activation, residual, x_scale[, out_dtype]
+    return x.new_empty(x.shape[0], out_features, dtype=out_dtype)
 
 
 @torch.library.register_fake("sparse_prune::bsr_linear_glu", lib=_library)
@@ -310,7 +360,9 @@ def _fake_sdd(dy, x, crow_indices, col_indices, block_rows, block_cols):
 
 _FAKES: dict[str, Callable] = {
     "linear": _fake_linear,
-    **{name.removeprefix("bsr_"): _fake_quantized for name in QUANTIZED_OPERATORS},
+    "linear_int8": _fake_w8a8,
+    "linear_e4m3": _fake_w8a8,
+    "linear_w8a16": _fake_w8a16,
     "linear_dx": _fake_linear_dx,
     "sdd": _fake_sdd,
 }
@@ -330,7 +382,7 @@ def _(x, weight, bias, eps, residual):
 
 
 def _save_for_backward(ctx, inputs, output):
-    x, crow_indices, col_indices, values, prepacked, _, bias, activation, _ = inputs
+    x, crow_indices, col_indices, values, prepacked, _, bias, activation, _, *_ = inputs
     ctx.save_for_backward(x, crow_indices, col_indices, values, prepacked, bias)
     ctx.activation = activation
 
@@ -338,7 +390,7 @@ def _save_for_backward(ctx, inputs, output):
 def _backward(kernel: str, ctx, dy):
     """dx = dz @ W, dvalues = blocks of dz^T @ x, db = sum of dz over M, dresidual = dy, with dz = dy * act'(z).
 
-    kernel: what the names of the operators end with.
+    kernel: what the names of the operators end with. z, dz and db have the dtype of y, the products that of x.
     """
     linear, linear_dx, sdd = (
         getattr(torch.ops.sparse_prune, name + kernel) for name in ("bsr_linear", "bsr_linear_dx", "bsr_sdd")
@@ -347,13 +399,15 @@ def _backward(kernel: str, ctx, dy):
     dz = dy.contiguous()  # [M, N]
     if ctx.activation != "none":
         # z is computed again: keeping it would cost [M, N] for every layer of a model in training.
-        z = linear(x, crow, col, values, prepacked, dy.shape[1], bias, "none", None)
+        out_dtype = () if dy.dtype == x.dtype else (dy.dtype,)
+        z = linear(x, crow, col, values, prepacked, dy.shape[1], bias, "none", None, *out_dtype)
         dz = reference.activation_grad(dz, z, ctx.activation)
-    needs_x, _, _, needs_values, _, _, needs_bias, _, needs_residual = ctx.needs_input_grad
+    needs_x, _, _, needs_values, _, _, needs_bias, _, needs_residual, *rest = ctx.needs_input_grad
+    dbias = dz.sum(0) if needs_bias else None
+    dz = dz.to(x.dtype)
     dx = linear_dx(dz, crow, col, values, x.shape[1]) if needs_x else None
     dvalues = sdd(dz, x, crow, col, *values.shape[1:]) if needs_values else None
-    dbias = dz.sum(0) if needs_bias else None
-    return dx, None, None, dvalues, None, None, dbias, None, dy if needs_residual else None
+    return dx, None, None, dvalues, None, None, dbias, None, dy if needs_residual else None, *(None for _ in rest)
 
 
 def _save_dx(ctx, inputs, output):
@@ -465,7 +519,9 @@ def make_ready(packed: BsrWeight, derived: Derived, bias: Tensor | None) -> Read
     n, k = packed.shape
     blocks, of_blocks = (_blocks_of(derived.prepacked, values), None) if packed.weight_only else (values, scales)
     with torch.no_grad():
-        number = torch.ops.sparse_prune.cpu_ready(*tensors, blocks, derived.prepacked, of_blocks, bias, n, k)
+        number = torch.ops.sparse_prune.cpu_ready(
+            *tensors, blocks, derived.prepacked, of_blocks, bias, n, k, packed.x_scale
+        )
     plan = derived.plan if derived.plan is not None and any(choice.dense for choice in derived.plan.choices) else None
     # Both only rise, so that their sum tells whether either did.
     version = values._version + (0 if scales is None else scales._version) if all(counted) else None
@@ -531,6 +587,7 @@ def backend_for(
     tokens: int | None = None,
     shape: tuple[int, int] | None = None,
     weight_only: bool = False,
+    converts: bool = False,
 ) -> str:
     """The backend that bsr_linear runs: "cpu" (with its instruction set, "cpu:avx512"), "triton", "cuda", "reference" or "dense".
 
@@ -540,7 +597,8 @@ def backend_for(
     answer is "dense: reason" where it expects dense to be faster for a weight of that shape (N, K; None: a large one). On a GPU
     it also chooses between "cuda" and "triton", by M.
     dtype is that of the weight, torch.int8 or torch.float8_e4m3fn for a quantized one, which the planner leaves to the sparse
-    operator; weight_only as in BsrWeight.
+    operator; weight_only as in BsrWeight. converts: y is wanted in another dtype than that of x, which neither the planner's dense
+    product nor the kernels of a GPU give.
 
     Raises SparsePruneError with the reason when a backend is named that cannot run.
     """
@@ -549,17 +607,18 @@ def backend_for(
     device = torch.device(device)
     if backend == "dense":
         return "dense: asked for"
-    if backend == "auto" and density is not None and tokens is not None:
+    if backend == "auto" and density is not None and tokens is not None and not converts:
         plan = planner.plan(device, dtype, blocksize, density, shape)
         choice = None if plan is None else plan.at(tokens)
         if choice is not None and (choice.dense or choice.kernel):
             return f"dense: {choice.reason}" if choice.dense else choice.kernel
     rounds = "its kernels round x to int8 too, and this weight is weight_only" if weight_only else None
+    stores = "its kernels store y in the dtype of x" if converts else None
     dequantizes = runs_dequantized(device, dtype, weight_only)
     reasons = {
         "cpu": lambda: backends.cpu_unavailable(device, torch.float32 if dequantizes else dtype),
-        "triton": lambda: backends.triton_unavailable(device, dtype, blocksize),
-        "cuda": lambda: backends.cuda_unavailable(device, dtype, blocksize) or rounds,
+        "triton": lambda: backends.triton_unavailable(device, dtype, blocksize) or stores,
+        "cuda": lambda: backends.cuda_unavailable(device, dtype, blocksize) or rounds or stores,
     }
     for name, why_not in reasons.items():
         if backend not in (name, "auto"):
@@ -609,56 +668,64 @@ def bsr_linear(
     residual: Tensor | None = None,
     backend: str = "auto",
     x_scale: float | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """y[..., N] = act(x[..., K] @ W[N, K]^T + bias[N]) + residual[..., N], accumulated in float32.
 
-    x, packed.values, bias and residual share one dtype (float32, bfloat16, float16; float64 by plain PyTorch) and device.
+    x, packed.values, bias and residual share one dtype (float32, bfloat16, float16; float64 by plain PyTorch) and device. So does
+    y, or it has out_dtype, one of the first three, and then residual has that too: what was summed in float32 is rounded to it
+    once, after bias (brought to it), activation and residual. The CPU kernels store it; on a GPU it takes plain PyTorch.
     Differentiable in x, packed.values, bias and residual (in forward mode, torch.func.jvp, always by plain PyTorch). backend "auto"
     runs the sparse kernel, or on a CPU, where no gradient of the weight is wanted, dense PyTorch if the planner expects that to be
     faster; the dense weight is then made once and kept beside the packed one, N * K more elements of memory.
     `backend_for(x.device, packed.values.dtype, backend, packed.blocksize, density, M, shape)` tells which runs. "cuda" runs the
     CUDA C++ kernels and "triton" Triton's.
 
-    Where packed.values are int8 or float8_e4m3fn (BsrWeight.quantize), x, bias and residual share float32, bfloat16 or float16,
-    each row of x is rounded to the same dtype by its own scale max|x| / L, or by x_scale for all rows (what lies beyond +-L x_scale
-    saturates), with L = 127 or 448 the dtype's largest number; products are summed in int32 or float32, and the rest is float32. A
-    row of x with NaN or infinity gives a row of NaN. Where packed.weight_only, x stays as it is, products with the int8 numbers are
-    summed in float32 and then scaled. For inference: no gradients. A CPU has kernels for int8 beside x rounded to it; the other two
-    run by those for the dtype of x, to which the blocks, scales included, are brought once ("cpu:dequantized").
+    Where packed.values are int8 or float8_e4m3fn (BsrWeight.quantize), x, bias and residual share float32, bfloat16 or float16, but
+    for out_dtype; each row of x is rounded to the same dtype by its own scale max|x| / L, or all by x_scale (None:
+    packed.x_scale), where what lies beyond +-L x_scale saturates, with L = 127 or 448 the dtype's largest number; products are
+    summed in int32 or float32, and the rest is float32. A row of x with NaN or infinity gives a row of NaN. Where
+    packed.weight_only, x stays as it is, products with the int8 numbers are summed in float32 and then scaled. For inference: no
+    gradients. A CPU has kernels for int8 beside x rounded to it; the other two run by those for the dtype of x, to which the
+    blocks, scales included, are brought once ("cpu:dequantized").
 
     Raises SparsePruneError for shapes, dtypes or devices that do not agree, and for a backend that cannot run here.
     """
-    _check_linear(x, packed, bias, activation, residual, backend, x_scale)
+    _check_linear(x, packed, bias, activation, residual, backend, x_scale, out_dtype)
     n, out_shape = packed.shape[0], (*x.shape[:-1], packed.shape[0])
-    chosen = backend_for(x.device, packed.values.dtype, backend, packed.blocksize, weight_only=packed.weight_only)
+    to = () if out_dtype in (None, x.dtype) else (out_dtype,)
+    weight_only, values = packed.weight_only, packed.values
+    chosen = backend_for(x.device, values.dtype, backend, packed.blocksize, weight_only=weight_only, converts=bool(to))
+    if to and bias is not None:
+        bias = bias.to(*to)
     rows = flatten_rows(x)  # [M, K]
     flat_residual = None if residual is None else residual.reshape(-1, n).contiguous()  # [M, N]
     bsr = (packed.crow_indices, packed.col_indices, packed.values)
     derived, form = None, "plain" if backend == "dense" else ""
     if not (torch.is_grad_enabled() and packed.values.requires_grad):
         derived = packed.derived = current(packed.derived, packed, x.dtype)
-        if backend == "auto":
+        if backend == "auto" and not to:
             form = dense_form(derived, rows.shape[0])
     prepacked = None if derived is None else derived.prepacked
     forced = f"_{backend}" if backend in planner.GPU_KERNELS else ""
     if backend == "cuda" and derived is not None and prepacked is None:  # the plan would take another kernel
         derived.prepacked = prepacked = backends.cuda_layout(*bsr[:2], packed.values.detach(), packed.shape[1])
     if packed.scales is not None:
-        own_scale = () if packed.weight_only else (x_scale,)
-        arguments = (rows, *bsr, packed.scales, prepacked, n, bias, activation, flat_residual, *own_scale)
+        own_scale = () if packed.weight_only else (packed.x_scale if x_scale is None else x_scale,)
+        arguments = (rows, *bsr, packed.scales, prepacked, n, bias, activation, flat_residual, *own_scale, *to)
+        name = quantized_operator(packed.values, packed.weight_only)
         if backend == "reference":
             with torch.no_grad():
-                y = _reference_quantized(*arguments)
+                y = _REFERENCE[name](*arguments)
         else:
-            name = quantized_operator(packed.values, packed.weight_only)
             y = getattr(torch.ops.sparse_prune, name + forced)(*arguments)
-    elif form and derived is not None:
+    elif form and derived is not None and not to:
         y = dense_linear(dense_weight(derived, form, packed.to_dense), form, rows, bias, activation, flat_residual)
     elif form or chosen == "reference":
-        y = reference.bsr_linear(rows, *bsr, n, bias, activation, flat_residual)
+        y = reference.bsr_linear(rows, *bsr, n, bias, activation, flat_residual, *to)
     else:
         run = getattr(torch.ops.sparse_prune, f"bsr_linear{forced}")
-        y = run(rows, *bsr, prepacked, n, bias, activation, flat_residual)
+        y = run(rows, *bsr, prepacked, n, bias, activation, flat_residual, *to)
     return y.reshape(out_shape)
 
 
@@ -844,6 +911,7 @@ def _check_linear(
     residual: Tensor | None,
     backend: str,
     x_scale: float | None,
+    out_dtype: torch.dtype | None = None,
 ) -> None:
     """Raise SparsePruneError for arguments of bsr_linear that do not agree."""
     if not isinstance(packed, BsrWeight):
@@ -870,16 +938,20 @@ def _check_linear(
         repr(backend),
         "leave it at 'auto', or call packed.dequantize() first",
     )
-    remedy, weight_only = "leave it out", packed.weight_only
+    weight_only = packed.weight_only
     with_int8 = not weight_only or packed.values.dtype == torch.int8
     _require(with_int8, "weight_only", "int8 values", packed.values.dtype, "quantize(torch.int8, weight_only=True)")
-    rounds = quantized and not weight_only
-    kind = "a weight_only weight" if weight_only else f"a weight of {packed.values.dtype}"
-    _require(x_scale is None or rounds, "x_scale", f"None beside {kind}", x_scale, remedy)
-    _require(x_scale is None or 0 < x_scale < math.inf, "x_scale", "a finite positive number", x_scale, remedy)
+    for scale in (x_scale, packed.x_scale):
+        check_x_scale(scale, packed.values.dtype, weight_only)
+    out, like_out = (dtype, like) if out_dtype in (None, dtype) else (out_dtype, "out_dtype")
+    expected = f"None or {dtype}, the dtype of x, or one of float32, bfloat16 and float16 from another of these"
+    converted = out is dtype or {dtype, out} <= {*QUANTIZED_INPUTS}
+    _require(converted, "out_dtype", expected, out, "call .to(...) of the result")
     for name, tensor, shape in (("x", x, None), ("bias", bias, (n,)), ("residual", residual, out_shape)):
         if tensor is None:
             continue
+        if name == "residual":
+            dtype, like = out, like_out
         remedy = f"pass {name}.to({dtype}), or cast the weight"
         _require(tensor.dtype == dtype, name, f"dtype {dtype} like {like}", tensor.dtype, remedy)
         device = packed.values.device

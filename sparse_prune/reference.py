@@ -42,9 +42,15 @@ def bsr_linear(
     bias: Tensor | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """y[M, N] = act(x[M, K] @ W[N, K]^T + b[N]) + residual[M, N] by making W dense; differentiable by autograd."""
+    """y[M, N] = act(x[M, K] @ W[N, K]^T + b[N]) + residual[M, N] by making W dense; differentiable by autograd.
+
+    With an out_dtype other than that of x, which bias and residual have too, in float32 and rounded to it once.
+    """
     weight = dense_from_bsr(crow_indices, col_indices, values, (out_features, x.shape[1]))  # [N, K]
+    if out_dtype not in (None, x.dtype):
+        return _finished(F.linear(x.float(), weight.float()), bias, activation, residual, out_dtype)
     y = ACTIVATIONS[activation](F.linear(x, weight, bias))  # [M, N]
     return y if residual is None else y + residual
 
@@ -111,16 +117,17 @@ def bsr_linear_w8a8(
     activation: str = "none",
     residual: Tensor | None = None,
     x_scale: float | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """y[M, N] = act(sum_k q[m, k] w[n, k] * scales[n] * x_scales[m] + b[N]) + residual[M, N]; q, x_scales = quantize_rows(x).
 
     values, and so q, are int8 or float8_e4m3fn. The sum is exact (of float8_e4m3fn: in float64); what follows it is computed in
-    float32 and rounded once to the dtype of x.
+    float32 and rounded once, to out_dtype or without one to the dtype of x.
     """
     q, x_scales = quantize_rows(x, x_scale, values.dtype)
     weight = dense_from_bsr(crow_indices, col_indices, values.double(), (out_features, x.shape[1]))  # [N, K]
     total = F.linear(q.double(), weight).float()  # [M, N]; of int8 every partial sum is an integer below 2^53
-    return _finished(total * scales * x_scales[:, None], bias, activation, residual, x.dtype)
+    return _finished(total * scales * x_scales[:, None], bias, activation, residual, out_dtype or x.dtype)
 
 
 def bsr_linear_w8a16(
@@ -133,13 +140,14 @@ def bsr_linear_w8a16(
     bias: Tensor | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """y[M, N] = act(sum_k x[m, k] w[n, k] * scales[n] + b[N]) + residual[M, N] with int8 values w and x as it is.
 
-    The sum and what follows it are computed in float32 and rounded once to the dtype of x.
+    The sum and what follows it are computed in float32 and rounded once, to out_dtype or without one to the dtype of x.
     """
     weight = dense_from_bsr(crow_indices, col_indices, values.float(), (out_features, x.shape[1]))  # [N, K]
-    return _finished(F.linear(x.float(), weight) * scales, bias, activation, residual, x.dtype)
+    return _finished(F.linear(x.float(), weight) * scales, bias, activation, residual, out_dtype or x.dtype)
 
 
 def _finished(z: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .bsr import QUANTIZED, VALUE_DTYPES, BsrWeight, check_finite, dtype_name, validate_bsr
+from .bsr import QUANTIZED, VALUE_DTYPES, BsrWeight, check_finite, check_x_scale, dtype_name, validate_bsr
 from .convert import announce, swap_modules
 from .errors import SparsePruneError
 from .fuse import fuse_encoder_
@@ -35,7 +35,7 @@ from .linears import is_linear, matrix_shape
 from .masks import check_blocksize, grid_shape, suggest_blocksize
 
 Model = TypeVar("Model", bound=nn.Module)
-VERSIONS = ("1", "2", "3")  # floating point alone; with int8 layers; with what came later
+VERSIONS = ("1", "2", "3", "4")  # floating point alone; with int8; with float8 or weight_only; with static scales of x
 METHOD = "sparse_prune"  # quant_method in the config.json of a packed Hugging Face model
 WEIGHTS_NAME = "model.safetensors"
 MASKS_NAME, MASKS_VERSION = "masks.safetensors", "1"
@@ -158,7 +158,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> Path:
 class PackedLayer:
     """What a file says of one SparseLinear: shape (N, K), blocksize (R, C), number of blocks, and how they were quantized.
 
-    dtype is one of QUANTIZED, or None for blocks in floating point; weight_only as in BsrWeight.
+    dtype is one of QUANTIZED, or None for blocks in floating point; weight_only and x_scale as in BsrWeight.
     """
 
     shape: tuple[int, int]
@@ -166,6 +166,7 @@ class PackedLayer:
     nnzb: int
     dtype: torch.dtype | None = None
     weight_only: bool = False
+    x_scale: float | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -181,13 +182,15 @@ class PackedLayer:
         """As config.json says it, in one string: transformers copies and prints the whole of it three times while it loads."""
         (n, k), (r, c) = self.shape, self.blocksize
         how = f", {dtype_name(self.dtype)}{' weight_only' if self.weight_only else ''}" if self.dtype else ""
-        return f"{n}x{k}, {self.nnzb} blocks of {r}x{c}{how}"
+        scale = "" if self.x_scale is None else f" x_scale {self.x_scale!r}"
+        return f"{n}x{k}, {self.nnzb} blocks of {r}x{c}{how}{scale}"
 
     def to_dict(self) -> dict[str, Any]:
         """As the metadata of a file say it."""
         entry: dict[str, Any] = {"shape": list(self.shape), "blocksize": list(self.blocksize), "nnzb": self.nnzb}
         entry |= {"dtype": dtype_name(self.dtype)} if self.dtype else {}
-        return entry | ({"weight_only": True} if self.weight_only else {})
+        entry |= {"weight_only": True} if self.weight_only else {}
+        return entry | ({} if self.x_scale is None else {"x_scale": self.x_scale})
 
     @classmethod
     def parse(cls, entry: Any) -> PackedLayer:
@@ -198,9 +201,10 @@ class PackedLayer:
                 raise ValueError(f"{entry[:80]!r} is not like '768x3072, 460 blocks of 32x32'")
             n, k, nnzb, r, c = map(int, found.groups()[:5])
             dtype, weight_only = found[6], found[7] is not None
+            x_scale = None if found[8] is None else float(found[8])
         else:
             (n, k), (r, c), nnzb = entry["shape"], entry["blocksize"], entry["nnzb"]
-            dtype, weight_only = entry.get("dtype"), entry.get("weight_only", False)
+            dtype, weight_only, x_scale = entry.get("dtype"), entry.get("weight_only", False), entry.get("x_scale")
         if not all(type(v) is int and 0 < v <= _LARGEST for v in (n, k, r, c)):
             raise ValueError(f"sizes are integers from 1 to {_LARGEST}")
         if type(nnzb) is not int or not 0 <= nnzb <= math.prod(grid_shape((n, k), (r, c))):
@@ -209,11 +213,17 @@ class PackedLayer:
             raise ValueError(f"dtype {dtype!r} is not known")
         if type(weight_only) is not bool or (weight_only and dtype != "int8"):
             raise ValueError(f"weight_only is {weight_only!r} beside dtype {dtype!r}")
-        return cls((n, k), (r, c), nnzb, None if dtype is None else _QUANTIZED_NAMES[dtype], weight_only)
+        if x_scale is not None and type(x_scale) is not float:
+            raise ValueError(f"x_scale is {x_scale!r}")
+        values = None if dtype is None else _QUANTIZED_NAMES[dtype]
+        check_x_scale(x_scale, values or torch.float32, weight_only)
+        return cls((n, k), (r, c), nnzb, values, weight_only, x_scale)
 
 
 _QUANTIZED_NAMES = {dtype_name(dtype): dtype for dtype in QUANTIZED}
-_BRIEF = re.compile(r"(\d+)x(\d+), (\d+) blocks of (\d+)x(\d+)(?:, (\w+)( weight_only)?)?", re.ASCII)
+_BRIEF = re.compile(
+    r"(\d+)x(\d+), (\d+) blocks of (\d+)x(\d+)(?:, (\w+)( weight_only)?(?: x_scale ([\d.e+-]+))?)?", re.ASCII
+)
 
 
 def describe_layers(model: nn.Module) -> dict[str, PackedLayer]:
@@ -225,6 +235,7 @@ def describe_layers(model: nn.Module) -> dict[str, PackedLayer]:
             layer.values.shape[0],
             layer.values.dtype if layer.values.dtype in QUANTIZED else None,
             layer.weight_only,
+            layer.x_scale,
         )
         for name, layer in model.named_modules()
         if isinstance(layer, SparseLinear)
@@ -233,6 +244,8 @@ def describe_layers(model: nn.Module) -> dict[str, PackedLayer]:
 
 def version_of(layers: Mapping[str, PackedLayer]) -> str:
     """The lowest version of the layout that holds layers."""
+    if any(entry.x_scale is not None for entry in layers.values()):
+        return VERSIONS[3]
     kinds = {(entry.dtype, entry.weight_only) for entry in layers.values()}
     first, second = {(None, False)}, {(None, False), (torch.int8, False)}
     return VERSIONS[0 if kinds <= first else 1 if kinds <= second else 2]
@@ -576,10 +589,10 @@ def _make_layer(model, file, name, entry: PackedLayer, arrays, bias, assign) -> 
     check_finite(arrays["values"], f"{file}: {name}.values")
     check_bias(bias, n if module.bias is not None else None, f"{file}: {name}.bias")
     if assign:
-        return SparseLinear(k, n, **arrays, bias=bias, weight_only=entry.weight_only)
+        return SparseLinear(k, n, **arrays, bias=bias, weight_only=entry.weight_only, x_scale=entry.x_scale)
     blank = arrays | {"values": torch.empty_like(arrays["values"])}
     blank_bias = None if bias is None else torch.empty_like(bias)
-    layer = SparseLinear(k, n, **blank, bias=blank_bias, weight_only=entry.weight_only)
+    layer = SparseLinear(k, n, **blank, bias=blank_bias, weight_only=entry.weight_only, x_scale=entry.x_scale)
     dtype = module.compute_dtype if isinstance(module, SparseLinear) else module.weight.dtype
     return layer.to(next(module.parameters()).device, dtype)
 

@@ -11,7 +11,8 @@ int64_t tile_counts[3];  // loads, products, stores
 
 void linear(int amx, int dtype, int64_t M, int64_t N, int64_t K, int64_t R, int64_t C, const int32_t* crow, const int32_t* col,
             const void* x, int64_t ldx, const void* w, const void* bias, int activation, const void* residual, void* y, int pair) {
-  const LinearArgs a = {static_cast<DType>(dtype), M, N, K, R, C, crow, col, nullptr, x, ldx, w, bias, static_cast<Activation>(activation),
+  const DType type = static_cast<DType>(dtype);
+  const LinearArgs a = {type, type, M, N, K, R, C, crow, col, nullptr, x, ldx, w, bias, static_cast<Activation>(activation),
                         residual, y, static_cast<Pair>(pair)};
   (amx ? amx_bf16_kernels() : avx512_bf16_kernels())->linear(a, 0, M, 0, (N + R - 1) / R);
 }
@@ -23,7 +24,7 @@ void int8_linear(int amx, int dtype, int64_t M, int64_t N, int64_t K, int64_t R,
   const Int8Kernels& kernels = amx ? *amx_int8_kernels() : *avx512_bf16_int8_kernels();
   kernels.quantize({out, K, x, ldx, 0, q, ldq, x_scales}, 0, M);
   Int8Args a = {};
-  a.dtype = out;
+  a.dtype = a.out = out;
   a.M = M, a.N = N, a.K = K, a.R = R, a.C = C;
   a.crow = crow, a.col = col;
   a.x = q, a.ldx = ldq, a.w = w;

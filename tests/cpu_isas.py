@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -25,6 +27,14 @@ def _param(isa: str, *values: object):
 
 ISA_PARAMS = [_param(isa) for isa in backends.ISAS]
 each_isa = pytest.mark.parametrize("isa", ISA_PARAMS)
+
+
+def allocated(call: Callable[[], object]) -> int:
+    """Bytes of all memory that PyTorch hands out for tensors while call runs, also of what it has given back at the end."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    return sum(max(0, event.nbytes()) for event in events if event.name() == "[memory]")
 
 
 def each_kernel(*dtypes: torch.dtype):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cpu_isas import ISAS, KERNELS, each_isa, each_kernel, needs_kernels
+from cpu_isas import ISAS, KERNELS, allocated, each_isa, each_kernel, needs_kernels
 
 from sparse_prune import backends, ops, reference  # noqa: F401  (ops defines the schemas)
 from sparse_prune.benchmark import thread_count
@@ -46,6 +46,8 @@ PROBLEMS = [
     (47, 80, 128, 16, 48, 0.5),
     (67, 100, 96, 80, 24, 0.6),
     (300, 160, 72, 128, 16, 0.5),
+    (40, 128, 300, 32, 128, 0.6),
+    (19, 300, 256, 128, 128, 0.6),
     *TOKENS,
 ]
 ACTIVATIONS = list(reference.ACTIVATIONS)
@@ -157,6 +159,66 @@ def test_gradient_products_match_float64(isa, dtype, problem):
     assert_close(dx, p.dy.double() @ p.weight.double(), p.dy @ p.weight)
     exact = reference.bsr_sdd(p.dy.double(), p.x.double(), *p.bsr[:2], r, c)
     assert_close(dvalues, exact, reference.bsr_sdd(p.dy, p.x, *p.bsr[:2], r, c))
+
+
+@needs_kernels
+@each_kernel()
+@pytest.mark.parametrize("block", [(32, 32), (16, 48), (7, 5)], ids=str)
+def test_dx_reads_the_values_where_they_are(isa, dtype, block):
+    """No tensor beside dx is made, for the transposed index either."""
+    p = Problem(40, 640, 512, *block, 0.5, dtype)
+    with backends.force_isa(isa):
+        assert allocated(lambda: sparse.bsr_linear_dx(p.dy, *p.bsr, p.k)) == 40 * p.k * dtype.itemsize
+
+
+@needs_kernels
+@each_kernel()
+@pytest.mark.parametrize("block", [(32, 32), (16, 16), (3, 5)], ids=str)
+def test_dx_in_several_groups_and_passes(isa, dtype, block):
+    """Over 1 MiB of kept blocks and over 512 rows, of a dy with more inputs than a pass of 256 rows takes."""
+    n, k = (1600, 768) if block[0] > 3 else (600, 90)
+    p = Problem(1100, n, k, *block, 0.6, dtype)
+    with backends.force_isa(isa):
+        dx = sparse.bsr_linear_dx(p.dy, *p.bsr, p.k)
+    assert_close(dx, p.dy.double() @ p.weight.double(), p.dy @ p.weight)
+
+
+OUT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@needs_kernels
+@each_kernel()
+@pytest.mark.parametrize("problem", [q for q in PROBLEMS if q[0] in (0, 1, 17, 33, 53, 67, 300)], ids=str)
+def test_y_of_another_dtype_is_rounded_once(isa, dtype, problem):
+    p = Problem(*problem, dtype)
+    for out in OUT_DTYPES:
+        if out == dtype:
+            continue
+        eps = torch.finfo(out).eps / 2
+        bias, residual = p.bias.to(out), p.residual.to(out)
+        for activation in ACTIVATIONS:
+            for b, r in ((bias, residual), (None, None)):
+                with backends.force_isa(isa):
+                    got = sparse.bsr_linear(p.x, *p.bsr, None, p.n, b, activation, r, out)
+                z = p.x.double() @ p.weight.double().t() + (0 if b is None else b.double())
+                y = reference.ACTIVATIONS[activation](z) + (0 if r is None else r.double())
+                size = p.x.double().abs() @ p.weight.double().abs().t() + 1
+                if r is not None:
+                    size = size + r.double().abs()
+                assert got.dtype == out and got.is_contiguous() and got.shape == y.shape
+                # Sums in float32, bf16's activations by their table, and one rounding.
+                table = 8e-6 if out == torch.bfloat16 else 0
+                assert ((got.double() - y).abs() <= 1.01 * eps * y.abs() + 2e-6 * size + table).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_y_in_float32_keeps_what_16_bits_would_round(dtype):
+    p = Problem(64, 128, 128, 32, 32, 1.0, dtype)
+    exact = p.x.double() @ p.weight.double().t()
+    wide = sparse.bsr_linear(p.x, *p.bsr, None, p.n, None, "none", None, torch.float32)
+    narrow = p.linear(bias=False, residual=False)
+    assert (wide.double() - exact).norm() < 1e-3 * (narrow.double() - exact).norm()
 
 
 @needs_kernels

@@ -334,6 +334,97 @@ def test_layer_state_dict_deepcopy_and_pickle(scheme):
         assert torch.equal(twin(x), layer(x))
 
 
+@pytest.mark.parametrize("scheme", ["int8", "e4m3"])
+def test_a_static_scale_stays_with_its_layer(scheme, monkeypatch):
+    layer = make_layer().quantize_(**SCHEMES[scheme]).eval()
+    x = torch.randn(3, 4, 64)
+    with torch.no_grad():
+        dynamic = layer(x)
+        layer.x_scale = 0.005
+        expected = sp.bsr_linear(x, layer.packed, layer.bias, backend="reference", x_scale=0.005)
+        for _ in range(3):  # the long way once, then the short one
+            torch.testing.assert_close(layer(x), expected, rtol=2e-4, atol=2e-4)
+        assert (layer(x) - dynamic).abs().max() > 0.05, "which saturates"
+        torch.testing.assert_close(sp.bsr_linear(x, layer.packed, layer.bias), expected, rtol=2e-4, atol=2e-4)
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+        torch._dynamo.reset()
+        buffer = io.BytesIO()
+        torch.save(layer, buffer)
+        buffer.seek(0)
+        for twin in (copy.deepcopy(layer), torch.load(buffer, weights_only=False), copy.deepcopy(layer).to("cpu")):
+            assert twin.x_scale == 0.005 and torch.equal(twin(x), layer(x))
+        assert "x_scale=0.005" in repr(layer) and layer.packed.narrow(0, 0, 32).x_scale == 0.005
+        joined = sp.SparseLinear.cat([layer, layer])
+        assert joined.x_scale == 0.005 and torch.equal(joined(x), torch.cat([layer(x)] * 2, -1))
+        layer.x_scale = None
+        assert torch.equal(layer(x), dynamic) and "x_scale" not in repr(layer)
+        with pytest.raises(sp.SparsePruneError, match="weights: expected x_scale=0.005, like the first, got None"):
+            sp.SparseLinear.cat([joined, layer])
+
+
+def test_gate_and_up_round_x_alike_or_apart():
+    gate, up = (make_layer().quantize_().eval() for _ in range(2))
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        for scales in ((None, None), (0.01, 0.01), (0.01, 0.005), (None, 0.005)):
+            gate.x_scale, up.x_scale = scales
+            for _ in range(3):
+                torch.testing.assert_close(sp.fused_glu(gate, up, x), F.silu(gate(x)) * up(x))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), 1e-60])
+def test_a_static_scale_is_checked(value):
+    layer = make_layer().quantize_()
+    with pytest.raises(sp.SparsePruneError, match="x_scale: expected a finite positive number"):
+        layer.x_scale = value
+    for other in (make_layer(), make_layer().quantize_(weight_only=True)):
+        with pytest.raises(sp.SparsePruneError, match="x_scale: expected None beside a weight"):
+            other.x_scale = 0.1
+    layer.x_scale = 0.1
+    layer.weight_only = True
+    assert layer.x_scale is None
+    packed = dataclasses.replace(make_layer().quantize_().packed, x_scale=value)
+    for run in (packed.validate, lambda: sp.bsr_linear(torch.zeros(1, 64), packed)):
+        with pytest.raises(sp.SparsePruneError, match="x_scale: expected a finite positive number"):
+            run()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "e4m3"])
+def test_calibration_takes_the_largest_of_all_batches(model, tmp_path, scheme):
+    sp.quantize_(model, **SCHEMES[scheme])
+    batches = [torch.randn(7, 64) * size for size in (0.3, 2.0, 1.0)]
+    with torch.no_grad(), sp.calibrate_(model):
+        for batch in batches:
+            model(batch)
+    top = 127 if scheme == "int8" else 448
+    assert model[0].x_scale == max(batch.abs().max().item() for batch in batches) / top
+    assert model[2].x_scale is not None and not model[0]._forward_pre_hooks
+    file = sp.save_packed(model, tmp_path / "m.safetensors")
+    metadata = serialization.read_tensors(file)[1]
+    assert metadata["sparse_prune"] == "4" and json.loads(metadata["layers"])["0"]["x_scale"] == model[0].x_scale
+    with torch.device("meta"):
+        empty = build()
+    for loaded in (sp.load_packed(build(), file), sp.load_packed(empty, file)):
+        assert loaded[0].x_scale == model[0].x_scale and torch.equal(loaded(batches[0]), model(batches[0]))
+
+
+def test_calibration_that_cannot_be_says_why(model):
+    with (
+        pytest.raises(sp.SparsePruneError, match="model: expected a layer that rounds its input"),
+        sp.calibrate_(model),
+    ):
+        pass
+    sp.quantize_(model)
+    with torch.no_grad():
+        with sp.calibrate_(model):
+            model[0](torch.zeros(2, 64))
+        assert model[0].x_scale is None and model[2].x_scale is None, "of zeros, and of a layer that did not run"
+        with pytest.raises(sp.SparsePruneError, match="x of 0: expected finite numbers, got inf"), sp.calibrate_(model):
+            model[0](torch.full((2, 64), torch.inf))
+    assert not model[0]._forward_pre_hooks
+
+
 @schemes
 def test_layer_follows_writes(scheme):
     layer = make_layer(bias=False).quantize_(**SCHEMES[scheme])
@@ -533,6 +624,18 @@ def test_hugging_face_round_trip(bert, tmp_path):
     old, new = (serialization.read_tensors(at / serialization.WEIGHTS_NAME)[1] for at in (path, tmp_path / "again"))
     assert [new[key] for key in kept] == [old[key] for key in kept]
     assert torch.equal(load(tmp_path / "again").eval()(IDS).logits, model(IDS).logits)
+
+
+def test_hugging_face_keeps_static_scales(bert, tmp_path):
+    model, _, load = bert
+    with torch.no_grad(), sp.calibrate_(model):
+        model(IDS)
+    sp.save_packed(model, tmp_path / "static")
+    loaded = load(tmp_path / "static").eval()
+    name = "bert.encoder.layer.0.attention.self.query"
+    assert loaded.get_submodule(name).x_scale == model.get_submodule(name).x_scale
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

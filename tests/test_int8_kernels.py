@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cpu_isas import ISA_PARAMS, ISAS, needs_kernels
+from cpu_isas import ISA_PARAMS, ISAS, allocated, needs_kernels
 
 import sparse_prune as sp
 from sparse_prune import backends, ops, reference
@@ -121,6 +122,23 @@ def test_matches_the_float64_product_of_the_rounded_operands(path, dtype, proble
     for bias, residual in ((False, False), (True, False), (False, True)):
         got = p.run(path, "none", None, bias, residual)
         assert_exact(got, p.exact("none", None, bias, residual), dtype)
+
+
+@each_path
+@pytest.mark.parametrize("problem", [q for q in PROBLEMS if q[0] in (0, 1, 17, 33, 53, 65)], ids=str)
+@pytest.mark.parametrize("out", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_y_of_another_dtype_than_x(path, dtype, out, problem):
+    """As if x had been of the dtype of y, but that it is rounded to int8 from its own."""
+    p = Problem(*problem, dtype)
+    bias, residual = p.bias, p.residual.to(out)
+    with backends.force_isa(path) if path != "reference" else contextlib.nullcontext():
+        backend = "reference" if path == "reference" else "cpu"
+        for activation in ("none", "gelu"):
+            got = sp.bsr_linear(p.x, p.packed, bias, activation, residual, backend, out_dtype=out)
+            p.bias, p.residual = bias.to(out), residual
+            assert_exact(got, p.exact(activation), out, activation)
+            p.bias = bias
 
 
 @each_path
@@ -239,6 +257,19 @@ def test_threads_do_not_change_the_bits(isa, block, density):
         with thread_count(threads):
             results.append(p.run(isa, "gelu"))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@needs_kernels
+def test_rows_beyond_the_scratch_are_rounded_in_parts():
+    """x as int8 is more than the 4 MiB that are rounded at a time, in whole passes and a rest; no tensor beside y is made."""
+    p = Problem(4300, 96, 1200, 32, 32, 0.5)
+    p.x = torch.randn(4300, 1200)
+    derived = sparse.cpu_prepack_int8(p.packed.values, p.packed.crow_indices)
+    call = lambda x, r: sparse.bsr_linear_int8(x, *p.bsr, derived, p.n, p.bias, "silu", r, None)  # noqa: E731
+    whole = call(p.x, p.residual)
+    parts = zip(p.x.split(700), p.residual.split(700), strict=True)
+    assert torch.equal(whole, torch.cat([call(x, r) for x, r in parts]))
+    assert allocated(lambda: call(p.x, p.residual)) == 4 * whole.numel()
 
 
 def test_concurrent_calls_agree():

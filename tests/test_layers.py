@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -53,6 +55,48 @@ def test_trains_like_the_masked_dense_layer():
             optimizer.step()
     torch.testing.assert_close(layer.weight, linear.weight)
     torch.testing.assert_close(layer.bias, linear.bias)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_values_are_packed_for_the_kernels_once(monkeypatch, quantized):
+    made, make_layout = [], ops.prepack
+    monkeypatch.setattr(ops, "prepack", lambda *a: made.append(1) or make_layout(*a))
+    layer = make()[1].eval()
+    layer = layer.quantize_() if quantized else layer
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        for rows in (x, x, x[:1], x.repeat(9, 1)):
+            layer(rows, "relu")
+        assert len(made) == 1
+        layer.values.copy_(layer.values.flip(0))
+        layer(x)
+        layer(x)
+        assert len(made) == 2, "written to: once more"
+        packed = layer.packed
+        for rows in (x, x[:1], x):
+            sp.bsr_linear(rows, packed)
+    assert len(made) == 3, "once for a weight without a layer"
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8"])
+def test_threads_that_meet_at_a_fresh_layer_agree(kind):
+    dtype = torch.float32 if kind == "int8" else getattr(torch, kind)
+    x = torch.randn(40, 64).to(dtype)
+    for _ in range(10):
+        fresh = make()[1].eval().to(dtype)
+        fresh = fresh.quantize_() if kind == "int8" else fresh
+        barrier = threading.Barrier(8)
+
+        def call(_, layer=fresh, barrier=barrier):
+            barrier.wait()
+            with torch.no_grad():
+                return [layer(x, "gelu") for _ in range(3)]
+
+        with ThreadPoolExecutor(8) as pool:
+            got = [y for ys in pool.map(call, range(8)) for y in ys]
+        with torch.no_grad():
+            expected = copy.deepcopy(fresh)(x, "gelu")
+        assert all(torch.equal(y, expected) for y in got)
 
 
 def test_inference_sees_training_steps_loads_and_casts():

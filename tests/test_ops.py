@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -128,10 +130,68 @@ def test_opcheck(dtype, with_epilogue):
     torch.library.opcheck(
         torch.ops.sparse_prune.bsr_linear.default, (x, *arrays, values, None, 40, *epilogue), test_utils=tests
     )
+    out = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    converted = [t.detach().to(out).requires_grad_() if isinstance(t, torch.Tensor) else t for t in epilogue]
+    torch.library.opcheck(
+        torch.ops.sparse_prune.bsr_linear.default, (x, *arrays, values, None, 40, *converted, out), test_utils=tests
+    )
     dy = torch.randn(6, 40, dtype=dtype)
     with torch.no_grad():
         torch.library.opcheck(torch.ops.sparse_prune.bsr_linear_dx.default, (dy, *arrays, values.detach(), 48))
         torch.library.opcheck(torch.ops.sparse_prune.bsr_sdd.default, (dy, x.detach(), *arrays, 16, 16))
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("backend", ["auto", "dense", "reference"])
+def test_gradients_through_an_out_dtype(activation, backend):
+    packed, x, bias, residual = make(6, 40, 48, 16, 16, 0.5, torch.bfloat16)
+    values, residual = packed.values.clone().requires_grad_(), residual.float()
+    packed = dataclasses.replace(packed, values=values)
+    inputs = [t.requires_grad_() for t in (x, bias, residual)]
+    y = sp.bsr_linear(x, packed, bias, activation, residual, backend, out_dtype=torch.float32)
+    assert y.dtype == torch.float32
+    grad = torch.randn_like(y)
+    got = torch.autograd.grad(y, (*inputs, values), grad)
+    exact = [t.detach().double().requires_grad_() for t in (*inputs, values)]
+    wide = dataclasses.replace(packed, values=exact[3])
+    z = sp.bsr_linear(exact[0], wide, exact[1], activation, exact[2])
+    assert (y.double() - z).abs().max() < 1e-5
+    for ours, theirs, like in zip(got, torch.autograd.grad(z, exact, grad.double()), (*inputs, values), strict=True):
+        assert ours.dtype == like.dtype
+        assert (ours.double() - theirs).norm() <= 0.01 * theirs.norm()
+
+
+def test_an_out_dtype_is_checked():
+    packed, x, bias, residual = make(6, 40, 48, 16, 16, 0.5, torch.float32)
+    assert sp.bsr_linear(x, packed, bias, residual=residual, out_dtype=torch.float32).dtype == torch.float32
+    for out in (torch.float64, torch.int8):
+        with pytest.raises(sp.SparsePruneError, match="out_dtype: expected None or torch.float32"):
+            sp.bsr_linear(x, packed, out_dtype=out)
+    with pytest.raises(sp.SparsePruneError, match="residual: expected dtype torch.bfloat16 like out_dtype"):
+        sp.bsr_linear(x, packed, residual=residual, out_dtype=torch.bfloat16)
+    with pytest.raises(sp.SparsePruneError, match="out_dtype: expected None or torch.float64"):
+        sp.bsr_linear(x.double(), packed.to(torch.float64), out_dtype=torch.float32)
+    assert sp.backend_for("cuda", torch.float32, converts=True) == "reference"
+
+
+@pytest.mark.parametrize("name", ["int8", "e4m3", "w8a16"])
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_quantized_products_have_an_out_dtype(name, out):
+    packed, x, bias, residual = make(6, 40, 48, 16, 16, 0.5, torch.bfloat16)
+    packed = packed.quantize(torch.float8_e4m3fn if name == "e4m3" else torch.int8, name == "w8a16")
+    residual = residual.to(out)
+    y, z = (sp.bsr_linear(x, packed, bias, "relu", residual, b, out_dtype=out) for b in ("auto", "reference"))
+    assert y.dtype == z.dtype == out
+    loose = 0.06 if name != "int8" else 2 * torch.finfo(out).eps  # blocks with their scales are rounded to bfloat16
+    torch.testing.assert_close(y.float(), z.float(), atol=loose, rtol=loose)
+    scales, rest = (packed.scales,), () if name == "w8a16" else (None,)
+    arrays = (packed.crow_indices, packed.col_indices, packed.values, *scales, None, 40, bias.to(out), "none", residual)
+    operator = getattr(torch.ops.sparse_prune, f"bsr_linear_{name}").default
+    tests = (
+        ("test_faketensor",) if name == "e4m3" else ("test_schema", "test_faketensor")
+    )  # which cannot count in float8
+    with torch.no_grad():
+        torch.library.opcheck(operator, (x, *arrays, *rest, out), test_utils=tests)
 
 
 def make_glu(m, n, k, r, c, density, dtype=torch.float32):

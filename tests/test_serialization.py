@@ -140,7 +140,7 @@ def test_broken_tensors_never_reach_the_model(packed_model, tmp_path, case):
 
 
 BROKEN_METADATA = {
-    "newer": ({"sparse_prune": "4"}, "expected a packed checkpoint of version 1, 2 or 3, got 4"),
+    "newer": ({"sparse_prune": "5"}, "expected a packed checkpoint of version 1, 2, 3 or 4, got 5"),
     "no layers": ({"layers": "[1"}, "metadata layers: expected JSON"),
     "layers nested too deep": ({"layers": "[" * 5000}, "metadata layers: expected JSON"),
     "a number too long": ({"layers": '{"0": ' + "9" * 5000 + "}"}, "metadata layers: expected JSON"),
@@ -198,7 +198,7 @@ def test_missing_and_foreign_files(packed_model, tmp_path):
             read(tmp_path / "text.safetensors")
     safetensors.torch.save_file(build().state_dict(), tmp_path / "dense.safetensors")
     with pytest.raises(
-        sp.SparsePruneError, match="expected a packed checkpoint of version 1, 2 or 3, got other safetensors"
+        sp.SparsePruneError, match="expected a packed checkpoint of version 1, 2, 3 or 4, got other safetensors"
     ):
         sp.load_packed(build(), tmp_path / "dense.safetensors")
     assert not serialization.is_packed(tmp_path / "dense.safetensors")
@@ -315,8 +315,8 @@ def test_description_of_a_packed_file(packed_model, tmp_path):
         sp.SparsePruneError, match="metadata layers: expected a description of the packed layers, got none"
     ):
         serialization.describe_file(file)
-    rewrite(file, change_metadata=lambda metadata: {"sparse_prune": "4"})
-    with pytest.raises(sp.SparsePruneError, match="expected a packed checkpoint of version 1, 2 or 3, got 4"):
+    rewrite(file, change_metadata=lambda metadata: {"sparse_prune": "5"})
+    with pytest.raises(sp.SparsePruneError, match="expected a packed checkpoint of version 1, 2, 3 or 4, got 5"):
         serialization.describe_file(file)
 
 
@@ -411,6 +411,8 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path, content):
         ((torch.int8,), ", int8"),
         ((torch.float8_e4m3fn,), ", float8_e4m3fn"),
         ((torch.int8, True), ", int8 weight_only"),
+        ((torch.int8, False, 0.03125), ", int8 x_scale 0.03125"),
+        ((torch.float8_e4m3fn, False, 1.25e-05), ", float8_e4m3fn x_scale 1.25e-05"),
     ],
 )
 def test_what_a_file_says_of_a_layer_is_read_back(how, said):
@@ -421,6 +423,12 @@ def test_what_a_file_says_of_a_layer_is_read_back(how, said):
     for wrong in (f"{entry} ", f"{entry}, int4", "768x3072, 460 blocks of 32x64, float8_e4m3fn weight_only", "", "-1"):
         with pytest.raises(ValueError, match="is not|weight_only is True beside"):
             serialization.PackedLayer.parse(wrong)
+    for x_scale in (0.0, -1.0, float("nan"), float("inf"), "0.1", True, 1):
+        with pytest.raises(ValueError, match="x_scale"):
+            serialization.PackedLayer.parse(entry.to_dict() | {"dtype": "int8", "x_scale": x_scale})
+    for rest in ("", ", int8 weight_only"):
+        with pytest.raises(ValueError, match="x_scale"):
+            serialization.PackedLayer.parse(f"768x3072, 460 blocks of 32x64{rest} x_scale 0.5")
 
 
 def test_a_tensor_that_is_a_part_of_another_is_stored_whole(tmp_path):

@@ -48,10 +48,11 @@ struct FloatTiles {
       const bool past_cache = op.past_cache && NT >= 2;
       const int64_t ahead = a.R < NT * kTile ? NT * kTile : a.R;
       first = {static_cast<Y*>(a.y) + n, b ? b + n : nullptr, residual ? residual + n : nullptr,
-               a.N, cols, cols == NT * kTile, past_cache, past_cache ? 0 : ahead, a.pair == Pair::second};
-      if (first.whole) load_bias<Fmt>(first, bias);
+               a.N, cols, cols == NT * kTile, past_cache, past_cache ? 0 : ahead, a.pair == Pair::second, false, 0, n};
+      if (first.whole && !converts(a)) load_bias<Fmt>(first, bias);
     }
     inline void write(const float* z, int64_t m, int64_t rows) const {
+      if (converts(a)) return write_converted(z, m, rows);
       if (!first.whole) return write_edge(z, m, rows);
       const Activation activation = a.activation;
       if (activation == Activation::none && !first.residual)
@@ -71,6 +72,10 @@ struct FloatTiles {
         }
         finish_row<Fmt>(at, m, sums);
       }
+    }
+    void write_converted(const float* z, int64_t m, int64_t rows) const {
+      for (int64_t n = 0; n < first.cols; n += kTile, z += kTile * kTile)
+        finish_converted<Avx512>(a, z, kTile, m, first.n + n, rows, first.cols - n < kTile ? first.cols - n : kTile);
     }
     void write_edge(const float* z, int64_t m, int64_t rows) const {
       for (int64_t n = 0; n < first.cols; n += kTile, z += kTile * kTile) {

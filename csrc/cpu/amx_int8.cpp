@@ -41,8 +41,8 @@ struct ByteTiles {
     Columns(const ByteTiles& op, int64_t n, int64_t cols) : a(op.a), n(n), cols(cols) {}
     inline void write(const uint32_t* z, int64_t m, int64_t rows) const {
       const auto* sums = reinterpret_cast<const int32_t*>(z);
-      if (a.dtype == DType::f32) return write_as<Plain<V>, Plain<V>>(sums, m, rows);
-      if (a.dtype == DType::bf16) return write_as<DotBf16, Bf16Weights<V>>(sums, m, rows);
+      if (a.out == DType::f32) return write_as<Plain<V>, Plain<V>>(sums, m, rows);
+      if (a.out == DType::bf16) return write_as<DotBf16, Bf16Weights<V>>(sums, m, rows);
       write_as<HalfWeights<V>, HalfWeights<V>>(sums, m, rows);
     }
     template <class Out, class Edge>

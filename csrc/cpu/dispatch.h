@@ -23,16 +23,15 @@ bool force_isa(const std::string& name);
 // Elements of the prepacked form of nnzb blocks [R, C], slack included.
 int64_t prepacked_elements(DType dtype, int64_t nnzb, int64_t R, int64_t C);
 
-// values[nnzb, R, C] -> the layout of LinearArgs::w for y = x @ W^T, or, transposed, for dx = dy @ W (inputs and outputs swap).
-void prepack(DType dtype, const void* values, int64_t nnzb, int64_t R, int64_t C, bool transposed, void* out, int64_t threads,
-             ParallelFor parallel);
-
-// CSC index of a BSR pattern: col_start[columns + 1], row[nnzb] and block[nnzb], by block-column, rows ascending.
-void transpose_index(const int32_t* crow, const int32_t* col, int64_t rows, int64_t columns, int32_t* col_start, int32_t* row,
-                     int32_t* block);
+// values[nnzb, R, C] -> the layout of LinearArgs::w for y = x @ W^T.
+void prepack(DType dtype, const void* values, int64_t nnzb, int64_t R, int64_t C, void* out, int64_t threads, ParallelFor parallel);
 
 // The result does not depend on threads: each output element is computed by one task, in one fixed order.
 void run_linear(const LinearArgs& args, int64_t threads, ParallelFor parallel);
+
+// dx[M, K] = dy[M, N] @ W[N, K] as y = x @ W^T of a transposed index, over the values of W where they are. args: x is dy, y is dx, w the
+// values, crow and col W's own index, and N, K, R, C those of W^T.
+void run_linear_dx(LinearArgs args, int64_t threads, ParallelFor parallel);
 
 // y = act(x @ Wg^T + bg) * (x @ Wu^T + bu): gate has the activation, both write one y and have blocks of one R; no residuals.
 void run_linear_glu(const LinearArgs& gate, const LinearArgs& up, int64_t threads, ParallelFor parallel);
@@ -59,12 +58,9 @@ int64_t int8_prepacked_bytes(int64_t nnzb, int64_t rows, int64_t R, int64_t C);
 bool prepack_int8(const int8_t* values, const int32_t* crow, int64_t rows, int64_t R, int64_t C, void* out, int64_t threads,
                   ParallelFor parallel);
 
-// Bytes from one row of q to the next: whole blocks and a step more, in an odd number of cache lines, since rows that are a multiple of
-// 4 KiB apart compete for one set of the L1 cache.
-int64_t int8_row_bytes(int64_t K, int64_t C);
-
-void run_quantize(const QuantizeArgs& args, int64_t M, int64_t threads, ParallelFor parallel);
-void run_linear_int8(const Int8Args& args, int64_t threads, ParallelFor parallel);
-void run_linear_int8_glu(const Int8Args& gate, const Int8Args& up, int64_t threads, ParallelFor parallel);
+// Of args, x is what x was before it is rounded, by x_scale (0: each row by its own); x_scales is not used.
+void run_linear_int8(const Int8Args& args, float x_scale, int64_t threads, ParallelFor parallel);
+// Both of one x and one C, which x is rounded for once.
+void run_linear_int8_glu(const Int8Args& gate, const Int8Args& up, float x_scale, int64_t threads, ParallelFor parallel);
 
 }  // namespace sparse_prune

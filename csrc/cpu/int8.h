@@ -25,8 +25,7 @@ struct QuantizeArgs {
   float* scales;              // [M]; NaN for a row that holds NaN or infinity, whose q are 0
 };
 
-// y = act((q @ W^T) * w_scales[N] * x_scales[M] + bias[N]) + residual. Of LinearArgs, dtype is that of bias, residual and y, x is q + 128,
-// and w is int8 [nnzb][ceil(C/4)][R][4], kSlack elements follow.
+// y = act((q @ W^T) * w_scales[N] * x_scales[M] + bias[N]) + residual. Of LinearArgs, dtype is what x had, x is q + 128, and w is int8 [nnzb][ceil(C/4)][R][4], kSlack elements follow.
 struct Int8Args : LinearArgs {
   const float* x_scales;      // [M]
   const float* w_scales;      // [N]

@@ -59,9 +59,9 @@ void int8_finish_as(const Int8Args& a, const int32_t* z, int64_t ldz, int64_t m0
 
 template <class V>
 void int8_finish(const Int8Args& a, const int32_t* z, int64_t ldz, int64_t m0, int64_t n0, int64_t rows, int64_t cols) {
-  if (a.dtype == DType::f32)
+  if (a.out == DType::f32)
     int8_finish_as<Plain<V>>(a, z, ldz, m0, n0, rows, cols);
-  else if (a.dtype == DType::bf16)
+  else if (a.out == DType::bf16)
     int8_finish_as<Bf16Weights<V>>(a, z, ldz, m0, n0, rows, cols);
   else
     int8_finish_as<HalfWeights<V>>(a, z, ldz, m0, n0, rows, cols);
@@ -150,8 +150,8 @@ inline void int8_finish_tile_as(const Int8Args& a, typename Dot::I (&sum)[MR][NV
 template <class Dot, int MR, int NV>
 inline void int8_finish_tile(const Int8Args& a, typename Dot::I (&sum)[MR][NV], int64_t m0, int64_t n, int64_t cols) {
   using V = typename Dot::Vec;
-  if (a.dtype == DType::f32) return int8_finish_tile_as<Dot, Plain<V>>(a, sum, m0, n, cols);
-  if (a.dtype == DType::bf16) return int8_finish_tile_as<Dot, Bf16Weights<V>>(a, sum, m0, n, cols);
+  if (a.out == DType::f32) return int8_finish_tile_as<Dot, Plain<V>>(a, sum, m0, n, cols);
+  if (a.out == DType::bf16) return int8_finish_tile_as<Dot, Bf16Weights<V>>(a, sum, m0, n, cols);
   return int8_finish_tile_as<Dot, HalfWeights<V>>(a, sum, m0, n, cols);
 }
 
@@ -257,8 +257,8 @@ bool int8_write_tokens(const Int8Args& a, const TokenPart& part, int64_t m) {
 template <class Dot>
 void int8_finish_tokens(const Int8Args& a, const TokenPart& part, int64_t m) {
   using V = typename Dot::Vec;
-  if (a.dtype == DType::f32 && int8_write_tokens<Dot, Plain<V>>(a, part, m)) return;
-  if (a.dtype == DType::bf16 && int8_write_tokens<Dot, Bf16Weights<V>>(a, part, m)) return;
+  if (a.out == DType::f32 && int8_write_tokens<Dot, Plain<V>>(a, part, m)) return;
+  if (a.out == DType::bf16 && int8_write_tokens<Dot, Bf16Weights<V>>(a, part, m)) return;
   alignas(64) int32_t turned[kTokenVectors * V::W * kTokenColumns];  // [tokens][outputs]
   turn<V>(part, reinterpret_cast<char*>(turned));
   int8_finish<V>(a, turned, kTokenColumns, m, part.n, part.rows, part.cols);

@@ -25,6 +25,9 @@ extern const ActivationTable<4> gelu_table_bf16, gelu_tanh_table_bf16, silu_tabl
 // in strips of up to four, also where a block is narrower.
 constexpr int64_t kSlack = 128;
 
+// Lanes of the widest vectors: kernels read whole ones of weights.
+constexpr int64_t kLanes = 16;
+
 // Two products that make one y: the first writes it, the second, whose residual it is, multiplies it: y = act(...) * residual.
 enum class Pair : int { none, first, second };
 
@@ -34,7 +37,8 @@ constexpr int64_t odd_lines(int64_t bytes) { return ((bytes + 63) / 64 | 1) * 64
 // y[M, N] = act(x[M, K] @ W[N, K]^T + bias[N]) + residual[M, N], where block e of block-row i covers outputs [i*R, i*R + R) and inputs
 // [col[e]*C, col[e]*C + C), both cut by N and K. The same struct serves dx, as a product with W^T through a transposed index.
 struct LinearArgs {
-  DType dtype;
+  DType dtype;                // of x and w
+  DType out;                  // of bias, residual and y: that of x and w, or any but f64
   int64_t M, N, K;
   int64_t R, C;               // outputs and inputs of one block
   const int32_t* crow;        // [ceil(N/R) + 1]
@@ -83,8 +87,12 @@ struct Kernels {
   bool (*reads_dy)(const SddArgs&) = nullptr;  // whether sdd wants no panels of dy; null: it always does
 };
 
-// At least `bytes` of 64-byte aligned memory that belongs to this thread and stays valid until its next call; grows, never shrinks.
-void* thread_scratch(size_t bytes);
+// What a thread's scratch holds: x in another form, weights of a few block-rows, or what a product has made for the kernels of all threads.
+enum class Scratch : int { x, weights, product, count };
+
+// At least `bytes` of 64-byte aligned memory that belongs to this thread and stays valid until its next call for the same use; grows, never
+// shrinks.
+void* thread_scratch(size_t bytes, Scratch use = Scratch::x);
 
 // Each returns null where the compiler cannot build it for the target processor.
 const Kernels* portable_kernels();

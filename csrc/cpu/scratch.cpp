@@ -6,26 +6,27 @@
 namespace sparse_prune {
 namespace {
 
-struct Scratch {
-  void* memory = nullptr;
+struct Memory {
+  void* start = nullptr;
   size_t bytes = 0;
-  ~Scratch() { std::free(memory); }
+  ~Memory() { std::free(start); }
 };
 
 }  // namespace
 
-void* thread_scratch(size_t bytes) {
-  static thread_local Scratch scratch;
-  if (bytes > scratch.bytes) {
-    std::free(scratch.memory);
-    scratch.bytes = (bytes + 63) / 64 * 64;  // aligned_alloc wants whole multiples
-    scratch.memory = std::aligned_alloc(64, scratch.bytes);
-    if (scratch.memory == nullptr) {
-      scratch.bytes = 0;
+void* thread_scratch(size_t bytes, Scratch use) {
+  static thread_local Memory memories[static_cast<int>(Scratch::count)];
+  Memory& memory = memories[static_cast<int>(use)];
+  if (bytes > memory.bytes) {
+    std::free(memory.start);
+    memory.bytes = (bytes + 63) / 64 * 64;  // aligned_alloc wants whole multiples
+    memory.start = std::aligned_alloc(64, memory.bytes);
+    if (memory.start == nullptr) {
+      memory.bytes = 0;
       throw std::bad_alloc();
     }
   }
-  return scratch.memory;
+  return memory.start;
 }
 
 }  // namespace sparse_prune

@@ -93,6 +93,7 @@ struct Place {
   int64_t ahead;                    // elements from a line of y to the one to fetch when it is written; 0: none
   bool multiply;                    // by the residual, where others add it
   bool fetch;                       // weights are not in L1 yet
+  int64_t row, n;                   // of y, whose pointers above are meaningless where y has another dtype than Fmt's
 };
 
 template <class V, class Y>
@@ -141,6 +142,27 @@ void finish(const typename Fmt::Vec::Elem* z, int64_t ldz, const typename Fmt::Y
     }
   }
 }
+
+template <class Fmt>
+void finish_as(const LinearArgs& a, const typename Fmt::Vec::Elem* z, int64_t ldz, int64_t row, int64_t n, int64_t rows, int64_t cols) {
+  using Y = typename Fmt::Y;
+  const int64_t first = row * a.N + n;
+  finish<Fmt>(z, ldz, a.bias ? static_cast<const Y*>(a.bias) + n : nullptr, a.residual ? static_cast<const Y*>(a.residual) + first : nullptr,
+              static_cast<Y*>(a.y) + first, {rows, cols, a.N, a.activation, a.pair});
+}
+
+// The same from row `row` and output n of a's y on, where its dtype is not that of x.
+template <class V>
+__attribute__((noinline)) void finish_converted(const LinearArgs& a, const typename V::Elem* z, int64_t ldz, int64_t row, int64_t n,
+                                                int64_t rows, int64_t cols) {
+  if constexpr (sizeof(typename V::Elem) == sizeof(float)) {
+    if (a.out == DType::bf16) return finish_as<Bf16Weights<V>>(a, z, ldz, row, n, rows, cols);
+    if (a.out == DType::f16) return finish_as<HalfWeights<V>>(a, z, ldz, row, n, rows, cols);
+  }
+  finish_as<Plain<V>>(a, z, ldz, row, n, rows, cols);
+}
+
+inline bool converts(const LinearArgs& a) { return a.out != a.dtype; }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch_to_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
@@ -326,7 +348,8 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
     for (int m = 0; m < MR; ++m)
       SPARSE_PRUNE_UNROLL
       for (int v = 0; v < NV; ++v) acc[0][m][v] = V::add(acc[0][m][v], V::load(z + (m * NV + v) * V::W));
-  if (at.whole) {
+  const bool converted = converts(a);
+  if (at.whole && !converted) {
     F bias[NV];
     load_bias<Fmt>(at, bias);
     SPARSE_PRUNE_UNROLL
@@ -343,6 +366,7 @@ void linear_tile(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, con
   for (int m = 0; m < MR; ++m)
     SPARSE_PRUNE_UNROLL
     for (int v = 0; v < NV; ++v) V::store(z + (m * NV + v) * V::W, acc[0][m][v]);
+  if (converted) return finish_converted<V>(a, z, NV * V::W, at.row, at.n, MR, at.cols);
   if (!at.whole) return finish<Fmt>(z, NV * V::W, at.bias, at.residual, at.y, {MR, at.cols, at.ld, a.activation, a.pair});
   activate_tile<Fmt>(z, MR * NV, a.activation);
   for (int m = 0; m < MR; ++m) {
@@ -395,7 +419,7 @@ template <class Fmt>
 bool writes_past_cache(const LinearArgs& a) {
   constexpr int64_t line = 64, y_bytes = sizeof(typename Fmt::Y);
   const bool whole_lines = reinterpret_cast<uintptr_t>(a.y) % line == 0 && a.N * y_bytes % line == 0 && a.R * y_bytes % line == 0;
-  return a.pair == Pair::none && whole_lines && a.M * a.N * y_bytes >= 16 << 20;
+  return a.pair == Pair::none && !converts(a) && whole_lines && a.M * a.N * y_bytes >= 16 << 20;
 }
 
 // Nearly equal parts of `rows`, none larger than `most`: 16 rows are 8 + 8, not 14 + 2.
@@ -447,7 +471,7 @@ void for_each_tile(const LinearArgs& a, int64_t weight_bytes, int64_t m0, int64_
 // Lines of a y that stays in L2 between calls need no fetching: there it costs up to 5%.
 template <class Fmt>
 bool fetches_ahead(const LinearArgs& a) {
-  return a.M * a.N * static_cast<int64_t>(sizeof(typename Fmt::Y)) > 1 << 20 && !writes_past_cache<Fmt>(a);
+  return a.M * a.N * static_cast<int64_t>(sizeof(typename Fmt::Y)) > 1 << 20 && !writes_past_cache<Fmt>(a) && !converts(a);
 }
 
 #include "token_tile.h"
@@ -470,7 +494,7 @@ void linear_range(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, in
     tile(a, x + m * ldx, ldx, static_cast<const typename Fmt::Wt*>(a.w) + (n - i * a.R) * Fmt::step, a.crow[i], a.crow[i + 1],
          {static_cast<Y*>(a.y) + offset, a.bias ? static_cast<const Y*>(a.bias) + n : nullptr,
           a.residual ? static_cast<const Y*>(a.residual) + offset : nullptr, a.N, cols, whole, past_cache,
-          ahead ? a.R : 0, a.pair == Pair::second, first});
+          ahead ? a.R : 0, a.pair == Pair::second, first, m0 + m, n});
   });
   if (past_cache) Fmt::Vec::fence();
 }

@@ -211,8 +211,9 @@ void token_linear(const LinearArgs& a, const typename Fmt::X* x, int64_t ldx, in
     const Place<Fmt> at = {static_cast<Y*>(a.y) + offset, a.bias ? static_cast<const Y*>(a.bias) + part.n : nullptr,
                            a.residual ? static_cast<const Y*>(a.residual) + offset : nullptr, a.N, part.cols,
                            part.cols == kTokenColumns, past_cache, 0, a.pair == Pair::second};
-    if (!at.whole || at.residual || past_cache || a.N % Fmt::per_lane != 0) {
+    if (!at.whole || at.residual || past_cache || converts(a) || a.N % Fmt::per_lane != 0) {
       turn<V>(part, reinterpret_cast<char*>(turned));
+      if (converts(a)) return finish_converted<V>(a, turned, kTokenColumns, m0 + part.m, part.n, part.rows, part.cols);
       if (!at.whole)
         return finish<Fmt>(turned, kTokenColumns, at.bias, at.residual, at.y, {part.rows, part.cols, a.N, a.activation, a.pair});
       typename V::F bias[NV];

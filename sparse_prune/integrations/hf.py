@@ -309,7 +309,7 @@ def _read(awaited: Sequence[_Awaited], values: Sequence[Tensor], finite: bool) -
             check_finite(blocks, f"{it.name}.values")
         bias = None if bias is None else bias.to(it.dtype)
         index = (got["crow_indices"], got["col_indices"])
-        SparseLinear.become(it.module, k, n, *index, blocks, bias, scales, it.entry.weight_only)
+        SparseLinear.become(it.module, k, n, *index, blocks, bias, scales, it.entry.weight_only, it.entry.x_scale)
 
 
 def _copies(indices: Sequence[Tensor]) -> list[np.ndarray]:
@@ -350,6 +350,7 @@ def _empty_layer(linear: nn.Linear | SparseLinear, entry: PackedLayer) -> Sparse
         None if linear.bias is None else torch.empty(n, dtype=dtype, device=device),
         torch.empty(n, dtype=torch.float32, device=device) if entry.dtype else None,
         entry.weight_only,
+        entry.x_scale,
     )
 
 

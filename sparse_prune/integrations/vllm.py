@@ -190,7 +190,7 @@ class SparseLinearMethod(LinearMethodBase):
         crow, col, values = (loaded[kind] for kind in ("crow_indices", "col_indices", "values"))
         weight = (entry.shape, entry.blocksize, crow, col, values)
         validate_bsr(*weight, name, loaded.get("scales"), entry.weight_only)
-        packed = BsrWeight(*weight, loaded.get("scales"), entry.weight_only)
+        packed = BsrWeight(*weight, loaded.get("scales"), entry.weight_only, entry.x_scale)
         if entry.dtype is None:
             check_finite(packed.values, f"{name}.values")
             packed = packed.to(self.dtype)
@@ -213,7 +213,7 @@ def _kind(piece: BsrWeight | Tensor) -> tuple:
     if isinstance(piece, Tensor):
         return (id(piece),)
     whole = piece.shape[0] % piece.blocksize[0] == 0
-    return (piece.blocksize, piece.values.dtype, piece.weight_only, None if whole else id(piece))
+    return (piece.blocksize, piece.values.dtype, piece.weight_only, piece.x_scale, None if whole else id(piece))
 
 
 def _dense(weight: Any) -> nn.Linear:
