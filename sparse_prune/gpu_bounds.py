@@ -305,11 +305,15 @@ def triton_row(capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
         operand = torch.zeros(rows, k, dtype=packed.values.dtype)
         of_rows = (*of_rows, torch.empty(rows))
         before = [launch.round_call(x, operand, of_rows[1], None)]
+    schedule = launch.schedule_for(operand, some, packed.values, c, tiles, sms=1)
     calls = launch.linear_calls(
-        operand, some, packed.values, None, None, y, r, c, c, 1, "none", tiles, "ieee", *of_rows
+        operand, some, packed.values, None, None, y, r, c, c, 1, "none", tiles, "ieee", *of_rows, schedule=schedule
     )
     passes = [_run(emulator, call, capability) for call in before]
     counted = [_run(emulator, call, capability) for call in calls]
+    if schedule is not None:  # programs that stay: what one of them does for a tile
+        counts, made, _, threads = counted[0]
+        counted[0] = counts, made, some.tiles, threads
     counted[0] = _worth(counted[0], average)
     launches = -(-m // tiles.block_m) * whole.tiles / (some.tiles * average)
     scales = [launches, 1.0]  # the second call adds all parts already
@@ -411,7 +415,7 @@ def _run(emulator, call, capability: int):
     from sparse_prune_kernels import offline
 
     made = offline.compile_call(call, capability)
-    arguments = [call.arguments[name] for name in made.parameters]
+    arguments = made.read(call, emulator.TensorMap)
     name, threads = call.kernel.fn.__name__, 32 * call.num_warps
     counts = emulator.emulate(
         made.ptx, name, call.grid, threads, arguments, shared_bytes=made.shared, mode="early", races=False

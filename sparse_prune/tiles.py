@@ -78,7 +78,9 @@ def _measured(row: dict[str, Any]) -> Any:
         if getattr(config, name) & (getattr(config, name) - 1):
             raise ValueError(f"{name} must be a power of two, not {getattr(config, name)}")
     skips = config.skip is False or (config.merge in (2, 4) and (itemsize, config.split, config.swap) == (2, 1, False))
-    if type(config.swap) is not bool or config.merge not in merges(r, itemsize) or not skips:
+    whole_blocks = itemsize == 2 and config.split == 1 and not config.skip and config.block_k <= c
+    stays = config.persistent is False or (config.persistent is True and whole_blocks)
+    if type(config.swap) is not bool or config.merge not in merges(r, itemsize) or not (skips and stays):
         raise ValueError(f"no kernel has the tiling {dataclasses.asdict(config)}")
     if config.block_k > max(c, 32 if itemsize == 1 else c) or (config.block_k < c and c % config.block_k):
         raise ValueError(f"block_k must divide blocks of {c} inputs, not be {config.block_k}")

@@ -12,10 +12,11 @@ import ptx_emulator
 import pytest
 import torch
 from ptx_emulator import EmulationError
-from test_ptx_emulator import REFILL, RING, WAIT_GROUP, WGMMA_WAIT, WRONG, ZERO_FILL, replaced
+from test_ptx_emulator import EXPECT, REFILL, RING, WAIT_GROUP, WGMMA_WAIT, WRONG, ZERO_FILL, replaced
 from test_ptx_emulator import number as with_number
 from triton_problems import (
     PROBLEMS,
+    TRITON,
     arrays,
     assert_as_good_as_torch,
     exact_and_dense,
@@ -63,7 +64,7 @@ def run(calls, capability, mode="late", count=True):
     counts = []
     for call in calls:
         made = offline.compile_call(call, capability)
-        arguments = [call.arguments[name] for name in made.parameters]
+        arguments = made.read(call, ptx_emulator.TensorMap)
         name = call.kernel.fn.__name__
         counts.append(
             ptx_emulator.emulate(
@@ -81,9 +82,22 @@ def run(calls, capability, mode="late", count=True):
 
 
 def calls_of(
-    x, packed, bias, residual, activation, capability, precision="ieee", transposed=False, config=None, times=False
+    x,
+    packed,
+    bias,
+    residual,
+    activation,
+    capability,
+    precision="ieee",
+    transposed=False,
+    config=None,
+    times=False,
+    sms=2,
 ):
-    """act(x @ W^T + bias) + residual, or x @ W if transposed: what it becomes, and the calls that a launch would choose."""
+    """act(x @ W^T + bias) + residual, or x @ W if transposed: what it becomes, and the calls that a launch would choose.
+
+    sms: so few that a program that stays makes several tiles.
+    """
     from sparse_prune_kernels import launch
     from sparse_prune_kernels.config import linear_config
 
@@ -98,7 +112,10 @@ def calls_of(
     strides = (1, r) if transposed else (c, 1)
     plan = plans[config.merge]
     extras = (activation, config, precision)
-    return y, launch.linear_calls(x, plan, values, bias, residual, y, r, c, *strides, *extras, times=times)
+    schedule = launch.schedule_for(x, plan, values, c, config, sms)
+    return y, launch.linear_calls(
+        x, plan, values, bias, residual, y, r, c, *strides, *extras, times=times, schedule=schedule
+    )
 
 
 def product(x, packed, bias, residual, activation, capability, *options, mode="late", **more):
@@ -197,6 +214,104 @@ def test_skipping_what_a_block_row_lacks(merge, side, mode):
     weight, config = packed.to_dense(), LinearConfig(merge, 128, side, 8, 1, False, 4, 3, skip=True)
     dx, _ = product(dy, packed, None, None, "none", 120, transposed=True, config=config, mode=mode)
     assert_as_good_as_torch(dx, dy.double() @ weight.double(), dy @ weight)
+
+
+def staying(merge, block_m, block_k, num_warps, swap=False, stages=3):
+    from sparse_prune_kernels.config import LinearConfig
+
+    return LinearConfig(merge, block_m, block_k, 2, 1, swap, num_warps, stages, persistent=True)
+
+
+# (problem, tiling, dtype, capability): tails of rows, outputs and inputs; what ships for H100 (128x128, 64x64, 128x16, 32x32),
+# several steps a block, a block-row without blocks, all blocks kept, one row; mma.sync under maps. Rows are whole 16 bytes apart.
+STAYING = [
+    ((300, 300, 504, 128, 128, 0.6), (1, 256, 64, 8, True, 4), BF16, 90),
+    ((600, 312, 328, 64, 64, 0.5), (2, 256, 64, 8, True, 4), F16, 90),
+    ((300, 300, 104, 128, 16, 0.5), (1, 256, 16, 8, True, 4), F16, 90),
+    ((300, 300, 200, 32, 32, 0.5), (4, 256, 32, 8, True, 4), BF16, 90),
+    ((1, 45, 72, 64, 64, 1.0), (1, 64, 64, 4), BF16, 90),
+    ((1100, 40, 40, 32, 16, 0.5), (1, 64, 16, 4), F16, 90),
+    ((300, 300, 200, 128, 128, 0.6), (1, 128, 64, 8), BF16, 120),
+    ((130, 140, 104, 16, 16, 0.5), (8, 128, 16, 4), F16, 120),
+]
+
+
+def skip_where_none_stays(merge):
+    if merge > 1 and TRITON < (3, 9):
+        pytest.skip("before Triton 3.9 programs of merged block-rows make one tile each")
+
+
+def only_what_stays(counts, *others):
+    """One kernel ran, and it copied by tensor maps."""
+    assert not others and counts.kinds["copy_bulk"] > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("problem, tiling, dtype, capability", STAYING, ids=str)
+def test_programs_that_stay(problem, tiling, dtype, capability, mode):
+    skip_where_none_stays(tiling[0])
+    _, counts = check_forward(problem, dtype, capability, config=staying(*tiling), mode=mode)
+    only_what_stays(*counts)
+
+
+@pytest.mark.parametrize("extras", [(True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("place, activation", list(enumerate(reference.ACTIVATIONS)))
+def test_epilogues_of_programs_that_stay(place, activation, extras):
+    problem, mode = (70, 45, 72, 16, 32, 0.6), MODES[(place + extras[0]) % 3]
+    config, capability = staying(1, 64, 32, 4, swap=place % 2 == 1), (90, 120)[place % 2]
+    _, counts = check_forward(problem, BF16, capability, activation, extras, config=config, mode=mode)
+    only_what_stays(*counts)
+
+
+def test_programs_that_stay_multiply_by_another_matrix():
+    packed, x, bias, up = make_problem(130, 45, 96, 16, 32, 0.7, BF16)
+    y, counts = product(x, packed, bias, up, "silu", 90, config=staying(1, 64, 32, 4), times=True)
+    only_what_stays(*counts)
+    exact, dense = exact_and_dense(x, packed.to_dense(), bias, "silu", None)
+    assert_as_good_as_torch(y, exact * up.double(), dense * up)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("merge, r, c, capability", [(1, 128, 128, 90), (2, 64, 64, 90), (1, 16, 32, 120)], ids=str)
+def test_gradients_by_programs_that_stay(merge, r, c, capability, mode):
+    skip_where_none_stays(merge)
+    packed, _, _, dy = make_problem(300, 3 * r - 8, 3 * c, r, c, 0.9, BF16)
+    config = staying(merge, 256, min(r, 64), 8, merge * c == 128, 4)
+    dx, counts = product(dy, packed, None, None, "none", capability, transposed=True, config=config, mode=mode)
+    only_what_stays(*counts)
+    weight = packed.to_dense()
+    assert_as_good_as_torch(dx, dy.double() @ weight.double(), dy @ weight)
+
+
+@pytest.mark.parametrize(
+    "what", ["rows apart", "rows apart by other than 16 bytes", "a first row off 16 bytes", "no block"]
+)
+def test_what_no_tensor_map_describes_goes_without(what):
+    """The same tiling, by the kernel whose programs make one tile each."""
+    packed, x, *_ = make_problem(130, 64, 72, 32, 32, 0.0 if what == "no block" else 0.7, BF16)
+    wide = torch.full((130, 88 if what == "rows apart" else 81), torch.nan, dtype=BF16)
+    wide = wide if "other" in what or what == "rows apart" else torch.full((130, 96), torch.nan, dtype=BF16)
+    view = wide[:, 1:73] if "first" in what else wide[:, 8:80]
+    view.copy_(x)
+    y, (counts,) = product(view, packed, None, None, "none", 90, config=staying(1, 64, 32, 4))
+    assert (counts.kinds["copy_bulk"] > 0) == (what == "rows apart")
+    assert_as_good_as_torch(y, x.double() @ packed.to_dense().double().T, x @ packed.to_dense().T)
+
+
+def test_a_tile_without_blocks_sees_no_number_of_others():
+    """It takes a step over the numbers of another tile, NaN here, and leaves zeros."""
+    packed, x, *_ = make_problem(130, 64, 64, 32, 32, 1.0, BF16)
+    mask = torch.tensor([[True, True], [False, False]])
+    packed = sp.BsrWeight.from_dense(packed.to_dense(), mask, (32, 32))
+    x[:], packed.values[:] = torch.nan, torch.nan
+    y, _ = product(x, packed, None, None, "none", 90, config=staying(1, 64, 32, 4))
+    assert y[:, :32].isnan().all() and not y[:, 32:].any()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "e4m3"])
+def test_quantized_by_programs_that_stay(scheme):
+    _, _, _, counts = check_quantized(scheme, (130, 128, 256, 64, 64, 0.6), BF16, 90, config=staying(1, 64, 64, 4))
+    only_what_stays(*counts)
 
 
 @pytest.mark.parametrize("problem, dtype, capability, mode", ROTATED, ids=str)
@@ -351,9 +466,9 @@ def check_quantized(scheme, problem, dtype, capability, activation="silu", x_sca
         assert torch.equal(x_scales, of_rows)
         scales = (packed.scales, x_scales)
     plan = plans[config.merge]
-    calls = launch.linear_calls(
-        operand, plan, values, bias, residual, y, r, c, c, 1, activation, config, "ieee", *scales
-    )
+    schedule = launch.schedule_for(operand, plan, values, c, config, 2)
+    extras = (activation, config, "ieee", *scales)
+    calls = launch.linear_calls(operand, plan, values, bias, residual, y, r, c, c, 1, *extras, schedule=schedule)
     counts = run(calls, capability, mode)
     assert_as_good_as_torch(y, *exact_and_reference_int8(x, packed, bias, activation, residual, x_scale))
     return packed, plan, config, counts
@@ -441,6 +556,7 @@ def shipped(kernel, capability):
         exact, dense = (reference.bsr_sdd(a, b, *index) for a, b in ((dy.double(), x.double()), (dy, x)))
     else:
         config = LinearConfig(2, 64, 32, 8, 1, False, 4, 3, skip="skip" in kernel)
+        config = staying(1, 64, 32, 4) if kernel == STAY else config
         result, (call,) = calls_of(x, packed, None, None, "none", capability, config=config)
         exact, dense = exact_and_dense(x, packed.to_dense(), None, "none", None)
     assert call.kernel.fn.__name__ == kernel
@@ -450,7 +566,7 @@ def shipped(kernel, capability):
 def emulate_shipped(kernel, capability, edit, mode):
     """The edited text's result, checked: EmulationError, AssertionError, or neither."""
     call, made, result, exact, dense = shipped(kernel, capability)
-    ptx, arguments = edit(made.ptx), [call.arguments[name] for name in made.parameters]
+    ptx, arguments = edit(made.ptx), made.read(call, ptx_emulator.TensorMap)
     assert ptx != made.ptx
     result.fill_(torch.nan)
     threads = 32 * call.num_warps
@@ -459,6 +575,8 @@ def emulate_shipped(kernel, capability, edit, mode):
 
 
 LINEAR, SKIP, SDD = "bsr_linear_kernel", "bsr_linear_skip_kernel", "bsr_sdd_kernel"
+STAY = "bsr_linear_persistent_kernel"
+COORDINATES = r"(cp\.async\.bulk\.tensor\.2d\S* \[%r\d+\], \[%rd\d+, \{)(%r\d+), (%r\d+)\}"
 BEFORE_READING = r"(cp\.async\.wait_group\s+\d+;[^;]*)bar\.sync\s+0;"
 PLANTED = {
     "wait_group one too weak": (
@@ -488,7 +606,7 @@ PLANTED = {
         r"cp\.async.*in no tensor",
     ),
     "store without its predicate": (
-        ((LINEAR, 80), (SKIP, 80), (LINEAR, 90)),
+        ((LINEAR, 80), (SKIP, 80), (LINEAR, 90), (STAY, 90)),
         replaced(r"@%p\d+ (st\.global)", r"\1", None),
         r"st\.global.*in no tensor",
     ),
@@ -509,16 +627,33 @@ PLANTED = {
         "no fence.proxy.async lies between",
     ),
     "result read too early": (
-        ((LINEAR, 90),),
+        ((LINEAR, 90), (STAY, 90)),
         replaced(WGMMA_WAIT, lambda m: with_number(m, lambda n: n + 1), None),
         "no wgmma.wait_group covers it|may still be under way",
     ),
     "no wgmma.fence": (((LINEAR, 90),), replaced(r"wgmma\.fence\S*;", "", None), "no wgmma.fence"),
+    "sum not waited for before it is stored": (
+        ((STAY, 90),),
+        replaced(r"wgmma\.wait_group\.sync\.aligned 0;", ""),
+        "no wgmma.wait_group covers it|may still be under way",
+    ),
+    "no wait for a box": (
+        ((STAY, 90),),
+        replaced(r"@!complete bra\.uni waitLoop;", "", None),
+        "race|may still be under way",
+    ),
+    "a box expected to have half its bytes": (
+        ((STAY, 90),),
+        replaced(EXPECT, lambda m: with_number(m, lambda n: n // 2), None),
+        "may still be under way|deadlock",
+    ),
+    "coordinates of boxes exchanged": (((STAY, 90),), replaced(COORDINATES, r"\1\3, \2}", None), WRONG),
 }
 PLANTED_IN = [(*kernel, bug) for bug, (kernels, _, _) in PLANTED.items() for kernel in kernels]
+HIDDEN = ("no wait for a box", "early")  # what has come at once need not be waited for
 
 
-@pytest.mark.parametrize("kernel, capability", [(LINEAR, 80), (SKIP, 80), (SDD, 80), (LINEAR, 90)])
+@pytest.mark.parametrize("kernel, capability", [(LINEAR, 80), (SKIP, 80), (SDD, 80), (LINEAR, 90), (STAY, 90)])
 @pytest.mark.parametrize("mode", MODES)
 def test_text_as_it_ships(kernel, capability, mode):
     emulate_shipped(kernel, capability, lambda ptx: ptx + "\n", mode)
@@ -527,11 +662,36 @@ def test_text_as_it_ships(kernel, capability, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kernel, capability, bug", PLANTED_IN)
 def test_planted_bug(kernel, capability, bug, mode):
+    if (bug, mode) == HIDDEN:
+        return
     _, edit, message = PLANTED[bug]
     text = edit(shipped(kernel, capability)[1].ptx)
     expected = (AssertionError, None) if message is WRONG else (EmulationError, message)
     with pytest.raises(expected[0], match=expected[1]):
         emulate_shipped(kernel, capability, lambda ptx: text, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bug", ["a tile too few", "entries off by one", "box of other rows", "box without swizzle"])
+def test_planted_bug_in_what_a_launch_hands_over(bug, mode):
+    call, made, result, exact, dense = shipped(STAY, 90)
+    table, boxes = call.arguments["schedule"].clone(), list(made.boxes)
+    if bug == "a tile too few":
+        last = table[call.grid[0] + table[1, 0]]  # of the first program's entries
+        table[0, 1] -= max(1, last[3] - last[2])
+    elif bug == "entries off by one":
+        table[:2, 0] += 1
+    else:
+        (rows, columns), swizzle = boxes[0]
+        boxes[0] = ((rows // 2, columns), swizzle) if "rows" in bug else ((rows, columns), 0)
+    call = dataclasses.replace(call, arguments=call.arguments | {"schedule": table})
+    arguments = dataclasses.replace(made, boxes=tuple(boxes)).read(call, ptx_emulator.TensorMap)
+    result.fill_(torch.nan)
+    with pytest.raises((AssertionError, EmulationError)):
+        ptx_emulator.emulate(
+            made.ptx, STAY, call.grid, 128, arguments, shared_bytes=made.shared, mode=mode, limit=1 << 20
+        )
+        assert_as_good_as_torch(result, exact, dense)
 
 
 def lazy(*shape):

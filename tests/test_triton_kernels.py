@@ -347,6 +347,91 @@ def test_linear_config_fits_its_problem():
     ]
 
 
+def test_where_programs_stay():
+    """On 9.0, where each makes several tiles, but not in short steps of merged block-rows; elsewhere for measuring alone."""
+    from sparse_prune_kernels import config
+
+    blocks = [(128, 128), (64, 64), (32, 32), (128, 16), (64, 16), (16, 16)]
+    assert [tiling(4096, *block, 2, 90).persistent for block in blocks] == [True, True, True, True, False, False]
+    assert not any(tiling(m, 128, 128, 2, 90).persistent for m in (16, 512)), "as many programs as tiles"
+    assert not any(
+        tiling(4096, 128, 128, size, capability).persistent for size, capability in ((1, 90), (4, 90), (2, 80))
+    )
+    assert not any(tiling(4096, 128, 128, 2, capability).persistent for capability in (100, 120))
+    problem = (4096, 4096, 4096, 128, 128, 2)
+    for capability, both in ((80, False), (90, True), (100, True), (120, True)):
+        found = config.linear_candidates(*problem, capability, 0.2, {1: 0.2})
+        assert ({tiles.persistent for tiles in found} == {False, True}) == both
+
+
+def plan_of_lengths(*lengths):
+    """A plan of tiles with so many columns each."""
+    from sparse_prune_kernels.plan import Plan
+
+    begins = torch.tensor([0, *lengths]).cumsum(0)[:, None]
+    table = torch.cat([begins, torch.zeros_like(begins)], 1).int()
+    return Plan(1, len(lengths), int(begins[-1]), torch.cat([table, table.new_zeros(int(begins[-1]), 2)]), 1.0)
+
+
+@pytest.mark.parametrize("lengths", [(9, 7, 7, 4, 2, 1, 0), (5,), (0, 0, 3)], ids=str)
+@pytest.mark.parametrize("row_tiles, programs", [(1, 2), (5, 3), (9, 4), (2, 100)])
+def test_schedules(lengths, row_tiles, programs):
+    """Each tile once, in the order of the kernel whose programs leave; nobody gets more than a tile above the others."""
+    from sparse_prune_kernels.plan import OUTPUT_COST, schedule_of
+
+    plan, steps = plan_of_lengths(*lengths), 2
+    schedule = schedule_of(plan, row_tiles, 4, programs, steps)
+    assert schedule_of(plan, row_tiles, 4, programs, steps) is schedule
+    tiles = row_tiles * len(lengths)
+    count, table = schedule.programs, schedule.table.tolist()
+    assert count == min(programs, tiles) and len(table) == count + 2 + tiles
+    assert table[count] == table[-1] == [0] * 4
+    heads, entries = table[:count], table[count + 1 : -1]
+    assert {tuple(entry[:2]) for entry in entries} == {(m, n) for m in range(row_tiles) for n in range(len(lengths))}
+    begins = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    for _, tile_n, begin, end in entries:
+        assert end - begin == steps * lengths[tile_n] and 0 <= begin < max(1, steps * begins[-1])
+        assert begin == end or begin == steps * begins[tile_n]
+    work = []
+    for (first, all_steps, *_), (last, *_) in zip(heads, heads[1:] + [[tiles]], strict=True):
+        own = [max(1, end - begin) for *_, begin, end in entries[first:last]]
+        assert own and all_steps == sum(own)
+        work.append(all_steps + OUTPUT_COST * len(own))
+        groups = [(m // 4, n) for m, n, *_ in entries[first:last]]
+        assert groups == sorted(groups)
+    assert max(work) - min(work) <= steps * max(*lengths, 1) + OUTPUT_COST
+
+
+def test_a_new_schedule_inside_a_capture(monkeypatch):
+    from types import SimpleNamespace
+
+    from sparse_prune_kernels.plan import schedule_of
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    known = object()
+    plan = SimpleNamespace(table=SimpleNamespace(is_cuda=True), schedules={(2, 8, 132, 1): known})
+    assert schedule_of(plan, 2, 8, 132, 1) is known
+    with pytest.raises(support.ArgumentError, match="x: expected a number of rows that ran once before a CUDA graph"):
+        schedule_of(plan, 3, 8, 132, 1)
+
+
+# Those that no default chooses are candidates for measuring.
+@needs_triton
+@pytest.mark.parametrize("capability, dtype", [(90, "float16"), (100, "bfloat16"), (120, "bfloat16")])
+@pytest.mark.parametrize("side_n, side_k", [(128, 128), (64, 16)], ids=str)
+def test_compiled_programs_that_stay(side_n, side_k, capability, dtype):
+    """No spills, shared memory within the limit, x by tensor maps and unmerged blocks too."""
+    from dataclasses import replace
+
+    from sparse_prune_kernels import config, offline
+
+    tiles = replace(tiling(4096, side_n, side_k, 2, capability), persistent=True)
+    (made,) = offline.compile_linear(tiles, side_n, side_k, dtype, capability)
+    assert made.stack == 0 and made.shared <= config.gpu_of(capability).shared
+    assert "cp.async.bulk.tensor" in made.ptx and len(made.boxes) == 1 + (tiles.merge == 1)
+    assert (tiles.merge > 1) == bool(re.search(r"cp\.async\.c[ag]", made.ptx))
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
 @pytest.mark.parametrize("itemsize", [1, 2, 4])
 def test_candidates_for_tuning(itemsize, capability):
@@ -371,11 +456,8 @@ def test_candidates_for_tuning(itemsize, capability):
 def measured(**change):
     tiling = dict(merge=2, block_m=64, block_k=32, group_m=8, split=1, swap=False, num_warps=4, num_stages=3)
     row = {"dtype": "bfloat16", "blocksize": [32, 32], "M": 256, "K": 768, "N": 3072, "density": 0.2}
-    return (
-        row
-        | {"tiling": tiling | {name: v for name, v in change.items() if name in tiling}}
-        | {name: v for name, v in change.items() if name not in tiling}
-    )
+    of_tiling = {name: v for name, v in change.items() if name in (*tiling, "skip", "persistent")}
+    return row | {"tiling": tiling | of_tiling} | {name: v for name, v in change.items() if name not in of_tiling}
 
 
 def written(path, *rows):
@@ -409,6 +491,10 @@ def test_the_nearest_measurement_counts(tmp_path):
         (dict(merge=3), "no kernel has the tiling"),
         (dict(merge=8, blocksize=[32, 32]), "no kernel has the tiling"),
         (dict(swap=1), "no kernel has the tiling"),
+        (dict(persistent=1), "no kernel has the tiling"),
+        (dict(persistent=True, split=2), "no kernel has the tiling"),
+        (dict(persistent=True, skip=True), "no kernel has the tiling"),
+        (dict(persistent=True, dtype="int8"), "no kernel has the tiling"),
         (dict(block_m=96), "block_m must be a power of two, not 96"),
         (dict(num_stages=0), "num_stages must be an integer from 1 to 16, not 0"),
         (dict(num_warps=True), "num_warps must be an integer"),

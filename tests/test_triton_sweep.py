@@ -286,6 +286,24 @@ def test_every_tiling(tiling):
         check_quantized(packed.to(torch.float32).quantize(**SCHEMES[scheme]), x, bias, residual, "silu", None, config)
 
 
+@pytest.mark.parametrize("density", [0.1, 0.6])
+@pytest.mark.parametrize("merge, swap", [(1, True), (2, False), (4, True)])
+def test_programs_that_stay(merge, swap, density, monkeypatch):
+    """Each makes several tiles, in both directions; block-rows without blocks are among them."""
+    packed, x, bias, residual = make(70, 9 * 16 - 8, 88, 16, 32, density, torch.bfloat16)
+    config = LinearConfig(merge, 32, 16, 2, 1, swap, 4, 2, persistent=True)
+    ran, real = [], launch.linear_calls
+    monkeypatch.setattr(launch, "_device", lambda device: (90, 2))
+    monkeypatch.setattr(launch, "linear_calls", lambda *a, **b: ran.extend(real(*a, **b)) or ran[-1:])
+    check_linear(packed, x, bias, residual, "silu", config)
+    dx = launch.bsr_linear_dx(residual, *arrays(packed), 88, config)
+    weight = packed.to_dense()
+    assert_as_good_as_torch(dx, residual.double() @ weight.double(), residual @ weight)
+    stays = merge == 1 or launch.FENCES_LOOPS
+    assert {call.kernel.fn.__name__ == "bsr_linear_persistent_kernel" for call in ran} == {stays}
+    assert not stays or max(call.grid[0] for call in ran) == 4
+
+
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.4, 1.0])
 @pytest.mark.parametrize("merge", [2, 4])
 def test_skipping_what_a_block_row_lacks(merge, density):

@@ -52,6 +52,15 @@ def multiply(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def add_product(x_tile, w_tile, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """acc + x_tile @ w_tile, acc being [BLOCK_M, BLOCK_N]; or its transpose, acc being [BLOCK_N, BLOCK_M], if SWAP."""
+    if SWAP:
+        return multiply(tl.trans(w_tile), tl.trans(x_tile), acc, PRECISION, INTERPRETED)
+    else:
+        return multiply(x_tile, w_tile, acc, PRECISION, INTERPRETED)
+
+
+@triton.jit
 def round_to(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
     """float32 value as dtype, to nearest, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:
@@ -152,6 +161,23 @@ def finish(
     tl.store(y + offsets, round_to(acc, y.dtype.element_ty, INTERPRETED), mask=mask)
 
 
+@triton.jit
+def find(steps, step_slots, row, WIDTH: tl.constexpr, ALIKE: tl.constexpr):
+    """Of a row of the plan's steps: the block-column, and the places of the blocks there, ALIKE neighbours of which are one."""
+    column = tl.load(steps + row * WIDTH)
+    slot = tl.load(step_slots + row * WIDTH)  # as step_slots
+    if ALIKE > 1:  # that a whole block has one slot tells the compiler which loads it may widen
+        slot = tl.max_constancy(slot, ALIKE)
+    return column, slot
+
+
+@triton.jit
+def load_blocks(values, in_block, slot, offset, mask, BLOCK: tl.constexpr):
+    """Numbers in_block [BLOCK_K, BLOCK_N], behind offset, of the blocks in places slot: [BLOCK_K, BLOCK_N], zeros where masked."""
+    w_blocks = values + slot.to(tl.int64) * BLOCK + offset  # as slot
+    return tl.load(w_blocks[None, :] + in_block, mask=mask, other=0.0)
+
+
 @triton.jit(do_not_specialize=["M"])
 def bsr_linear_kernel(
     x,  # [M, K], rows stride_x apart
@@ -215,9 +241,7 @@ def bsr_linear_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), kind)
     last = end - 1  # of an empty tile: a row of the plan all the same, the heads' last one at worst
     first = tl.minimum(begin, last)
-    column = tl.load(steps + first * WIDTH)
-    # That a whole block has one slot tells the compiler which loads it may widen.
-    slot = tl.max_constancy(tl.load(step_slots + first * WIDTH), ALIKE)
+    column, slot = find(steps, step_slots, first, WIDTH, ALIKE)
     # Columns and the steps within them are one loop, so that the pipeline never drains between blocks. Where the next tiles lie
     # is read one step ahead: tiles whose address is loaded in the same step would get half of the pipeline's stages.
     for step in range(begin * STEPS, end * STEPS):
@@ -232,15 +256,10 @@ def bsr_linear_kernel(
             w_mask = w_mask & (k[:, None] < SIDE_K)  # [BLOCK_K, BLOCK_N]
         x_tile = tl.load(x_rows + columns[None, :], mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
         # A block-row without this column gets zeros, which cost tensor-core time and no bytes.
-        w_blocks = values + slot.to(tl.int64) * (SIDE_N * SIDE_K) + inner * VALUE_STRIDE_K  # as slot
-        w_tile = tl.load(w_blocks[None, :] + in_block, mask=w_mask, other=0.0)  # [BLOCK_K, BLOCK_N]
-        if SWAP:
-            acc = multiply(tl.trans(w_tile), tl.trans(x_tile), acc, PRECISION, INTERPRETED)  # [BLOCK_N, BLOCK_M]
-        else:
-            acc = multiply(x_tile, w_tile, acc, PRECISION, INTERPRETED)  # [BLOCK_M, BLOCK_N]
-        ahead = tl.minimum((step + 1) // STEPS, last)
-        column = tl.load(steps + ahead * WIDTH)
-        slot = tl.max_constancy(tl.load(step_slots + ahead * WIDTH), ALIKE)
+        offset = inner * VALUE_STRIDE_K
+        w_tile = load_blocks(values, in_block, slot, offset, w_mask, SIDE_N * SIDE_K)  # [BLOCK_K, BLOCK_N]
+        acc = add_product(x_tile, w_tile, acc, SWAP, PRECISION, INTERPRETED)  # [BLOCK_M, BLOCK_N] or its transpose
+        column, slot = find(steps, step_slots, tl.minimum((step + 1) // STEPS, last), WIDTH, ALIKE)
 
     if SPLIT > 1:
         y += part.to(tl.int64) * M * N
@@ -248,6 +267,94 @@ def bsr_linear_kernel(
         acc, 0, NARROW, head, first_m, x_scales, scales, bias, residual, y, M, N,
         SIDE_N, SWAP, ACTIVATION, SCALED, X_SCALED, HAS_BIAS, RESIDUAL, SPLIT == 1, INTERPRETED,
     )  # fmt: skip
+
+
+@triton.jit
+def read_tile(entry):
+    """Of an entry of a schedule: row tile, tile of block-rows, its first step and the one after its last."""
+    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
+
+
+@triton.jit(do_not_specialize=["M"])
+def bsr_linear_persistent_kernel(
+    x,  # descriptor of [M, K], boxes of [BLOCK_M, BLOCK_K]
+    plan,  # int32 [tiles_n + 1 + U, 1 + MERGE], as Plan.table in plan.py
+    schedule,  # int32 [programs + 2 + tiles, 4], as Schedule.table in plan.py
+    values,  # [nnzb, ...] as in bsr_linear_kernel if MERGE > 1; else a descriptor of all rows of blocks, boxes of what a step reads
+    x_scales,
+    scales,
+    bias,
+    residual,
+    y,
+    M,
+    N,
+    tiles_n,
+    SIDE_N: tl.constexpr,
+    SIDE_K: tl.constexpr,
+    VALUE_STRIDE_N: tl.constexpr,
+    VALUE_STRIDE_K: tl.constexpr,
+    MERGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # divides SIDE_K
+    SWAP: tl.constexpr,
+    NARROW: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SCALED: tl.constexpr,
+    X_SCALED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """As bsr_linear_kernel, by programs that stay: each makes the tiles that the schedule gives it, in one loop over their steps.
+
+    So the first steps of a tile are on their way while the outputs of the tile before are stored. Boxes end where x does: what lies
+    past M or K comes as zeros.
+    """
+    BLOCK_N: tl.constexpr = MERGE * SIDE_N
+    WIDTH: tl.constexpr = 1 + MERGE  # of the plan
+    STEPS: tl.constexpr = SIDE_K // BLOCK_K
+    ALIKE: tl.constexpr = 1 if MERGE == 1 else SIDE_N  # as in bsr_linear_kernel
+    n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    in_block = k[:, None] * VALUE_STRIDE_K + (n % SIDE_N)[None, :] * VALUE_STRIDE_N  # [BLOCK_K, BLOCK_N]
+    steps = plan + (tiles_n + 1) * WIDTH
+    step_slots = steps + 1 + (0 if MERGE == 1 else n // SIDE_N)  # one, or [BLOCK_N], as slot
+
+    own = schedule + tl.program_id(0) * 4
+    entry = schedule + (tl.num_programs(0) + 1 + tl.load(own)) * 4
+    tile_m, tile_n, step, end = read_tile(entry)
+    column, slot = find(steps, step_slots, step // STEPS, WIDTH, ALIKE)
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.int32 if x.dtype == tl.int8 else tl.float32)
+    for _ in range(tl.load(own + 1)):
+        inner = step % STEPS * BLOCK_K
+        x_tile = x.load([tile_m * BLOCK_M, column * SIDE_K + inner])  # [BLOCK_M, BLOCK_K]
+        if MERGE > 1:
+            offset, there = inner * VALUE_STRIDE_K, slot[None, :] >= 0
+            w_tile = load_blocks(values, in_block, slot, offset, there, SIDE_N * SIDE_K)  # [BLOCK_K, BLOCK_N]
+        elif VALUE_STRIDE_K == 1:
+            w_tile = tl.trans(values.load([slot * SIDE_N, inner]))  # [BLOCK_K, BLOCK_N]
+        else:
+            w_tile = values.load([slot * SIDE_K + inner, 0])  # [BLOCK_K, BLOCK_N]
+        acc = add_product(x_tile, w_tile, acc, SWAP, PRECISION, INTERPRETED)  # [BLOCK_M, BLOCK_N] or its transpose
+
+        # Where the next step lies comes first, apart from what is stored: the pipeline needs it some steps ahead of that.
+        made_m = tile_m
+        made_n = tile_n
+        step += 1
+        done = step >= end
+        empty = step > end  # a tile without a column takes a step all the same, over whatever lies there
+        if done:
+            entry += 4
+            tile_m, tile_n, step, end = read_tile(entry)
+        column, slot = find(steps, step_slots, step // STEPS, WIDTH, ALIKE)
+        if done:
+            finish(
+                tl.where(empty, 0, acc), 0, NARROW, plan + made_n * WIDTH, made_m.to(tl.int64) * BLOCK_M,
+                x_scales, scales, bias, residual, y, M, N,
+                SIDE_N, SWAP, ACTIVATION, SCALED, X_SCALED, HAS_BIAS, RESIDUAL, True, INTERPRETED,
+            )  # fmt: skip
+            acc = tl.zeros_like(acc)
 
 
 @triton.jit

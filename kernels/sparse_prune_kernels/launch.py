@@ -1,7 +1,8 @@
 """Checks, allocation and launches.
 
 Once a weight's plans are made, on its first call, no call here waits for the device: all of them can be captured into a CUDA graph.
-Call once with each number of rows before a capture, too: a tiling that is new is compiled and loaded, which a capture forbids.
+Call once with each number of rows before a capture, too: a tiling that is new is compiled and loaded, and a new number of row tiles
+gives programs that stay a new schedule, both of which a capture forbids.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TypeVar
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuned
 from .config import (
@@ -23,25 +25,36 @@ from .config import (
     SUM_WARPS,
     LinearConfig,
     SddConfig,
+    gpu_of,
     linear_candidates,
     linear_config,
     merges,
     sdd_config,
 )
-from .kernels import bsr_linear_kernel, bsr_linear_skip_kernel, bsr_sdd_kernel, round_rows_kernel, sum_parts_kernel
-from .plan import Plan, make_plans, once
+from .kernels import (
+    bsr_linear_kernel,
+    bsr_linear_persistent_kernel,
+    bsr_linear_skip_kernel,
+    bsr_sdd_kernel,
+    round_rows_kernel,
+    sum_parts_kernel,
+)
+from .plan import Plan, Schedule, make_plans, once, schedule_of
 from .support import E4M3_CAPABILITY, ArgumentError, check_device
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 MAX_PROGRAMS = 2**31 - 1  # CUDA's limit on the first dimension of a grid
 # Rows, inputs and outputs are numbered in int32, and a tile reaches past the last one by 511 at most; their products are int64.
 MAX_SIZE = 2**31 - 512
+MAX_SCHEDULED = 2**20  # tiles that the host hands out to programs that stay; more would take it a second
+# In a loop over several tiles Triton 3.7 leaves out the fence between cp.async and wgmma, as the emulator found.
+FENCES_LOOPS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the largest numbers of what rows are rounded to
 INTERPRETED = not isinstance(
     bsr_linear_kernel, triton.JITFunction
 )  # TRITON_INTERPRET=1 was set when Triton was imported
 
-Arguments = dict[str, Tensor | int | float | None]
+Arguments = dict[str, Tensor | TensorDescriptor | int | float | None]
 Values = TypeVar("Values", Tensor, None)
 
 
@@ -280,10 +293,10 @@ def plans_of(
 
 
 @cache
-def _device(device: torch.device) -> tuple[int, int | None]:
+def _device(device: torch.device) -> tuple[int, int]:
     """Compute capability and SMs; in the interpreter, A100's."""
     if device.type != "cuda":
-        return 80, None
+        return 80, gpu_of(80).sms
     properties = torch.cuda.get_device_properties(device)
     return properties.major * 10 + properties.minor, properties.multi_processor_count
 
@@ -362,13 +375,34 @@ def _linear(
     _check("col_indices", places < 2**31, f"a plan of fewer than {2**31} entries", places, "larger blocks")
     programs = triton.cdiv(m, config.block_m) * plan.tiles
     _check("x", programs <= MAX_PROGRAMS, f"at most {MAX_PROGRAMS} tiles", programs, "fewer rows at a time")
+    schedule = schedule_for(x, plan, values, side_k, config, _device(x.device)[1])
     with torch.cuda.device_of(x):
         sides = (side_n, side_k, stride_n, stride_k)
-        for call in linear_calls(
-            x, plan, values, bias, residual, y, *sides, activation, config, _precision(), *quantized, times=times
-        ):
+        extras = (activation, config, _precision(), *quantized)
+        for call in linear_calls(x, plan, values, bias, residual, y, *sides, *extras, times=times, schedule=schedule):
             call.run()
     return y
+
+
+def schedule_for(x: Tensor, plan: Plan, values: Tensor, side_k: int, config: LinearConfig, sms: int) -> Schedule | None:
+    """Which tiles each program makes where programs stay, on a GPU with so many SMs; None where they do not.
+
+    They do not where config does not ask for it, where tensor maps cannot describe x or values (a map takes addresses and distances
+    of rows that are multiples of 16 bytes, and at least one element), and where Triton is older than 3.9 and merged block-rows do
+    not go by maps.
+    """
+    if not config.persistent or not (config.merge == 1 or FENCES_LOOPS):
+        return None
+    row_tiles = triton.cdiv(x.shape[0], config.block_m)
+    if row_tiles * plan.tiles > MAX_SCHEDULED or not (_has_map(x) and _has_map(values.flatten(0, 1))):
+        return None
+    resident = 1 if config.num_warps >= 8 else 2  # programs that an SM holds: as config.py counts
+    return schedule_of(plan, row_tiles, config.group_m, resident * sms, side_k // config.block_k)
+
+
+def _has_map(matrix: Tensor) -> bool:
+    """Whether a tensor map can describe a matrix whose columns are adjacent."""
+    return matrix.numel() > 0 and matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
 
 
 def linear_calls(
@@ -389,10 +423,12 @@ def linear_calls(
     x_scales: Tensor | None = None,
     *,
     times: bool = False,
+    schedule: Schedule | None = None,
 ) -> list[Call]:
     """What makes y[M, N] of x[M, K], whose columns are adjacent: one call, or two where config splits the inputs.
 
-    scales [N] where values are quantized, x_scales [M] where x is too. times: y is act(...) * residual.
+    scales [N] where values are quantized, x_scales [M] where x is too. times: y is act(...) * residual. schedule: that of
+    schedule_for, where programs stay.
     """
     (m, k), n = x.shape, y.shape[1]
     whole = config.split == 1
@@ -434,6 +470,19 @@ def linear_calls(
         constants["STAGES"] = config.num_stages
         grid = (triton.cdiv(m, config.block_m) * plan.tiles, 1)
         return [Call(bsr_linear_skip_kernel, grid, arguments, constants, config.num_warps, config.num_stages)]
+    if schedule is not None:
+        box = [side_n, config.block_k] if stride_k == 1 else [config.block_k, side_n]
+        arguments = {
+            "x": TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
+            "plan": plan.table,
+            "schedule": schedule.table,
+            "values": values if config.merge > 1 else TensorDescriptor.from_tensor(values.flatten(0, 1), box),
+        }
+        arguments |= {**after, "y": y, "M": m, "N": n, "tiles_n": plan.tiles}
+        left_out = ("GROUP_M", "SPLIT", "EVEN_K")
+        constants = {name: value for name, value in constants.items() if name not in left_out} | epilogue
+        grid = (schedule.programs, 1)
+        return [Call(bsr_linear_persistent_kernel, grid, arguments, constants, config.num_warps, config.num_stages)]
     grid = (triton.cdiv(m, config.block_m) * plan.tiles, config.split)
     product = Call(bsr_linear_kernel, grid, arguments, constants | epilogue, config.num_warps, config.num_stages)
     if whole:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,10 +14,11 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import LinearConfig, SddConfig, gpu_of
 from .launch import Call, linear_calls, sdd_call
-from .plan import Plan
+from .plan import Plan, Schedule
 
 TYPES = {  # PyTorch's types and Triton's names of them
     torch.float16: "fp16",
@@ -32,6 +34,7 @@ QUANTIZED = {
     "e4m3": (torch.float8_e4m3fn, torch.float8_e4m3fn),
     "w8a16": (torch.bfloat16, torch.int8),
 }
+SWIZZLES = (0, 32, 64, 128)  # bytes, by Triton's number
 AMD_USAGE = (
     "vgpr_count",
     "private_segment_fixed_size",
@@ -48,6 +51,7 @@ class Compiled:
     stack       bytes of a thread, or for an AMD GPU of a work-item; spills lie there
     shared      bytes of shared memory of a program
     parameters  names of the arguments that the device reads, in order
+    boxes       of each descriptor among them: shape of the boxes that it is copied in, and bytes of their swizzle
     """
 
     ptx: str = field(repr=False)
@@ -55,6 +59,22 @@ class Compiled:
     stack: int
     shared: int
     parameters: tuple[str, ...]
+    boxes: tuple[tuple[tuple[int, ...], int], ...] = ()
+
+    def read(self, call: Call, tensor_map: Callable[..., object]) -> list[object]:
+        """What the device reads of call's arguments, in order: of a descriptor a map, sizes and strides.
+
+        tensor_map(tensor, box, swizzle) makes a map that copies boxes of that shape, of the tensor's dimensions in reverse order.
+        """
+        found: list[object] = []
+        boxes = iter(self.boxes)
+        for value in (call.arguments[name] for name in self.parameters):
+            if isinstance(value, TensorDescriptor):
+                box, swizzle = next(boxes)
+                found += [tensor_map(value.base, box[::-1], swizzle=swizzle), *value.shape, *value.strides]
+            else:
+                found.append(value)
+        return found
 
 
 def compile_linear(
@@ -82,8 +102,11 @@ def compile_linear(
     tiles = 4096 // (config.merge * side_n)
     table, lists = (_imagined(torch.int32, rows, 1 + config.merge) for rows in (tiles + 2, 2 * tiles + 2))
     plan = Plan(config.merge, tiles, 1, table, 1.0, lists)
-    strides = (1, side_n) if transposed else (side_k, 1)
-    calls = linear_calls(x, plan, values, bias, y, y, side_n, side_k, *strides, activation, config, precision, *scales)
+    stride_n, stride_k = (1, side_n) if transposed else (side_k, 1)
+    values = values.view(-1, side_k, side_n) if transposed else values
+    sizes = (side_n, side_k, stride_n, stride_k)
+    schedule = Schedule(1, _imagined(torch.int32, 4, 4)) if config.persistent else None
+    calls = linear_calls(x, plan, values, bias, y, y, *sizes, activation, config, precision, *scales, schedule=schedule)
     return [compile_call(call, capability) for call in calls]
 
 
@@ -105,6 +128,9 @@ def compile_call(call: Call, capability: int) -> Compiled:
             continue
         if isinstance(value, float):
             read[name] = "fp32"
+            continue
+        if isinstance(value, TensorDescriptor):
+            read[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
             continue
         if isinstance(value, Tensor):
             read[name], place = f"*{TYPES[value.dtype]}", value.data_ptr()
@@ -132,7 +158,9 @@ def compile_call(call: Call, capability: int) -> Compiled:
         command = [str(CUOBJDUMP), "--dump-resource-usage", cubin.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (_number(rf"{name}:(\d+)", usage) for name in ("REG", "STACK"))
-    return Compiled(made.asm["ptx"], registers, stack, made.metadata.shared, tuple(read))
+    boxes = tuple((tuple(box["block_size"]), SWIZZLES[box["swizzle"]]) for box in made.metadata.tensordesc_meta or ())
+    # Of a descriptor that the compiler turned into pointers nothing is a map: none of that is executed here.
+    return Compiled(made.asm["ptx"], registers, stack, made.metadata.shared, tuple(read), boxes)
 
 
 def _number(pattern: str, text: str) -> int:

@@ -6,8 +6,9 @@ so that unions are small. Nothing here depends on values, so a plan outlives eve
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -38,6 +39,7 @@ class Plan:
             rows 2 t: the first of tile t's steps that several block-rows share (U at t = T), then the block-rows that it serves
             rows 2 t + 1: the first of its steps that one block-row has alone
             rows 2 T + 1 + s: as above where shared, else block-column, place in values, which of the block-rows it is
+    schedules   those that were made of it, by the arguments of schedule_of
     """
 
     merge: int
@@ -46,6 +48,22 @@ class Plan:
     table: Tensor
     union: float
     lists: Tensor | None = None
+    schedules: dict[tuple[int, int, int, int], Schedule] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which tiles of y each of `programs` that stay makes, and in which order.
+
+    table   int32 [programs + 2 + tiles of y, 4]
+            rows p < programs: the first entry of program p, the steps of all its entries, two zeros
+            rows programs + 1 + e: row tile, tile of block-rows, its first step and the one after its last, the same where it has no
+            column: the program then takes one step
+            row programs, and the last one, behind all entries: zeros
+    """
+
+    programs: int
+    table: Tensor
 
 
 def make_plans(
@@ -58,6 +76,50 @@ def make_plans(
     slots = places(crow_indices, col_indices, block_columns)
     slots = slots.T.contiguous() if transposed else slots
     return {merge: plan_of(slots, row_order(slots >= 0, merge), crow_indices.device) for merge in merges}
+
+
+def schedule_of(plan: Plan, row_tiles: int, group_m: int, programs: int, steps: int) -> Schedule:
+    """The schedule of plan's tiles over row_tiles, for at most that many programs; a column is so many steps of the loop.
+
+    Tiles come in the order of bsr_linear_kernel's programs, each to the program that has least to do so far, as the GPU hands them
+    out: block-rows differ in length, and a fixed stride would leave a quarter of the time to the program with the long ones.
+    Kept with the plan. Reads the plan on the host when it is new.
+    """
+    key = (row_tiles, group_m, programs, steps)
+    if key not in plan.schedules:
+        if plan.table.is_cuda and torch.cuda.is_current_stream_capturing():
+            expected = "a number of rows that ran once before a CUDA graph is captured"
+            raise ArgumentError("x", expected, f"a new one inside a capture ({row_tiles} tiles)", "call once before")
+        plan.schedules[key] = _scheduled(plan, *key)
+    return plan.schedules[key]
+
+
+OUTPUT_COST = 2  # steps that storing a tile counts as, beside those of its products
+
+
+def _scheduled(plan: Plan, row_tiles: int, group_m: int, programs: int, steps: int) -> Schedule:
+    begins = (plan.table[: plan.tiles + 1, 0].cpu() * steps).tolist()
+    last = max(begins[-1] - 1, 0)
+    programs = min(programs, row_tiles * plan.tiles)
+    given: list[list[tuple[int, int, int, int]]] = [[] for _ in range(programs)]
+    busy = [(0, program) for program in range(programs)]  # a heap: the least busy, the first of equal ones
+    for first_tile in range(0, row_tiles, group_m):
+        group = range(first_tile, min(first_tile + group_m, row_tiles))
+        for tile_n in range(plan.tiles):
+            begin, end = begins[tile_n], begins[tile_n + 1]
+            entry = (begin, end) if end > begin else (min(begin, last),) * 2
+            for tile_m in group:
+                work, program = busy[0]
+                given[program].append((tile_m, tile_n, *entry))
+                heapq.heapreplace(busy, (work + max(end - begin, 1) + OUTPUT_COST, program))
+    heads: list[tuple[int, int, int, int]] = []
+    entries: list[tuple[int, int, int, int]] = []
+    for own in given:
+        heads.append((len(entries), sum(max(end - begin, 1) for *_, begin, end in own), 0, 0))
+        entries += own
+    none = [(0, 0, 0, 0)]
+    table = torch.tensor(heads + none + entries + none, dtype=torch.int32)  # [programs + 2 + tiles, 4]
+    return Schedule(programs, table.to(plan.table.device))
 
 
 def once(key: tuple, crow: Tensor, col: Tensor, make: Callable[[], Made]) -> Made:
