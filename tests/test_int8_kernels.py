@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -125,9 +126,8 @@ def test_matches_the_float64_product_of_the_rounded_operands(path, dtype, proble
 
 
 @each_path
-@pytest.mark.parametrize("problem", [q for q in PROBLEMS if q[0] in (0, 1, 17, 33, 53, 65)], ids=str)
-@pytest.mark.parametrize("out", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("problem", [q for q in PROBLEMS if q[0] in (0, 1, 33, 53)], ids=str)
+@pytest.mark.parametrize(("dtype", "out"), itertools.permutations(DTYPES, 2), ids=str)
 def test_y_of_another_dtype_than_x(path, dtype, out, problem):
     """As if x had been of the dtype of y, but that it is rounded to int8 from its own."""
     p = Problem(*problem, dtype)

@@ -1,7 +1,7 @@
 """The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: their own tests, against a library built for that.
 
-What a check finds ends the run with the sanitizer's report. torch itself is not instrumented, but its allocations are, so that a
-kernel's access outside a tensor shows.
+A fixed quarter of these runs, or all with SPARSE_PRUNE_SAMPLE=1. What a check finds ends the run with the sanitizer's report. torch
+itself is not instrumented, but its allocations are, so that a kernel's access outside a tensor shows.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def sanitized(tmp_path_factory) -> dict[str, str]:
     shutil.copy(library(), folder / "sparse_prune")
     # Two threads, also where this test process has but a share of the cores.
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    return {**alone, **OPTIONS, "LD_PRELOAD": preloaded, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "2"}
+    sample = {"SPARSE_PRUNE_SAMPLE": os.environ.get("SPARSE_PRUNE_SAMPLE", "4")}
+    paths = {"LD_PRELOAD": preloaded, "PYTHONPATH": str(folder)}
+    return {**alone, **OPTIONS, **sample, **paths, "OMP_NUM_THREADS": "2"}
 
 
 @pytest.mark.slow
@@ -116,7 +118,7 @@ def test_kernels_touch_only_their_memory(sanitized):
         cwd=sanitized["PYTHONPATH"],
     )
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
-    assert passed > 500, done.stdout[-2000:]
+    assert passed > 400, done.stdout[-2000:]
 
 
 @pytest.mark.slow
