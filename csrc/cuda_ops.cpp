@@ -118,11 +118,15 @@ Tensor run(const char* name, const Tensor& x_any, sp::LinearProblem p, const Lau
   return y;
 }
 
-Tensor cuda_linear(const Tensor& x, const Tensor& packed, int64_t nnzb, int64_t block_rows, int64_t block_cols, int64_t out_features,
-                   std::optional<Tensor> bias, std::string activation, std::optional<Tensor> residual) {
+Tensor cuda_linear(const Tensor& x, const Tensor& packed, const Tensor& work, int64_t nnzb, int64_t block_rows, int64_t block_cols,
+                   int64_t out_features, std::optional<Tensor> bias, std::string activation, std::optional<Tensor> residual) {
   sp::LinearProblem p = problem_of(x, packed, nnzb, block_rows, block_cols, out_features, bias, activation, residual);
   p.layout = sp::layout_of(p.N, nnzb, static_cast<int>(block_rows), static_cast<int>(block_cols));
   check_size(packed, p.layout.least_bytes);
+  STD_TORCH_CHECK(work.is_cpu() && work.scalar_type() == ScalarType::Int && work.dim() == 1 && work.is_contiguous() &&
+                      work.size(0) == p.layout.tiles,
+                  "work: expected int32 [", p.layout.tiles, "] on the CPU, got shape ", shape_of(work));
+  p.work = static_cast<const int*>(work.const_data_ptr());
   return run("cuda_linear", x, p, [](const sp::LinearProblem& p, void* stream) { return sp::launch_linear(p, stream); });
 }
 
@@ -226,8 +230,8 @@ static_assert(static_cast<int>(sp::Activation::silu) == sp::kSilu && static_cast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_prune, m) {
   m.def(
-      "cuda_linear(Tensor x, Tensor packed, int nnzb, int block_rows, int block_cols, int out_features, Tensor? bias, str activation, "
-      "Tensor? residual) -> Tensor");
+      "cuda_linear(Tensor x, Tensor packed, Tensor work, int nnzb, int block_rows, int block_cols, int out_features, Tensor? bias, "
+      "str activation, Tensor? residual) -> Tensor");
   m.def(
       "cuda_linear_sm90(Tensor x, Tensor packed, int nnzb, int block_rows, int block_cols, int out_features, int cluster, int groups, "
       "int lines, Tensor? bias, str activation, Tensor? residual) -> Tensor");

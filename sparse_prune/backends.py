@@ -172,7 +172,7 @@ def _load_cuda() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the CUDA extension {files[0].name} {what}"
 
     @torch.library.register_fake("sparse_prune::cuda_linear")
-    def _(x, packed, nnzb, block_rows, block_cols, out_features, bias, activation, residual):
+    def _(x, packed, work, nnzb, block_rows, block_cols, out_features, bias, activation, residual):
         return x.new_empty(x.shape[0], out_features)
 
     @torch.library.register_fake("sparse_prune::cuda_linear_sm90")
@@ -258,13 +258,14 @@ def cuda_linear(
 
     W[N, K] of that shape: values[nnzb, R, C] with their index.
     """
-    from sparse_prune_kernels import cuda_sm90
+    from sparse_prune_kernels import cuda, cuda_sm90
 
     nnzb, r, c = values.shape
     sides = (nnzb, c, r, shape[1]) if transposed else (nnzb, r, c, shape[0])
     extras = (bias, activation, residual)
     if cuda_sm90_unavailable(x.device) is not None:
-        return torch.ops.sparse_prune.cuda_linear(x, packed, *sides, *extras)
+        work = cuda.layout_of(crow, col, -(-shape[1] // c), r, c, transposed).work
+        return torch.ops.sparse_prune.cuda_linear(x, packed, work, *sides, *extras)
     plan = cuda_sm90.layout_of(crow, col, shape[1], r, c, transposed).plan
     sizes = (plan.cluster, plan.groups, plan.lines)
     return torch.ops.sparse_prune.cuda_linear_sm90(x, packed, *sides, *sizes, *extras)

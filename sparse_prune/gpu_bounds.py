@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import operator
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -154,25 +156,33 @@ def cuda_row(capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:
         return _cuda_sm90_row(m, packed)
     (n, k), (r, c), blocks = packed.shape, packed.blocksize, tuple(packed.values.shape)
     layout = cuda.make_layout(packed.crow_indices, packed.col_indices, -(-k // c), r, c)
-    at, launch = kernels.linear_launch(m, n, blocks, sms)
+    at, launch = kernels.linear_launch(m, n, blocks, sms, work=layout.work)
     heads = layout.tables[: layout.tiles * cuda.TILE_INTS].view(layout.tiles, -1)
-    units = torch.cat([heads[1:, 2], heads.new_tensor([len(layout.units)])]) - heads[:, 2]  # of each tile
-    some, average = _average(units)  # work grows with them
+    some, average = _average(layout.work)
     programs = len(some) * average
     served = heads[some, 4 : 4 + cuda.TILE_OUTPUTS // layout.row].flatten()
     outputs = (served[served >= 0][:, None] * layout.row + torch.arange(layout.row)).flatten()
     outputs = outputs[outputs < n]
-    x, arch = _rows(min(m, launch.tokens), k), f"sm_{capability}"
-    emulated = {"tokens": launch.tokens, "tiles": some, "arch": arch, "sms": sms, **COUNTING}
-    y, counts = kernels.linear(x, layout.pack(packed.values), blocks, n, **emulated)
-    _check(y[:, outputs], x, packed.to_dense()[outputs], "CUDA")
+    arch, weight, served = f"sm_{capability}", layout.pack(packed.values), packed.to_dense()[outputs]
+    heights = Counter(tokens for _, _, tokens in launch.blocks_of(m, layout.tiles))  # in the order of the grid
+    made, counted = _made(kernels, at, launch, arch), []
+    for tokens in heights:
+        x = _rows(min(m, tokens), k)
+        emulated = {"tokens": tokens, "tiles": some, "arch": arch, "sms": sms, **COUNTING}
+        y, counts = kernels.linear(x, weight, blocks, n, **emulated)
+        _check(y[:, outputs], x, served, "CUDA")
+        counted.append((counts, made, programs, launch.threads))
     bytes_moved = _compulsory(m, packed) + 4 * layout.tables.numel()
-    scale = -(-m // launch.tokens) * layout.tiles / programs
-    made = _made(kernels, at, launch, arch)
+    scales = [number / programs for number in heights.values()]
     steps, stages = float(heads[:, 1].float().mean()), 4 if layout.row == 16 else 3
-    row = _bound([(counts, made, programs, launch.threads)], [scale], capability, bytes_moved, steps, stages)
-    row |= {"kernel": "cuda", "config": {"tokens": launch.tokens, "threads": launch.threads}, "bytes_ratio": None}
-    row |= {"union": None, "tensor_share": counts.kinds["mma"] / counts.instructions}
+    row = _bound(counted, scales, capability, bytes_moved, steps, stages, together=True)
+    tokens = "/".join(map(str, heights)) if len(heights) > 1 else next(iter(heights))
+    row |= {"kernel": "cuda", "config": {"tokens": tokens, "threads": launch.threads}, "bytes_ratio": None}
+    products, every = (
+        sum(scale * number(kind[0]) for scale, kind in zip(scales, counted, strict=True))
+        for number in (lambda counts: counts.kinds["mma"], lambda counts: counts.instructions)
+    )
+    row |= {"union": None, "tensor_share": products / every}
     return _headline(row, capability, m, packed)
 
 
@@ -454,11 +464,12 @@ def _bound(
     stages: int,
     sms: int | None = None,
     rate: int = 1,
+    together: bool = False,
 ) -> dict[str, Any]:
     """Clocks that each resource of the GPU is busy at its peak, for calls that follow one another.
 
     sms: how many of the GPU's multiprocessors have something to do, all unless given; rate: how much faster than float16 the tensor
-    cores multiply, 2 for numbers of 8 bits.
+    cores multiply, 2 for numbers of 8 bits; together: counted are the kinds of programs of one call, in the order of its grid.
     """
     from sparse_prune_kernels.config import gpu_of
 
@@ -468,23 +479,35 @@ def _bound(
         "DRAM": bytes_moved / gpu.dram_bytes,
         "latency": 0.0,
     }
-    wavefronts = ideal = 0
-    for place, ((counts, made, programs, threads), scale) in enumerate(zip(counted, scales, strict=False)):
-        total = round(programs * scale, 3)  # a whole number, but for what floats leave
-        busiest = -(-total // sms) / programs  # programs of the busiest SM, per program run
-        peak = rate * gpu.multiply_adds * (gpu.mma_sync if counts.kinds["wgmma"] == 0 else 1.0)
-        clocks["tensor"] += busiest * counts.tensor_fma / peak
-        clocks["issue"] += busiest * counts.instructions / gpu.issue
-        clocks["shared"] += busiest * (counts.shared_wavefronts + counts.wgmma_shared_bytes / gpu.shared_bytes)
-        clocks["L2"] += scale * 32 * (counts.l2_load_sectors + counts.global_store_sectors) / gpu.l2_bytes
+    kinds = [
+        (counts, made, programs, threads, round(programs * scale, 3))  # a whole number, but for what floats leave
+        for (counts, made, programs, threads), scale in zip(counted, scales, strict=False)
+    ]
+    for place, call in enumerate([kinds] if together else [[kind] for kind in kinds]):
+        busy = []  # clocks of a program of each kind
+        for counts, _, programs, _, total in call:
+            peak = rate * gpu.multiply_adds * (gpu.mma_sync if counts.kinds["wgmma"] == 0 else 1.0)
+            each = {"tensor": counts.tensor_fma / peak, "issue": counts.instructions / gpu.issue}
+            each["shared"] = counts.shared_wavefronts + counts.wgmma_shared_bytes / gpu.shared_bytes
+            busy.append({resource: clock / programs for resource, clock in each.items()})
+            sectors = counts.l2_load_sectors + counts.global_store_sectors
+            clocks["L2"] += total / programs * 32 * sectors / gpu.l2_bytes
+        loads = _loads([kind[-1] for kind in call], [max(each.values()) for each in busy], sms)
+        for resource in ("tensor", "issue", "shared"):
+            clocks[resource] += max(
+                sum(number * each[resource] for number, each in zip(load, busy, strict=True)) for load in loads
+            )
+        _, made, _, threads, _ = call[0]
         resident = min(
             65536 // (made.registers * threads), (gpu.shared + 1024) // (made.shared + 1024), 2048 // threads
         )
-        waves = -(-total // (sms * max(1, resident)))
+        waves = -(-max(map(sum, loads)) // max(1, resident))
         # where to look, the index, then as many rounds as the pipeline's depth leaves, and the output
         rounds = 3 + (steps / max(1, stages - 1) if place == 0 else 0)
         clocks["latency"] += waves * rounds * LATENCY
-        wavefronts, ideal = wavefronts + counts.shared_wavefronts, ideal + counts.shared_ideal
+    wavefronts, ideal = (
+        sum(getattr(kind[0], name) for kind in kinds) for name in ("shared_wavefronts", "shared_ideal")
+    )
     limit = max(clocks, key=clocks.__getitem__)
     conflicts = wavefronts / ideal if ideal else 1.0
     return {
@@ -494,6 +517,24 @@ def _bound(
         "limit": limit,
         "wavefronts_per_ideal": conflicts,
     }
+
+
+def _loads(totals: list[float], clocks: list[float], sms: int) -> set[tuple[int, ...]]:
+    """How many programs of each kind multiprocessors run, of which each takes the next one as soon as it is done with one.
+
+    totals [kinds], in the order of the grid; clocks [kinds] of one program.
+    """
+    done: Counter[tuple[int, ...]] = Counter({(0,) * len(totals): sms})  # multiprocessors by what they have run
+    for kind, total in enumerate(totals):
+        left = -(-total // 1)
+        while left > 0:
+            load = min(done, key=lambda load: sum(map(operator.mul, load, clocks)))
+            number = int(min(left, done[load]))
+            done -= Counter({load: number})
+            more = (*load[:kind], load[kind] + 1, *load[kind + 1 :])
+            done[more] += number
+            left -= number
+    return set(done)
 
 
 def _headline(row: dict[str, Any], capability: int, m: int, packed: BsrWeight) -> dict[str, Any]:

@@ -139,9 +139,24 @@ class Layout(ctypes.Structure):
 class LinearLaunch(ctypes.Structure):
     """As in csrc/cuda/config.h."""
 
-    _fields_ = [(name, ctypes.c_int) for name in ("skinny", "tokens", "units", "inputs", "threads", "shared_bytes")] + [
-        ("blocks", ctypes.c_int64)
-    ]
+    _fields_ = [
+        (name, ctypes.c_int)
+        for name in ("skinny", "tokens", "units", "inputs", "threads", "shared_bytes", "tall", "whole")
+    ] + [("blocks", ctypes.c_int64)]
+
+    def blocks_of(self, m: int, tiles: int) -> list[tuple[int, int, int]]:
+        """(tile, first token, tokens) of each block of the kernel for many tokens."""
+
+        def rows(tiles: range, m0: int, tokens: int, count: int) -> list[tuple[int, int, int]]:
+            sets = [range(count)[at : at + 2048 // self.tokens] for at in range(0, count, 2048 // self.tokens)]
+            return [(tile, m0 + tokens * row, tokens) for rows in sets for tile in tiles for row in rows]
+
+        at, swapped = self.tall * self.tokens, 768 if self.whole else 0
+        blocks = rows(range(tiles), 0, self.tokens, self.tall)
+        if self.whole:
+            most = tiles - self.whole
+            blocks += rows(range(most, tiles), at, 256, 3) + rows(range(most), at, 192, 4)
+        return blocks + rows(range(tiles), at + swapped, 192, -(-max(0, m - at - swapped) // 192))
 
 
 class SddLaunch(ctypes.Structure):
@@ -199,25 +214,37 @@ def _config() -> ctypes.CDLL:
 
 
 def linear_launch(
-    m: int, n: int, blocks: tuple[int, int, int], sms: int = 108, most_row: int = 64
+    m: int, n: int, blocks: tuple[int, int, int], sms: int = 108, most_row: int = 64, work: Tensor | None = None
 ) -> tuple[Layout, LinearLaunch]:
-    """What csrc/cuda/config.cpp chooses for a weight of n outputs, and its layout; blocks are (nnzb, R, C)."""
+    """What csrc/cuda/config.cpp chooses for a weight of n outputs, and its layout; blocks are (nnzb, R, C).
+
+    work: cuda.Layout's; tiles have one height without it.
+    """
     layout, launch = Layout(), LinearLaunch()
     call = _config().sparse_prune_linear_launch
-    call.argtypes = (ctypes.c_int64,) * 3 + (ctypes.c_int,) * 4 + (ctypes.c_void_p,) * 2
-    call(m, n, *blocks, most_row, sms, ctypes.byref(layout), ctypes.byref(launch))
+    call.argtypes = (ctypes.c_int64,) * 3 + (ctypes.c_int,) * 4 + (ctypes.c_void_p,) * 3
+    call(
+        m, n, *blocks, most_row, sms, 0 if work is None else work.data_ptr(), ctypes.byref(layout), ctypes.byref(launch)
+    )
     return layout, launch
 
 
-def wide_launch(at: Layout, m: int, tokens: int) -> LinearLaunch:
-    """The launch of the kernel for many tokens, in blocks of so many, whatever the launcher would choose."""
-    inputs = 16 if at.row == 16 or at.block_cols == 16 or (at.row, tokens) == (64, 128) else 32
-    shared = 4 * (tokens + 128) * 64 if at.row == 16 else 3 * tokens * 128
-    return LinearLaunch(0, tokens, 0, inputs, 256, shared, -(-m // tokens) * at.tiles)
+def wide_launch(at: Layout, m: int, tokens: int | tuple[int, int], tiles: int | None = None) -> LinearLaunch:
+    """The launch of the kernel for many tokens, in blocks of 128, 192 or 256, or as (tall, whole) say, not as the launcher would.
+
+    tiles: how many, where not all.
+    """
+    most = 128 if tokens == 128 else 256
+    inputs = 16 if at.row == 16 or at.block_cols == 16 or (at.row, most) == (64, 128) else 32
+    shared = 4 * (most + 128) * 64 if at.row == 16 else 3 * most * 128
+    tall, whole = tokens if isinstance(tokens, tuple) else (0 if tokens == 192 else -(-m // tokens), 0)
+    launch = LinearLaunch(0, most, 0, inputs, 256, shared, tall, whole)
+    launch.blocks = len(launch.blocks_of(m, at.tiles if tiles is None else tiles))
+    return launch
 
 
 def launch_of(
-    m: int, n: int, blocks: tuple[int, int, int], tokens: int | None, **options
+    m: int, n: int, blocks: tuple[int, int, int], tokens: int | tuple[int, int] | None, **options
 ) -> tuple[Layout, LinearLaunch]:
     """linear_launch; with tokens: the kernel for many tokens, in blocks of so many."""
     at, launch = linear_launch(m, n, blocks, **options)
@@ -237,7 +264,9 @@ def entry(layout: Layout, launch: LinearLaunch, dtype: torch.dtype, of: torch.dt
     return f"bsr_linear_sm80_{name}_{layout.row}x{launch.inputs}_{launch.tokens}"
 
 
-def kernel_of(problem: tuple, tokens: int | None, dtype: torch.dtype, of: torch.dtype | None = None) -> str:
+def kernel_of(
+    problem: tuple, tokens: int | tuple[int, int] | None, dtype: torch.dtype, of: torch.dtype | None = None
+) -> str:
     """The name of the kernel for a problem (M, N, K, R, C, density)."""
     m, n, _, r, c, _ = problem
     at, launch = launch_of(m, n, (1, r, c // 2 if of else c), tokens, most_row=32 if of else 64)
@@ -252,30 +281,31 @@ def linear(
     bias: Tensor | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
-    tokens: int | None = None,
+    tokens: int | tuple[int, int] | None = None,
     tiles: Tensor | None = None,
     arch: str = "sm_80",
     patch: tuple[tuple[str, str, str], ...] = (),
     sms: int = 108,
+    work: Tensor | None = None,
     **options,
 ) -> tuple[Tensor, ptx_emulator.Counts]:
     """y[M, n] of the kernel that launch_linear would run (with tokens: the one for many tokens, in blocks of so many), and counts.
 
-    packed is cuda.Layout.pack's, blocks are (nnzb, R, C); tiles are the numbers of the layout's tiles to run, all unless given; the
-    rest of y stays NaN.
+    packed is cuda.Layout.pack's, work the layout's; blocks are (nnzb, R, C); tiles are the numbers of its tiles to run, all
+    unless given; the rest of y stays NaN.
     """
     m, k = x.shape
     assert x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0, "the launcher copies other x"
-    at, launch = launch_of(m, n, blocks, tokens, sms=sms)
+    at, launch = launch_of(m, n, blocks, tokens, sms=sms, work=work)
     y = x.new_full((m, n), torch.nan)  # [M, N]
     assert len(packed) >= at.least_bytes
     weights, heads, starts, pieces, steps = packed.tensor_split((at.tables, at.starts, at.piece_table, at.steps))
     count = at.tiles
     if tiles is not None:
         heads, count = heads.view(at.tiles, -1)[tiles].contiguous(), len(tiles)
-        launch.blocks = launch.blocks // at.tiles * count
+        launch = wide_launch(at, m, tokens, count)
     vector = n % 8 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in (y, bias, residual))
-    tables, last = (heads, steps), [count, ragged(at, k)]
+    tables, last = (heads, steps), [count, launch.tall, launch.whole, ragged(at, k)]
     if launch.skinny:
         tables, last = (starts, pieces), [at.row // 16, at.order]
     code = program(ptx("kernels_sm80.cu", arch, patch), entry(at, launch, x.dtype))
@@ -327,7 +357,7 @@ def linear_w8a8(
     tables, last = (
         ((starts, pieces), [at.row // 16, at.order])
         if launch.skinny
-        else ((heads, steps), [at.tiles, ragged(at, pairs.shape[1])])
+        else ((heads, steps), [at.tiles, launch.tall, launch.whole, ragged(at, pairs.shape[1])])
     )
     vector = n % 8 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in (y, bias, residual))
     arguments = [pairs, weights, *tables, *(0 if t is None else t for t in (bias, residual)), y]

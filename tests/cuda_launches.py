@@ -59,6 +59,11 @@ BUGS = {
         "&y, &M, &N, &K, &ldx, &tile_count",
         "&y, BUG ? &N : &M, &N, &K, &ldx, &tile_count",
     ),
+    "rows of tokens exchanged": (
+        "cuda/kernels_sm80.cu",
+        "&tall, &whole, &ragged",
+        "BUG ? &whole : &tall, BUG ? &tall : &whole, &ragged",
+    ),
     "a block too few": ("cuda/kernels_sm80.cu", "dim3(launch.blocks), dim3", "dim3(launch.blocks - BUG), dim3"),
     "tables elsewhere": ("cuda/kernels_sm80.cu", "+ p.layout.steps", "+ (BUG ? p.layout.starts : p.layout.steps)"),
     "misaligned x is not copied": ("cuda_ops.cpp", ") % 16 == 0) return x;", ") % (BUG ? 2 : 16) == 0) return x;"),

@@ -307,11 +307,12 @@ def emulated(monkeypatch, request):
     schemas = ["".join(re.findall(r'"([^"]*)"', d)) for d in re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', source)]
     calls = []
 
-    def cuda_linear(x, packed, nnzb, block_rows, block_cols, out_features, bias, activation, residual):
+    def cuda_linear(x, packed, work, nnzb, block_rows, block_cols, out_features, bias, activation, residual):
         assert not hopper
         calls.append(("linear", packed.data_ptr()))
         blocks = (nnzb, block_rows, block_cols)
-        return cuda_kernels.linear(cuda_kernels.aligned(x), packed, blocks, out_features, bias, activation, residual)[0]
+        extras = (bias, activation, residual)
+        return cuda_kernels.linear(cuda_kernels.aligned(x), packed, blocks, out_features, *extras, work=work)[0]
 
     def cuda_linear_sm90(x, packed, nnzb, r, c, out_features, cluster, groups, lines, bias, activation, residual):
         assert hopper

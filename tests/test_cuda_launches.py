@@ -27,12 +27,13 @@ def linear(
     bias, residual = (tensor if used else None for tensor, used in zip((bias, residual), extras, strict=True))
     (n, k), (r, c) = packed.shape, packed.blocksize
     index = (packed.crow_indices, packed.col_indices)
-    sizes = (packed.nnzb, r, c, n)
+    sizes: tuple = (packed.nnzb, r, c, n)
     if major == 9:
         layout = cuda_sm90.make_layout(*index, k, r, c)
         sizes += (layout.plan.cluster, layout.plan.groups, layout.plan.lines)
     else:
         layout = cuda.make_layout(*index, -(-k // c), r, c)
+        sizes = (layout.work, *sizes)
     weight = layout.pack(packed.values)
     inputs = [tensor for tensor in (x, weight, bias, residual) if tensor is not None]
     with cuda_launches.recording(*inputs, major=major, **options) as recorder:
@@ -50,6 +51,7 @@ WIDE = [
     ((130, 300, 512, 32, 32, 0.4), 108, "bsr_linear_sm80_bf16_32x32_128"),
     ((130, 100, 512, 64, 64, 0.4), 108, "bsr_linear_sm80_bf16_64x16_128"),
     ((256, 300, 200, 128, 64, 0.5), 1, "bsr_linear_sm80_bf16_64x32_256"),
+    ((770, 300, 200, 32, 32, 0.5), 2, "bsr_linear_sm80_bf16_32x32_256"),  # tiles of two heights
     ((7, 300, 500, 32, 32, 0.4), 108, "bsr_linear_skinny_bf16_16_1"),
     ((40, 300, 500, 64, 16, 0.4), 108, "bsr_linear_skinny_bf16_64_2"),
     ((9, 64, 64, 32, 32, 0.0), 108, "bsr_linear_skinny_bf16_16_1"),
@@ -146,14 +148,18 @@ def test_errors_in_words():
     from sparse_prune_kernels import cuda
 
     packed, x, bias, _ = make_problem(20, 64, 96, 32, 32, 0.5, BF16)
-    weight = cuda.make_layout(packed.crow_indices, packed.col_indices, 3, 32, 32).pack(packed.values)
-    right = {"x": x, "packed": weight, "nnzb": packed.nnzb, "block_rows": 32, "block_cols": 32, "out_features": 64}
+    layout = cuda.make_layout(packed.crow_indices, packed.col_indices, 3, 32, 32)
+    weight = layout.pack(packed.values)
+    right = {"x": x, "packed": weight, "work": layout.work, "nnzb": packed.nnzb}
+    right |= {"block_rows": 32, "block_cols": 32, "out_features": 64}
     right |= {"bias": bias, "activation": "none", "residual": None}
     wrong = {
         "x: expected dtype bfloat16 or float16, got Float": {"x": x.float(), "bias": None},
         "x: expected a matrix, got shape": {"x": x[0]},
         "block_rows, block_cols: expected 16, 32, 64 or 128, got 8 and 32": {"block_rows": 8},
         "packed: expected the layout of this weight, at least": {"packed": weight[:1024].clone()},
+        r"work: expected int32 \[1\] on the CPU, got shape \[2\]": {"work": torch.zeros(2, dtype=torch.int32)},
+        "work: expected int32": {"work": layout.work.long()},
         "packed: expected contiguous bytes": {"packed": weight.view(torch.int16)},
         "bias: expected dtype BFloat16 like x, got Half": {"bias": bias.half()},
         "bias: expected shape": {"bias": bias[1:]},
@@ -176,4 +182,6 @@ def test_errors_in_words():
 def test_planted_bugs_are_caught(bug):
     with pytest.raises((AssertionError, ptx_emulator.EmulationError)):
         major = 9 if "sm90" in cuda_launches.BUGS[bug][0] else 8
-        linear((130, 300, 500, 32, 32, 0.4), given=GIVEN["one column further, copied"][0], major=major, bug=bug)
+        m, sms = (770, 2) if bug == "rows of tokens exchanged" else (130, 108)
+        given = GIVEN["one column further, copied"][0]
+        linear((m, 300, 500, 32, 32, 0.4), given=given, major=major, sms=sms, bug=bug)

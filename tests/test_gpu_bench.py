@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import re
 from pathlib import Path
@@ -286,6 +287,23 @@ def test_bounds_are_counted_without_a_gpu(quantized, tmp_path, monkeypatch, caps
 def test_tiles_near_the_mean_stand_for_all():
     chosen, average = gpu_bounds._average(torch.tensor([9, 4, 1, 5, 21]))
     assert chosen.tolist() == [0, 3, 1] and average == pytest.approx(6 / 8)
+
+
+def test_multiprocessors_take_programs_of_two_kinds_as_they_get_idle():
+    """What each has run in the end, as if one after the other had been asked."""
+    for totals, clocks, sms in (
+        ((431, 108), (4.0, 3.0), 108),
+        ((7, 5), (2.0, 3.0), 3),
+        ((0, 4), (1.0, 1.0), 8),
+        ((9,), (1.0,), 4),
+    ):
+        idle = [(0.0, sm) for sm in range(sms)]
+        ran = torch.zeros(sms, len(totals), dtype=torch.int64)
+        for kind in (kind for kind, total in enumerate(totals) for _ in range(total)):
+            done, sm = heapq.heappop(idle)
+            ran[sm, kind] += 1
+            heapq.heappush(idle, (done + clocks[kind], sm))
+        assert gpu_bounds._loads(list(totals), list(clocks), sms) == {tuple(row) for row in ran.tolist()}
 
 
 def test_the_tables_of_the_documentation_are_made_of_the_rows_beside_them():

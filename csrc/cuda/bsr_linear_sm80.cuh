@@ -1,10 +1,10 @@
 // y[M, N] = act(x[M, K] @ W[N, K]^T + bias) + residual for many tokens, by cp.async, ldmatrix and mma.sync.
 //
-// A block of 8 warps makes 64 * kTokenTiles tokens x 128 outputs. The outputs are those of several block-rows ("rows" below, at most
-// 64 outputs each: a block-row of 128 is two rows) that share one walk over the union of their columns, 64 inputs a step (rows of 16:
-// 32). Each step copies x at those inputs; a warp reads and multiplies only the blocks that its rows have, so zeros cost neither bytes
-// nor multiplications. Steps go in turns of all stages, whose instructions are few; the last ones of a tile, which have nothing to copy
-// or inputs past the end, in a loop of their own.
+// A block of 8 warps makes 64 * kTokenTiles tokens x 128 outputs, or 192 tokens where it could make 256 (LinearLaunch says where). The
+// outputs are those of several block-rows ("rows" below, at most 64 outputs each: a block-row of 128 is two rows) that share one walk
+// over the union of their columns, 64 inputs a step (rows of 16: 32). Each step copies x at those inputs; a warp reads and multiplies
+// only the blocks that its rows have, so zeros cost neither bytes nor multiplications. Steps go in turns of all stages, whose
+// instructions are few; the last ones of a tile, which have nothing to copy or inputs past the end, in a loop of their own.
 //
 // Warps w and w + 4 share a sub-core of the SM. They have the same tokens, the first the rows of group 0 and the second those of
 // group 1: every sub-core then multiplies every block once for its quarter of the tokens, and no mask can make one of them wait.
@@ -55,6 +55,32 @@ struct Sm80Tile {
   static constexpr int kSharedBytes = kStages * kStageBytes;
 };
 
+// What block `number` makes where tiles have rows of tokens as LinearLaunch says: outputs of which tile, from token m0 on, and, returned
+// (in a struct with the others it would become a predicate anew in each turn), whether of kLowTokens only. config.cpp has the same
+// order.
+template <int kBlockM>
+__device__ __forceinline__ bool find_place(int number, int M, int tiles, int tall, int whole, int& tile, int& m0) {
+  int rows = tall, first = 0;
+  bool low = false;
+  m0 = 0;
+  if (kBlockM == kTallTokens && number >= tall * tiles) {
+    const int swapped = whole > 0 ? 4 * (tiles - whole) : 0;
+    number -= tall * tiles, m0 = tall * kTallTokens;
+    if (number < 3 * whole) {
+      rows = 3, first = tiles - whole;
+    } else if (low = true, number -= 3 * whole; number < swapped) {
+      rows = 4;
+    } else {
+      number -= swapped, m0 += whole > 0 ? kSwapTokens : 0;
+      rows = (M - m0 + kLowTokens - 1) / kLowTokens;
+    }
+  }
+  constexpr int kSet = kSetTokens / kBlockM;
+  const int set = number / (kSet * tiles) * kSet, in_set = min(kSet, rows - set), at = number % (kSet * tiles);
+  tile = first + at / in_set, m0 += (set + at % in_set) * (low ? kLowTokens : kBlockM);
+  return low;
+}
+
 template <int kValue>
 struct Number {
   static constexpr int value = kValue;
@@ -72,7 +98,8 @@ __device__ __forceinline__ const P* behind(const P* from, uint32_t count) {
 template <typename T, int kRow, int kTogether, int kTokenTiles, class Ending>
 __device__ __forceinline__ void bsr_linear_sm80(const T* __restrict__ x, const uint4* __restrict__ weights,
                                                 const Tile* __restrict__ tiles, const Step* __restrict__ steps,
-                                                const Ending& epilogue, int M, int K, int64_t ldx, int tile_count, int ragged) {
+                                                const Ending& epilogue, int M, int K, int64_t ldx, int tile_count, int tall,
+                                                int whole, int ragged) {
   using Shape = Sm80Tile<kRow, kTokenTiles>;
   static_assert(sizeof(T) == 2, "fragments hold pairs of 16-bit numbers, or of pairs of int8.");
   static_assert(kRow == 16 || kRow == 32 || kRow == 64, "a row is a whole number of units and at most one group.");
@@ -87,16 +114,13 @@ __device__ __forceinline__ void bsr_linear_sm80(const T* __restrict__ x, const u
   extern __shared__ __align__(128) char shared[];
   const int thread = threadIdx.x, lane = thread % 32, slice = thread / 32 % 4, group = thread / 128;
 
-  // Blocks that run together share weights and x in L2: 2048 tokens pass over a tile of rows before the next one.
-  constexpr int kSet = 2048 / Shape::kBlockM;
-  const int row_tiles = (M + Shape::kBlockM - 1) / Shape::kBlockM;
-  const int set = blockIdx.x / (kSet * tile_count) * kSet;
-  const int in_set = min(kSet, row_tiles - set);
-  const int place = blockIdx.x % (kSet * tile_count);
-  const int tile_number = place / in_set;
+  int tile_number, m0;
+  const bool low = find_place<Shape::kBlockM>(blockIdx.x, M, tile_count, tall, whole, tile_number, m0);
   const Tile& tile = tiles[tile_number];
-  const int m0 = (set + place % in_set) * Shape::kBlockM;
   const int count = tile.steps;
+  // Of every 64 tokens four warps have 16 each, so what a low tile lacks is the same part of each one's work: instructions become
+  // predicated, and no more of them.
+  auto has_tokens = [&](int i) { return i < kLowTokens / 64 || !low; };
 
   // Thread t copies 16 bytes of token t / 4 of every 64, a quarter of a pair of columns. The pieces of 16 bytes of tokens are exchanged
   // so that the eight rows of one ldmatrix lie in eight different sets of banks, and so do the eight threads that write together.
@@ -126,6 +150,7 @@ __device__ __forceinline__ void bsr_linear_sm80(const T* __restrict__ x, const u
       const int bytes = min(16, max(0, row_bytes - static_cast<int>(columns[pair]) * kColumnBytes));
 #pragma unroll
       for (int i = 0; i < kTokenTiles; ++i) {
+        if (!has_tokens(i)) continue;
         const uint32_t to = x_to[pair] + stage * Shape::kStageBytes + i * 64 * kTokenBytes;
         if constexpr (!to_end)
           copy_async(to, behind<kColumnBytes>(x_from[i], columns[pair]));
@@ -157,7 +182,7 @@ __device__ __forceinline__ void bsr_linear_sm80(const T* __restrict__ x, const u
     copies_commit();
   }
   // of the first column; others differ in the bits of 32 and 64
-  const uint32_t a_from = base + (slice * 16 * kTokenTiles + lane % 16) * kTokenBytes + (lane / 16 ^ exchange(lane % 16)) * 16;
+  const uint32_t a_from = base + (slice * 16 + lane % 16) * kTokenBytes + (lane / 16 ^ exchange(lane % 16)) * 16;
   Step ahead = step[kAhead * kStepThreads];
   uint32_t next = step[0].z, rows = 0;
   // One step. in_turn: one of a turn of all stages, each a constant, with a whole step to copy. The first of them looks up rows for all.
@@ -198,7 +223,7 @@ __device__ __forceinline__ void bsr_linear_sm80(const T* __restrict__ x, const u
       auto load_a = [&](int c) {
 #pragma unroll
         for (int i = 0; i < kTokenTiles; ++i)
-          load_matrix(a[c % kLoaded][i], (a_from ^ (column + c) * kColumnBytes) + at + i * 16 * kTokenBytes);
+          if (has_tokens(i)) load_matrix(a[c % kLoaded][i], (a_from ^ (column + c) * kColumnBytes) + at + i * 64 * kTokenBytes);
       };
 #pragma unroll
       for (int c = 0; c < kLoaded; ++c) load_a(c);
@@ -212,6 +237,7 @@ __device__ __forceinline__ void bsr_linear_sm80(const T* __restrict__ x, const u
           if constexpr (Shape::kStaged) v = load_shared(b + unit * 512);
 #pragma unroll
           for (int i = 0; i < kTokenTiles; ++i) {
+            if (!has_tokens(i)) continue;
             multiply_add<T>(sums[i][row][unit % kUnits][0], a[c % kLoaded][i], v.x, v.y);
             multiply_add<T>(sums[i][row][unit % kUnits][1], a[c % kLoaded][i], v.z, v.w);
           }
@@ -255,8 +281,8 @@ __device__ __forceinline__ void bsr_linear_sm80(const T* __restrict__ x, const u
 
   // A loop that is not unrolled, over registers that move: the activation's code then stands here once, not kTokenTiles times.
 #pragma unroll 1
-  for (int i = 0; i < kTokenTiles; ++i) {
-    const int m = m0 + (slice * kTokenTiles + i) * 16 + lane / 4;
+  for (int i = 0; i < kTokenTiles && has_tokens(i); ++i) {
+    const int m = m0 + i * 64 + slice * 16 + lane / 4;
 #pragma unroll
     for (int row = 0; row < kGroupRows; ++row) {
       const int v = tiles[tile_number].rows[group * kGroupRows + row];

@@ -37,11 +37,15 @@ struct LinearLaunch {
   int inputs;        // else: which instantiation, by the inputs that a row has or lacks together
   int threads;
   int shared_bytes;  // dynamic shared memory
+  // Else: rows of `tokens` that all tiles have; then the last `whole` tiles, those with least to do, have three more where the others
+  // have four of kLowTokens; then all have rows of kLowTokens to M's end. Blocks go in this order, so that the last ones are short.
+  int tall, whole;
   int64_t blocks;    // of the grid
 };
 
-// M > 0 tokens, on a GPU of `sms` multiprocessors; most_tokens of a block, 128 or 256.
-LinearLaunch linear_launch(int64_t M, const Layout& layout, int sms, int most_tokens = 256);
+// M > 0 tokens, on a GPU of `sms` multiprocessors; most_tokens of a block, 128 or 256. work [tiles], what each tile has to do for a token,
+// in any unit, lets tiles have two heights where that ends sooner; without it they have one.
+LinearLaunch linear_launch(int64_t M, const Layout& layout, int sms, const int* work = nullptr, int most_tokens = 256);
 
 // most_tokens of e4m3 weights on a GPU of that compute capability's major number: kTakenApart.
 inline int most_tokens_of_e4m3(int major) { return major == 9 || major == 10 || major == 11 ? 128 : 256; }

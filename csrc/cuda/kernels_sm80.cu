@@ -1,5 +1,5 @@
 // The kernels of the sm_80 family, by name, and their launch:
-//   bsr_linear_sm80_{bf16,f16}_{16x16,32x16,32x32,64x16}_{128,256}, ..._64x32_256   row x inputs that it has or lacks together, tokens of a block
+//   bsr_linear_sm80_{bf16,f16}_{16x16,32x16,32x32,64x16}_{128,256}, ..._64x32_256   row x inputs that it has or lacks together, most tokens of a block
 //   bsr_linear_skinny_{bf16,f16}_{16_1,64_1,64_2}                          most tokens, units of a block
 #include "bsr_linear_skinny.cuh"
 #include "bsr_linear_sm80.cuh"
@@ -13,9 +13,10 @@ using namespace sparse_prune::device;
 #define LINEAR(NAME, T, ROW, INPUTS, BLOCK_M)                                                                                       \
   extern "C" __global__ void __launch_bounds__(256, BLOCK_M == 256 ? 1 : 2) bsr_linear_sm80_##NAME##_##ROW##x##INPUTS##_##BLOCK_M( \
       const T* x, const uint4* weights, const Tile* tiles, const Step* steps, const T* bias, const T* residual, T* y, int M, int N, \
-      int K, int64_t ldx, int tile_count, int ragged, int activation, int vector) {                                                \
+      int K, int64_t ldx, int tile_count, int tall, int whole, int ragged, int activation, int vector) {                           \
     const Epilogue<T> epilogue{bias, residual, y, M, N, activation, vector != 0};                                                  \
-    bsr_linear_sm80<T, ROW, INPUTS / 16, BLOCK_M / 64>(x, weights, tiles, steps, epilogue, M, K, ldx, tile_count, ragged);         \
+    bsr_linear_sm80<T, ROW, INPUTS / 16, BLOCK_M / 64>(x, weights, tiles, steps, epilogue, M, K, ldx, tile_count, tall, whole,     \
+                                                       ragged);                                                                    \
   }
 #define LINEARS(NAME, T)                                                                                                        \
   LINEAR(NAME, T, 16, 16, 128) LINEAR(NAME, T, 32, 16, 128) LINEAR(NAME, T, 32, 32, 128) LINEAR(NAME, T, 64, 16, 128)           \
@@ -68,7 +69,7 @@ const char* sparse_prune::launch_linear(const LinearProblem& p, void* stream) {
   if (const cudaError_t error = cudaGetDevice(&device)) return told(error);
   if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device)) return told(error);
   if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return told(error);
-  const LinearLaunch launch = linear_launch(p.M, p.layout, sms, p.e4m3 ? most_tokens_of_e4m3(major) : 256);
+  const LinearLaunch launch = linear_launch(p.M, p.layout, sms, p.work, p.e4m3 ? most_tokens_of_e4m3(major) : 256);
   if (launch.blocks > INT32_MAX || p.M > INT32_MAX || p.N > INT32_MAX || p.K > INT32_MAX) return kTooLarge;
   const int row_or_units = launch.skinny ? launch.units : p.layout.row;
   const auto named = [&](const auto& of) { return of(p.bfloat16, launch.skinny, launch.tokens, row_or_units, launch.inputs); };
@@ -81,12 +82,13 @@ const char* sparse_prune::launch_linear(const LinearProblem& p, void* stream) {
   const void *x_scales = p.x_scales, *scales = p.scales;  // behind the others, where a kernel takes them
   void* y = p.y;
   int M = p.M, N = p.N, K = p.K, tile_count = p.layout.tiles, row_units = p.layout.row / kUnit, activation = p.activation;
+  int tall = launch.tall, whole = launch.whole;
   const int step_inputs = p.layout.row == 16 ? 32 : 64;
   int ragged = p.layout.block_cols > 0 && p.K % p.layout.block_cols != 0 ? (p.layout.block_cols + step_inputs - 1) / step_inputs : 0;
   int order = p.layout.order, vector = N % 8 == 0 && aligned(bias) && aligned(residual) && aligned(y);
   int64_t ldx = p.ldx;
-  void* wide[] = {&x, &packed, &tiles, &steps, &bias, &residual, &y, &M, &N, &K, &ldx, &tile_count, &ragged, &activation,
-                  &vector, &x_scales, &scales};
+  void* wide[] = {&x, &packed, &tiles, &steps, &bias, &residual, &y, &M, &N, &K, &ldx, &tile_count, &tall, &whole, &ragged,
+                  &activation, &vector, &x_scales, &scales};
   void* skinny[] = {&x, &packed, &starts, &pieces, &bias, &residual, &y, &M, &N, &K, &ldx, &row_units, &order, &activation,
                     &vector, &x_scales, &scales};
   cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);

@@ -16,6 +16,7 @@ struct LinearProblem {
   int64_t ldx;
   const void* packed;  // the layout
   Layout layout;
+  const int* work;     // [tiles] on the host, or null: see linear_launch
   const void* bias;    // [N] or null
   const void* residual;  // [M, N] or null
   void* y;

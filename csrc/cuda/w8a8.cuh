@@ -80,11 +80,12 @@ __device__ __forceinline__ void quantize_rows(const T* __restrict__ x, uint8_t* 
   extern "C" __global__ void __launch_bounds__(256, BLOCK_M == 256 || kTakenApart<PAIR> ? 1 : 2)                                   \
       bsr_linear_sm80_##KIND##_##NAME##_##ROW##x##INPUTS##_##BLOCK_M(                                                              \
           const PAIR* x, const uint4* weights, const Tile* tiles, const Step* steps, const T* bias, const T* residual, T* y,       \
-          int M, int N, int K, int64_t ldx, int tile_count, int ragged, int activation, int vector, const float* x_scales,         \
-          const float* scales) {                                                                                                   \
+          int M, int N, int K, int64_t ldx, int tile_count, int tall, int whole, int ragged, int activation, int vector,           \
+          const float* x_scales, const float* scales) {                                                                            \
     const ScaledEpilogue<T> epilogue{{bias, residual, y, M, N, activation, vector != 0}, x_scales, scales};                        \
     if constexpr (!(kTakenApart<PAIR> && BLOCK_M == 256))                                                                          \
-      bsr_linear_sm80<PAIR, ROW, INPUTS / 16, BLOCK_M / 64>(x, weights, tiles, steps, epilogue, M, K, ldx, tile_count, ragged);    \
+      bsr_linear_sm80<PAIR, ROW, INPUTS / 16, BLOCK_M / 64>(x, weights, tiles, steps, epilogue, M, K, ldx, tile_count, tall,       \
+                                                            whole, ragged);                                                        \
   }
 #define SKINNY(KIND, PAIR, NAME, T, TOKENS, UNITS)                                                                                 \
   extern "C" __global__ void __launch_bounds__(TOKENS == 16 ? 512 : 256, TOKENS == 16 ? 1 : 2)                                    \

@@ -37,6 +37,7 @@ class Layout:
     rows     number of rows
     tables   int32, flat: struct Tile [tiles]; [rows + 1] where each row's pieces begin; struct Piece [nnzb * R * C / (16 * row)],
              by row and column; struct Step [steps + SPARE_STEPS, GROUPS, 2]. Each of these begins at a multiple of 16 bytes.
+    work     int32 [tiles], on the host: units of each tile, by which the launcher cuts the tokens
     """
 
     row: int
@@ -45,6 +46,7 @@ class Layout:
     tiles: int
     units: Tensor
     tables: Tensor
+    work: Tensor
 
     def sections(self) -> tuple[int, int, int]:
         """Where starts, pieces and steps begin in tables, in int32; csrc/cuda/config.cpp computes the same of sizes."""
@@ -161,7 +163,8 @@ def make_layout(
     starts = torch.searchsorted(owner[by_row], torch.arange(rows * parts + 1))  # [rows + 1]
     sections = [whole_vectors(section.flatten()) for section in (heads, starts, pieces, table)]
     tables, device = torch.cat(sections).to(torch.int32), crow_indices.device
-    return Layout(row, transposed, rows * parts, len(order), units.to(device), tables.to(device))
+    work = (torch.bincount(tile[entry], minlength=len(order)) * len(per_row)).to(torch.int32)  # [T]
+    return Layout(row, transposed, rows * parts, len(order), units.to(device), tables.to(device), work)
 
 
 def alike(tile: Tensor, column: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
