@@ -298,6 +298,14 @@ def test_a_last_turn_of_low_tiles():
     assert span(tokens, 108) == 4 * 256 + 192
 
 
+def test_a_cut_is_kept_for_the_work_it_was_chosen_by():
+    """Where one tile has ten times the work of the others, two heights gain nothing."""
+    even, uneven = equal(4096), equal(4096)
+    uneven[0] *= 10
+    found = [cuda_kernels.linear_launch(4096, 4096, (1, 64, 64), 108, work=work)[1].tall for work in (even, uneven) * 2]
+    assert found == [13, 16, 13, 16]
+
+
 @pytest.mark.parametrize("block", [(64, 64), (128, 128), (64, 16), (128, 16)], ids=str)
 def test_tiles_of_a_random_mask_keep_the_multiprocessors_busy(block):
     """Tiles are as long as their blocks, not equal: docs/gpu-performance.md."""
