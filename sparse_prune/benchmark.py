@@ -155,15 +155,11 @@ def limits(dtype: torch.dtype, threads: int) -> dict[str, float] | None:
     probe = isa if dtype is torch.int8 or isa.endswith("bf16") else backends.cpu_isa(torch.float32)
     products = 4 if dtype is torch.float16 and isa == "amx_bf16" else 1
     flops = backends.together(threads, lambda: backends.peak_flops(probe)) / products
-    read = {}
+    limit = {"gflops": flops / 1e9}
     for name, size in (("cached", 8 << 20), ("memory", 256 << 20)):
         data = [torch.zeros(size // element, dtype=dtype) for _ in range(threads)]
-        read[name] = backends.together(threads, partial(_read_one, data)) / 1e9
-    return {
-        "gflops": flops / 1e9,
-        "cached_gbytes_per_s": read["cached"],
-        "memory_gbytes_per_s": read["memory"],
-    }
+        limit[f"{name}_gbytes_per_s"] = backends.together(threads, partial(_read_one, data)) / 1e9
+    return limit
 
 
 def _read_one(data: list[Tensor]) -> float:

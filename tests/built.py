@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import os
@@ -55,3 +56,13 @@ def built(
                     rest.unlink()
                 whole.rename(directory)
     return directory
+
+
+def library(kind: str, sources: Iterable[Path], flags: Iterable[str], headers: Iterable[Path] = ()) -> ctypes.CDLL:
+    """One library of C++ sources, which include headers (all files that it depends on), by compiler() with flags."""
+    sources, flags = list(sources), [*flags, "-fPIC", "-shared"]
+
+    def make(folder: Path) -> None:
+        subprocess.run([*compiler(), *flags, *sources, "-o", folder / "library.so"], check=True)
+
+    return ctypes.CDLL(str(built(kind, [*sources, *headers, *flags], make) / "library.so"))

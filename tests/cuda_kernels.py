@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import importlib.util
-import os
 import re
 import subprocess
 import tempfile
@@ -14,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import built
 import ptx_emulator
 import torch
 from torch import Tensor
@@ -50,10 +49,6 @@ def nvcc() -> str | None:
     return None if home is None else str(home / "bin" / "nvcc")
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparse-prune" / "cuda_tests"
-
-
 @functools.cache
 def ptx(source: str, arch: str, patch: tuple[tuple[str, str, str], ...] = ()) -> str:
     """PTX of csrc/cuda/`source` for arch such as "sm_80"; kept in the user's cache, by content.
@@ -66,20 +61,17 @@ def ptx(source: str, arch: str, patch: tuple[tuple[str, str, str], ...] = ()) ->
         if files[file].count(old) != 1:
             raise LookupError(f"{file} has {files[file].count(old)} times {old!r}")
         files[file] = files[file].replace(old, new)
-    command = ["nvcc", *FLAGS, f"-arch={arch}", "-ptx", source, "-o"]
-    version = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256(repr((command, version, sorted(files.items()))).encode()).hexdigest()[:24]
-    cache = cache_folder() / key
-    if not (cache / "out.ptx").exists():
-        cache.mkdir(parents=True, exist_ok=True)
+    command = [nvcc(), *FLAGS, f"-arch={arch}", "-ptx", source, "-o", "out.ptx"]
+
+    def make(folder: Path) -> None:
         for name, text in files.items():
-            (cache / name).write_text(text)
-        command = [nvcc(), *command[1:], f"{os.getpid()}.ptx"]
-        done = subprocess.run(command, cwd=cache, capture_output=True, text=True)
+            (folder / name).write_text(text)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr)
-        os.replace(cache / f"{os.getpid()}.ptx", cache / "out.ptx")
-    return (cache / "out.ptx").read_text()
+
+    texts = [*command[1:], repr(sorted(files.items()))]
+    return (built.built("cuda_tests", texts, make, command[:1]) / "out.ptx").read_text()
 
 
 @functools.cache
@@ -196,17 +188,9 @@ class TensorMapArguments(ctypes.Structure):
 
 @functools.cache
 def _config() -> ctypes.CDLL:
-    """csrc/cuda/config.cpp, compiled once by content."""
-    sources = [CSRC / "config.cpp", CSRC / "config.h", CSRC / "problem.h", CSRC / "bsr_linear_sm90.h"]
-    key = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:24]
-    path = cache_folder() / f"config-{key}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made = path.with_suffix(f".{os.getpid()}")
-        compiler = os.environ.get("CXX", "c++").split()
-        subprocess.run([*compiler, "-std=c++17", "-O1", "-shared", "-fPIC", sources[0], "-o", made], check=True)
-        os.replace(made, path)
-    library = ctypes.CDLL(str(path))
+    """csrc/cuda/config.cpp."""
+    headers = [CSRC / name for name in ("config.h", "problem.h", "bsr_linear_sm90.h")]
+    library = built.library("cuda_tests", [CSRC / "config.cpp"], ["-std=c++17", "-O1"], headers)
     library.sparse_prune_packed_bytes_sm90.restype = ctypes.c_int64
     library.sparse_prune_x_map_arguments.restype = TensorMapArguments
     library.sparse_prune_refusal_sm90.restype = ctypes.c_char_p

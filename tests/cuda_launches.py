@@ -9,15 +9,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
-import os
 import re
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import built
 import cuda_kernels
 import ptx_emulator
 import torch
@@ -154,7 +152,7 @@ def host_files() -> dict[str, str]:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The host code with its fake runtime, compiled once by content; its operators are registered as it is loaded."""
+    """The host code with its fake runtime, compiled once; its operators are registered as it is loaded."""
     files = host_files()
     files["cuda_launches.cpp"] = (HERE / "cuda_launches.cpp").read_text()
     shown = subprocess.run(
@@ -174,35 +172,28 @@ def library() -> ctypes.CDLL:
     ]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", '-DSPARSE_PRUNE_CUDA_CONTENTS="fake"', "-x", "c++"]
     flags += ["-D__launch_bounds__(...)=", "-D__grid_constant__=", "-include", "planted.h"]
-    compiler = os.environ.get("CXX", "c++").split()
     common = [(name, text) for name, text in sorted(files.items()) if not name.endswith((".cpp", ".cu"))]
-    folder = cuda_kernels.cache_folder() / "launches"
+
+    def run(command: list[str], folder: Path) -> None:
+        done = subprocess.run([*built.compiler(), *command], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[:3000]
 
     def compiled(name: str) -> Path:
-        key = hashlib.sha256(repr((compiler, flags, torch.__version__, common, files[name])).encode()).hexdigest()[:24]
-        made = folder / f"{Path(name).stem}-{key}.o"
-        if not made.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as build:
-                for each, text in files.items():
-                    (Path(build) / each).parent.mkdir(exist_ok=True)
-                    (Path(build) / each).write_text(text)
-                command = [*compiler, *flags, "-c", name, "-o", "out.o"]
-                done = subprocess.run(command, cwd=build, capture_output=True, text=True)
-                assert done.returncode == 0, done.stderr[:3000]
-                os.replace(f"{build}/out.o", made)
-        return made
+        def make(folder: Path) -> None:
+            for each, text in files.items():
+                (folder / each).parent.mkdir(exist_ok=True)
+                (folder / each).write_text(text)
+            run([*flags, "-c", name, "-o", "compiled"], folder)
+
+        texts = [*flags, torch.__version__, repr(common), name, files[name]]
+        return built.built("cuda_launches", texts, make) / "compiled"
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, [name for name in files if name.endswith((".cpp", ".cu"))]))
     # Symbolic: a CUDA build of torch has loaded the true runtime, whose functions would be found before those of the fake one.
     link = ["-shared", "-Wl,-Bsymbolic", *map(str, objects), f"-L{Path(torch.__file__).parent / 'lib'}"]
     link += ["-ltorch", "-ltorch_cpu", "-ldl"]
-    path = folder / f"{hashlib.sha256(repr(link).encode()).hexdigest()[:24]}.so"
-    if not path.exists():
-        made = path.with_suffix(f".{os.getpid()}")
-        subprocess.run([*compiler, *link, "-o", str(made)], check=True)
-        os.replace(made, path)
+    path = built.built("cuda_launches", link, lambda folder: run([*link, "-o", "library.so"], folder)) / "library.so"
     torch.ops.load_library(str(path))
     return ctypes.CDLL(str(path))
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
+import built
 import pytest
 import torch
 
@@ -16,16 +15,13 @@ R, C, K = 32, 32, 1024
 
 
 @pytest.fixture(scope="module")
-def share(tmp_path_factory):
+def share():
     """share(threads, M, blocks of each block-row) -> rows (task, m0, m1, i0, i1), int64 [calls, 5]."""
-    compiler = (os.environ.get("CXX") or "c++").split()
-    if not shutil.which(compiler[0]):
+    if not shutil.which(built.compiler()[0]):
         pytest.skip("no C++ compiler")
-    built = tmp_path_factory.mktemp("sharing") / "sharing.so"
     kernels = TESTS.parent / "csrc" / "cpu"
     sources = [TESTS / "sharing_harness.cpp", kernels / "dispatch.cpp", kernels / "scratch.cpp"]
-    subprocess.run([*compiler, "-std=c++20", "-w", "-O1", "-fPIC", "-shared", "-o", built, *sources], check=True)
-    library = ctypes.CDLL(str(built))
+    library = built.library("sharing", sources, ["-std=c++20", "-w", "-O1"], sorted(kernels.glob("*.h")))
     library.share.restype = ctypes.c_int64
 
     def run(threads: int, m: int, counts: torch.Tensor) -> torch.Tensor:
