@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 pytest.importorskip("transformers")
 import transformers
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 from sparse_prune import backends, cli, tasks
@@ -405,6 +407,35 @@ def test_the_loss_with_a_teacher_is_the_stated_sum(files, task, weights):
     apart = sum(((x[kept] - y[kept]) ** 2).sum() / (y[kept] ** 2).sum() for x, y in pairs) / len(own.hidden_states)
     torch.testing.assert_close(found, (1 - a) * hard + a * soft + b * apart)
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("taught", [False, True])
+@pytest.mark.parametrize(
+    "tokens, bf16, parts", [(bridge.SHORT, True, True), (bridge.SHORT + 1, True, False), (8, False, False)]
+)
+def test_attention_over_short_texts_learns_by_its_parts(files, bert, tokens, bf16, parts, taught):
+    """On a CPU in bf16, where the backward of SDPA's one kernel takes several times theirs."""
+    student, teacher = (BertForSequenceClassification.from_pretrained(bert) for _ in range(2))
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    settings = TrainingArguments(output_dir=str(files / "t"), report_to="none", use_cpu=True, bf16=bf16)
+    trainer = bridge.DistillationTrainer(model=student, args=settings, teacher=teacher if taught else None)
+    ids = torch.randint(5, student.config.vocab_size, (2, tokens))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([1, 0])}
+
+    class Seen(TorchDispatchMode):
+        names: ClassVar[set[str]] = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.add(function.name())
+            return function(*args, **(kwargs or {}))
+
+    student.train()
+    with Seen() as seen, trainer.compute_loss_context_manager():
+        trainer.compute_loss(student, batch).backward()
+    assert ("aten::_scaled_dot_product_flash_attention_for_cpu_backward" in seen.names) != parts
+    assert all(parameter.grad is not None for parameter in student.base_model.encoder.parameters())
 
 
 def test_bad_input_is_told_in_one_sentence(files):
