@@ -4,6 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TASK ?= sentiment
 FULL ?=
+SLOW ?=
 RUN ?= runs/demo
 TORCHES ?= 2.10.0 newest
 
@@ -47,11 +48,12 @@ ablation: $(INSTALLED) ## every criterion at the same density, with and without 
 baseline: $(INSTALLED) ## what SnowNLP itself scores on the same lines; TASK=ner for entities
 	@$(BIN)/sparse-prune baseline --task $(TASK) --out $(RUN)$(if $(filter-out sentiment,$(TASK)),-$(TASK))
 
-test: $(INSTALLED) ## lint, types and all tests
+test: $(INSTALLED) ## lint, types and tests; SLOW=1 for the sweeps of minutes too, as CI does
 	@$(BIN)/ruff check -q .
 	@$(BIN)/ruff format -q --check .
 	@$(BIN)/python -m mypy --no-error-summary
-	@$(BIN)/python -m pytest -n $(MAX_JOBS) --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n $(MAX_JOBS) --dist loadfile --no-loadscope-reorder $(if $(SLOW),,-m 'not slow')
+	@$(if $(SLOW),,echo "Sanitizers, planted bugs, and code for every GPU and block size were left out: make test SLOW=1, as CI does")
 
 bench: $(INSTALLED) ## sparse against dense and against peers on this machine
 	@$(BIN)/python -m pytest bench

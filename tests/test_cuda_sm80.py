@@ -541,6 +541,7 @@ def test_without_a_bug_all_is_green(few_tokens):
     assert not turns_red(*checks(few_tokens, FEW))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bugs_are_caught(bug):
     assert turns_red(*checks("skinny" in BUGS[bug][0], (*FEW, BUGS[bug])))
@@ -561,6 +562,7 @@ TALL_BUGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", [None, *TALL_BUGS])
 def test_planted_bugs_in_tiles_of_two_heights_are_caught(bug):
     patch = FEW_TALL if bug is None else (*FEW_TALL, ("bsr_linear_sm80.cuh", *TALL_BUGS[bug]))
@@ -587,6 +589,7 @@ SDD_BUGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", [None, *SDD_BUGS])
 def test_planted_bugs_in_sdd_are_caught(bug):
     patch = () if bug is None else (("bsr_sdd_sm80.cuh", *SDD_BUGS[bug]),)
@@ -678,6 +681,7 @@ E4M3_BUGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", [None, *E4M3_BUGS])
 def test_planted_bugs_in_e4m3_are_caught(bug):
     patch = (*few_of_8_bits("e4m3", "32, 32, 128"), *([] if bug is None else [E4M3_BUGS[bug]]))
@@ -725,6 +729,7 @@ INT8_BUGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", [None, *INT8_BUGS])
 def test_planted_bugs_in_int8_are_caught(bug):
     patch = (*few_of_8_bits("int8", "16, 16, 128"), *([] if bug is None else [INT8_BUGS[bug]]))

@@ -417,6 +417,7 @@ def test_a_new_schedule_inside_a_capture(monkeypatch):
 
 # Those that no default chooses are candidates for measuring.
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize("capability, dtype", [(90, "float16"), (100, "bfloat16"), (120, "bfloat16")])
 @pytest.mark.parametrize("side_n, side_k", [(128, 128), (64, 16)], ids=str)
 def test_compiled_programs_that_stay(side_n, side_k, capability, dtype):
