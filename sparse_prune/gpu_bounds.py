@@ -8,6 +8,7 @@ waits for anything else in it.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import itertools
 import operator
 import sys
@@ -114,15 +115,15 @@ def _emulator():
         import triton  # noqa: F401
     except ImportError as error:
         raise SparsePruneError("triton", "an installed Triton", str(error), "pip install triton") from None
-    tests = Path(__file__).resolve().parent.parent / "tests"
-    if not (tests / "ptx_emulator").is_dir():
-        raise SparsePruneError(
-            "gpu-bounds",
-            "a checkout with tests/ptx_emulator",
-            str(tests.parent),
-            "run it from a clone, installed editable",
-        )
-    if str(tests) not in sys.path:
+    if importlib.util.find_spec("ptx_emulator") is None:
+        tests = Path(__file__).resolve().parent.parent / "tests"
+        if not (tests / "ptx_emulator").is_dir():
+            raise SparsePruneError(
+                "gpu-bounds",
+                "a checkout with tests/ptx_emulator",
+                str(tests.parent),
+                "run it from a clone, installed editable",
+            )
         sys.path.insert(0, str(tests))
     emulator = importlib.import_module("ptx_emulator")
     reason = emulator.unavailable()
